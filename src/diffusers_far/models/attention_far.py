@@ -1,0 +1,156 @@
+"""Attention of the FAR transformer: one attention over long and short tokens, each kind with projections of its own.
+
+B batch, F frames, L tokens of a pass (long ones first), N heads, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from .functional import apply_rotary_embedding
+from .kv_cache import LayerKVCache
+
+
+@dataclass(frozen=True)
+class AttentionFrames:
+    """When the queries and keys of a pass are; what a hook on the attention needs to know of time.
+
+    Args:
+        query_frames (`torch.Tensor` of shape `(L,)`, or `(1,)` where one frame queries): Absolute frame indices.
+        key_frames (`torch.Tensor` of shape `(L_key,)`): Same clock, in the order of the keys.
+        first_query_frame (`int`), last_query_frame (`int`): Known on the host, so that no decision waits for a device.
+    """
+
+    query_frames: torch.Tensor
+    key_frames: torch.Tensor
+    first_query_frame: int
+    last_query_frame: int
+
+
+class FARAttnProcessor:
+    """Default processor of [`FARAttention`]; runs on any backend of `dispatch_attention_fn`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "FARAttention",
+        hidden_states: torch.Tensor,
+        long_hidden_states: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        kv_cache: LayerKVCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))  # (B, L_short, N, D)
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)))
+        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
+
+        num_long_tokens = 0
+        if long_hidden_states is not None:
+            num_long_tokens = long_hidden_states.shape[1]
+            long_query = attn.norm_added_q(attn.add_q_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
+            long_key = attn.norm_added_k(attn.add_k_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
+            long_value = attn.add_v_proj(long_hidden_states).unflatten(-1, (attn.heads, -1))
+            query = torch.cat([long_query, query], dim=1)  # (B, L, N, D)
+            key = torch.cat([long_key, key], dim=1)
+            value = torch.cat([long_value, value], dim=1)
+
+        query = apply_rotary_embedding(query, rotary_emb).to(value.dtype)
+        # Rotated before caching: positions never change, so old keys are rotated once.
+        key = apply_rotary_embedding(key, rotary_emb).to(value.dtype)
+        if kv_cache is not None:
+            key, value = kv_cache.update(key, value)
+
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = hidden_states.flatten(2)  # (B, L, N * D)
+
+        long_output = None
+        if long_hidden_states is not None and not attn.context_pre_only:
+            long_output = attn.to_add_out(hidden_states[:, :num_long_tokens])
+        output = attn.to_out[0](hidden_states[:, num_long_tokens:])
+        return attn.to_out[1](output), long_output
+
+
+class FARAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention over a pass; `add_*` projections serve the long tokens, as in MM-DiT.
+
+    Args:
+        dim (`int`): Width of the tokens.
+        heads (`int`), dim_head (`int`): Attention heads and their channels.
+        added_kv_proj_dim (`int`, *optional*): Width of the long tokens; `None` builds no projections for them.
+        context_pre_only (`bool`): The long tokens are attended to but not updated, so they have no output projection.
+        eps (`float`): Of the RMS norms on queries and keys.
+    """
+
+    _default_processor_cls = FARAttnProcessor
+    _available_processors = [FARAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        added_kv_proj_dim: int | None = None,
+        context_pre_only: bool = False,
+        eps: float = 1e-6,
+        processor=None,
+    ):
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.added_kv_proj_dim = added_kv_proj_dim
+        self.context_pre_only = context_pre_only
+
+        self.to_q = nn.Linear(dim, inner_dim)
+        self.to_k = nn.Linear(dim, inner_dim)
+        self.to_v = nn.Linear(dim, inner_dim)
+        self.norm_q = nn.RMSNorm(dim_head, eps=eps)
+        self.norm_k = nn.RMSNorm(dim_head, eps=eps)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(0.0)])
+
+        if added_kv_proj_dim is not None:
+            self.add_q_proj = nn.Linear(added_kv_proj_dim, inner_dim)
+            self.add_k_proj = nn.Linear(added_kv_proj_dim, inner_dim)
+            self.add_v_proj = nn.Linear(added_kv_proj_dim, inner_dim)
+            self.norm_added_q = nn.RMSNorm(dim_head, eps=eps)
+            self.norm_added_k = nn.RMSNorm(dim_head, eps=eps)
+            if not context_pre_only:
+                self.to_add_out = nn.Linear(inner_dim, dim)
+
+        self.set_processor(processor or self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        long_hidden_states: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        frames: AttentionFrames | None = None,
+        kv_cache: LayerKVCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, L_short, dim)`).
+            long_hidden_states (`torch.Tensor` of shape `(B, L_long, dim)`, *optional*).
+            rotary_emb: Cosines and sines of the pass's tokens, long ones first.
+            attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)` or a `BlockMask`, *optional*).
+            frames (`AttentionFrames`, *optional*): Not used here; hooks on this module read it.
+            kv_cache (`LayerKVCache`, *optional*): Stores the pass's keys and values and adds the cached ones.
+
+        Returns:
+            The outputs for the short and for the long tokens; `None` for the latter where nobody reads them.
+        """
+        return self.processor(self, hidden_states, long_hidden_states, rotary_emb, attention_mask, kv_cache)

@@ -1,0 +1,545 @@
+"""The FAR transformer: a DiT whose attention is full inside a frame and causal between frames.
+
+B batch, F frames, C latent channels, H/W latent height/width, T tokens of a frame, L tokens of a pass, N heads,
+D head dim.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput, apply_lora_scale
+
+from .attention_far import AttentionFrames, FARAttention
+from .context_plan import ContextPlan
+from .functional import (
+    frame_causal_block_mask,
+    frame_causal_mask,
+    frame_ids,
+    patchify,
+    position_ids,
+    rotary_embedding,
+    unpatchify,
+)
+from .kv_cache import FARKVCache, FrameBatch, LayerKVCache
+
+
+CLEAN_TIMESTEP = -1.0  # outside the schedule: a finished frame
+LONG_TIMESTEP = -2.0  # a long frame, which is always clean
+
+
+@dataclass
+class FARTransformerOutput(BaseOutput):
+    """Output of [`FARTransformer3DModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, F_short, C, H, W)`): Predicted velocity of the short frames; `None` where
+            the call only wrote to a cache.
+    """
+
+    sample: torch.Tensor | None
+
+
+class FARActionEmbedding(nn.Module):
+    """Embeds the action that each frame is fed: a table for discrete actions, an MLP for continuous ones. Either knows
+    a null action, which stands for "none given".
+
+    Args:
+        dim (`int`): Width of the embedding.
+        num_actions (`int`, *optional*): Size of the discrete action space; its null action has this index.
+        action_dim (`int`, *optional*): Channels of a continuous action; its null action is a learned embedding.
+    """
+
+    def __init__(self, dim: int, num_actions: int | None = None, action_dim: int | None = None):
+        super().__init__()
+        self.num_actions = num_actions
+        if num_actions is not None:
+            self.embedding_table = nn.Embedding(num_actions + 1, dim)
+        else:
+            self.proj = TimestepEmbedding(action_dim, dim)
+            self.null_embedding = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, actions: torch.Tensor, action_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed `(B, F)` int64 or `(B, F, action_dim)` float actions; those masked `False` are null. -> (B, F, dim)"""
+        if self.num_actions is not None:
+            if action_mask is not None:
+                actions = actions.masked_fill(~action_mask, self.num_actions)
+            return self.embedding_table(actions)
+        embedding = self.proj(actions.to(self.null_embedding.dtype))
+        if action_mask is not None:
+            embedding = torch.where(action_mask[..., None], embedding, self.null_embedding)
+        return embedding
+
+
+class FARAdaLayerNorm(nn.Module):
+    """Layer norm whose shift, scale (and further chunks, such as a gate) come from an embedding, once per frame."""
+
+    def __init__(self, dim: int, num_chunks: int):
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(dim, num_chunks * dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+    def modulation(self, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Chunks of the modulation of each frame, `(B, F, dim)` -> `num_chunks` times `(B, F, 1, dim)`."""
+        return self.linear(nn.functional.silu(temb))[:, :, None].chunk(self.num_chunks, dim=-1)
+
+
+class FARTransformerBlock(nn.Module):
+    """Attention over all tokens of a pass, then an MLP that long and short tokens share."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float,
+        added_kv_proj_dim: int | None = None,
+        context_pre_only: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = FARAdaLayerNorm(dim, num_chunks=3)
+        self.attn = FARAttention(
+            dim,
+            heads=num_attention_heads,
+            dim_head=attention_head_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            context_pre_only=context_pre_only,
+        )
+        self.norm2 = FARAdaLayerNorm(dim, num_chunks=3)
+        self.mlp = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        long_hidden_states: torch.Tensor | None,
+        temb: torch.Tensor,
+        long_temb: torch.Tensor | None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        frames: AttentionFrames,
+        kv_cache: LayerKVCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` (B, F_short, T_short, dim) with `temb` (B, F_short, dim), and likewise for the long frames."""
+        # 1. Attention, over the tokens of all frames at once
+        attn_input, gate = self._modulated_norm1(hidden_states, temb)
+        long_attn_input, long_gate = None, None
+        if long_hidden_states is not None:
+            long_attn_input, long_gate = self._modulated_norm1(long_hidden_states, long_temb)
+        attn_output, long_attn_output = self.attn(
+            attn_input,
+            long_attn_input,
+            rotary_emb=rotary_emb,
+            attention_mask=attention_mask,
+            frames=frames,
+            kv_cache=kv_cache,
+        )
+
+        # 2. Gated residuals and MLP, for each kind of token
+        hidden_states = self._feed_forward(hidden_states + gate * attn_output.view_as(hidden_states), temb)
+        if long_attn_output is None:
+            return hidden_states, None
+        long_attn_output = long_gate * long_attn_output.view_as(long_hidden_states)
+        return hidden_states, self._feed_forward(long_hidden_states + long_attn_output, long_temb)
+
+    def _modulated_norm1(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shift, scale, gate = self.norm1.modulation(temb)
+        return (self.norm1.norm(hidden_states) * (1 + scale) + shift).flatten(1, 2), gate
+
+    def _feed_forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate = self.norm2.modulation(temb)
+        return hidden_states + gate * self.mlp(self.norm2.norm(hidden_states) * (1 + scale) + shift)
+
+
+class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    r"""
+    Frame-autoregressive diffusion transformer (FAR), base and long in one class.
+
+    Args:
+        in_channels (`int`, defaults to 32), out_channels (`int`, *optional*): Latent channels; out defaults to in.
+        num_layers (`int`, defaults to 12): Transformer blocks.
+        num_attention_heads (`int`, defaults to 12), attention_head_dim (`int`, defaults to 64): The width is their
+            product.
+        mlp_ratio (`float`, defaults to 4.0): Width of the MLP's hidden layer, in widths.
+        patch_size (`int`, defaults to 1): Side of a short frame's patches, in latents.
+        long_patch_size (`int`, *optional*): Side of the patches of long frames, those that left the short window. With
+            `None` no frame is ever long and all frames are attended to in full.
+        short_window (`int`, defaults to 16): Frames at the end of the context that are short, the noisy one included.
+        axes_dims_rope (`tuple[int, int, int]`, defaults to `(16, 24, 24)`): Head channels that carry time, height and
+            width.
+        rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
+        num_actions (`int`, *optional*): Discrete actions; index `num_actions` is the null action.
+        action_dim (`int`, *optional*): Channels of continuous actions.
+        action_shift (`int`, defaults to 0): 0: frame t is fed the action taken at it, as the released weights were. 1:
+            the action that led to it. The pipeline and the training shift; the model is fed what it is given.
+        num_classes (`int`, *optional*): Classes; index `num_classes` is the null class.
+        condition_dropout (`float`, defaults to 0.1): Share of actions (per frame) and labels (per clip) that become
+            null in training.
+        frame_causal (`bool`, defaults to `True`): `False` lets every frame see every other one (video diffusion).
+        trained_frames (`int`, *optional*): The longest clip seen in training; written by the training scripts.
+
+    Source: FAR, arXiv:2503.19325.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FARTransformerBlock"]
+    _repeated_blocks = ["FARTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "context_embedder", "timestep_embedder", "norm"]
+    _skip_keys = ["kv_cache"]
+    _supports_group_offloading = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 32,
+        out_channels: int | None = None,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 1,
+        long_patch_size: int | None = None,
+        short_window: int = 16,
+        axes_dims_rope: tuple[int, int, int] = (16, 24, 24),
+        rope_theta: float = 10000.0,
+        num_actions: int | None = None,
+        action_dim: int | None = None,
+        action_shift: int = 0,
+        num_classes: int | None = None,
+        condition_dropout: float = 0.1,
+        frame_causal: bool = True,
+        trained_frames: int | None = None,
+    ):
+        super().__init__()
+        check_config(self.config)
+        self.inner_dim = num_attention_heads * attention_head_dim
+        self.out_channels = out_channels or in_channels
+
+        # 1. Patches
+        self.x_embedder = nn.Linear(in_channels * patch_size**2, self.inner_dim)
+        if long_patch_size is not None:
+            self.context_embedder = nn.Linear(in_channels * long_patch_size**2, self.inner_dim)
+
+        # 2. Time and conditions
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)
+        self.timestep_embedder = TimestepEmbedding(256, self.inner_dim)
+        if num_actions is not None or action_dim is not None:
+            self.action_embedder = FARActionEmbedding(self.inner_dim, num_actions, action_dim)
+        if num_classes is not None:
+            self.label_embedder = nn.Embedding(num_classes + 1, self.inner_dim)
+
+        # 3. Blocks. After the last one nobody reads the long tokens, so there they have no output projection.
+        self.transformer_blocks = nn.ModuleList(
+            FARTransformerBlock(
+                self.inner_dim,
+                num_attention_heads,
+                attention_head_dim,
+                mlp_ratio,
+                added_kv_proj_dim=None if long_patch_size is None else self.inner_dim,
+                context_pre_only=layer == num_layers - 1,
+            )
+            for layer in range(num_layers)
+        )
+
+        # 4. Output
+        self.norm_out = FARAdaLayerNorm(self.inner_dim, num_chunks=2)
+        self.proj_out = nn.Linear(self.inner_dim, self.out_channels * patch_size**2)
+
+        self.gradient_checkpointing = False
+        initialize_weights(self)
+
+    @property
+    def takes_actions(self) -> bool:
+        return hasattr(self, "action_embedder")
+
+    @property
+    def takes_labels(self) -> bool:
+        return hasattr(self, "label_embedder")
+
+    def context_plan(self, num_frames: int, height: int, width: int) -> ContextPlan:
+        """Which of `num_frames` frames are long or short, at latents of `height` x `width`."""
+        return ContextPlan.for_frames(
+            num_frames,
+            short_window=self.config.short_window,
+            height=height,
+            width=width,
+            patch_size=self.config.patch_size,
+            long_patch_size=self.config.long_patch_size,
+        )
+
+    def init_kv_cache(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        max_frames: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> FARKVCache:
+        """An empty cache for a rollout of this model.
+
+        Args:
+            batch_size (`int`): B, the null half of guidance included.
+            height (`int`), width (`int`): Latent size.
+            max_frames (`int`): Frames that fit, the noisy one included.
+            dtype (`torch.dtype`, *optional*), device (`torch.device`, *optional*): The model's by default.
+
+        Raises:
+            ValueError: The model is not frame-causal, or a size is impossible.
+        """
+        if not self.config.frame_causal:
+            raise ValueError(
+                "This model has `frame_causal=False`: early frames depend on later ones, so nothing can be cached. "
+                "Run it on whole clips, without `kv_cache`."
+            )
+        return FARKVCache(
+            partial(self.context_plan, height=height, width=width),
+            self,
+            num_layers=self.config.num_layers,
+            num_heads=self.config.num_attention_heads,
+            head_dim=self.config.attention_head_dim,
+            batch_size=batch_size,
+            max_frames=max_frames,
+            dtype=dtype or self.dtype,
+            device=torch.device(device or self.device),
+        )
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        actions: torch.Tensor | None = None,
+        action_mask: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        kv_cache: FARKVCache | None = None,
+        update_cache: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> FARTransformerOutput | tuple[torch.Tensor | None]:
+        """Predict velocities, of a whole clip or of one frame against a cache; or write clean frames to the cache.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`): Latents.
+            timestep (`torch.Tensor` of shape `(B, F)` or `(B,)`, or a number): 0 to 1000; -1 marks a clean frame.
+            actions (`torch.Tensor`, *optional*): `(B, F)` int64 or `(B, F, action_dim)` float: what each frame is fed.
+            action_mask (`torch.Tensor` of shape `(B, F)`, bool, *optional*): `False`: the null action.
+            class_labels (`torch.Tensor` of shape `(B,)`, int64, *optional*).
+            kv_cache (`FARKVCache`, *optional*): Context. A call with it carries no gradient.
+            update_cache (`bool`): `True` adds these clean frames to the cache, each exactly once, one or many at a
+                time. `False` denoises exactly one frame and leaves the cache as it is.
+            attention_kwargs (`dict`, *optional*): `scale` scales LoRA layers.
+            return_dict (`bool`): `False` returns a tuple.
+
+        Returns:
+            [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
+            all F frames for a model without long frames; with `None` for a write.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
+            # 1. Which frames run, and as what
+            height, width = hidden_states.shape[-2:]
+            frames = FrameBatch(hidden_states, actions, action_mask)
+            timestep = self._timestep_per_frame(timestep, frames)
+            self._check_inputs(frames, class_labels, timestep, kv_cache, update_cache)
+            layers, key_frames = [None] * len(self.transformer_blocks), None
+            if kv_cache is None:
+                plan = self.context_plan(frames.num_frames, height, width)
+            else:
+                if update_cache:
+                    frames, plan, cache_pass = kv_cache.begin_write(frames)
+                    timestep = timestep[:, :1].expand(-1, plan.num_frames)
+                else:
+                    plan, cache_pass = kv_cache.begin_noisy()
+                layers, key_frames = kv_cache.layers(cache_pass), kv_cache.key_frames(noisy=not update_cache)
+
+            # 2. Patches
+            num_long = plan.num_long_frames
+            short_states = self.x_embedder(patchify(frames.latents[:, num_long:], plan.patch_size))
+            long_states = None
+            if num_long:
+                long_states = self.context_embedder(patchify(frames.latents[:, :num_long], plan.long_patch_size))
+
+            # 3. Time and conditions, one embedding per frame
+            temb = self._embed_conditions(frames, timestep, class_labels, num_long)
+            long_temb, temb = temb[:, :num_long], temb[:, num_long:]
+
+            # 4. Positions, and who sees whom
+            rotary_emb = rotary_embedding(
+                position_ids(plan, hidden_states.device), self.config.axes_dims_rope, self.config.rope_theta
+            )
+            attention_frames = attention_frames_of(plan, key_frames, hidden_states.device)
+            attention_mask = self._attention_mask(plan, attention_frames)
+
+            # 5. Blocks
+            for block, layer_cache in zip(self.transformer_blocks, layers):
+                inputs = (short_states, long_states, temb, long_temb, rotary_emb, attention_mask, attention_frames)
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    short_states, long_states = self._gradient_checkpointing_func(block, *inputs, layer_cache)
+                else:
+                    short_states, long_states = block(*inputs, layer_cache)
+
+            # 6. Velocity of the short frames
+            sample = None
+            if not update_cache:
+                scale, shift = self.norm_out.modulation(temb)
+                patches = self.proj_out(self.norm_out.norm(short_states) * (1 + scale) + shift)
+                sample = unpatchify(patches, plan.patch_size, height, width)
+
+        if not return_dict:
+            return (sample,)
+        return FARTransformerOutput(sample=sample)
+
+    def _timestep_per_frame(self, timestep: torch.Tensor | float | int, frames: FrameBatch) -> torch.Tensor:
+        """`timestep` as `(B, F)`, float32."""
+        batch_size, num_frames = frames.latents.shape[:2]
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=frames.latents.device)
+        if timestep.ndim == 1 and timestep.shape[0] in (1, batch_size):
+            timestep = timestep[:, None]
+        if timestep.ndim == 1 or timestep.ndim > 2:
+            raise ValueError(
+                f"`timestep` has shape {tuple(timestep.shape)} but the batch is {batch_size} clips of {num_frames} "
+                f"frames; pass one number, ({batch_size},) or ({batch_size}, {num_frames})."
+            )
+        return timestep.expand(batch_size, num_frames)
+
+    def _embed_conditions(
+        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, num_long_frames: int
+    ) -> torch.Tensor:
+        """The sum of time, action and class embedding of each frame, `(B, F, dim)`."""
+        batch_size, num_frames = frames.latents.shape[:2]
+        is_long = torch.arange(num_frames, device=timestep.device) < num_long_frames
+        timestep = timestep.masked_fill(is_long, LONG_TIMESTEP)
+        # Sinusoids in float32 whatever the dtype: bfloat16 rounds timesteps above 256.
+        time_proj = self.time_proj(timestep.flatten()).to(frames.latents.dtype)
+        temb = self.timestep_embedder(time_proj).unflatten(0, (batch_size, num_frames))
+
+        dropout = self.config.condition_dropout if self.training else 0.0
+        if self.takes_actions:
+            action_mask = frames.action_mask
+            if dropout:
+                kept = torch.rand(batch_size, num_frames, device=temb.device) >= dropout
+                action_mask = kept if action_mask is None else kept & action_mask
+            temb = temb + self.action_embedder(frames.actions, action_mask)
+        if self.takes_labels:
+            if dropout:
+                dropped = torch.rand(batch_size, device=temb.device) < dropout
+                class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
+            temb = temb + self.label_embedder(class_labels)[:, None]
+        return temb
+
+    def _attention_mask(self, plan: ContextPlan, frames: AttentionFrames):
+        """`None` where every query sees every key; else a `BlockMask` for flex attention, a dense mask for others."""
+        if plan.num_frames == 1 or not self.config.frame_causal:
+            return None
+        backend = self.transformer_blocks[0].attn.processor._attention_backend
+        if backend is None:
+            backend, _ = _AttentionBackendRegistry.get_active_backend()
+        if backend == AttentionBackendName.FLEX:
+            return frame_causal_block_mask(frames.query_frames, frames.key_frames)
+        return frame_causal_mask(frames.query_frames, frames.key_frames)[None, None]
+
+    def _check_inputs(
+        self,
+        frames: FrameBatch,
+        class_labels: torch.Tensor | None,
+        timestep: torch.Tensor,
+        kv_cache: FARKVCache | None,
+        update_cache: bool,
+    ) -> None:
+        """Refuse what this model cannot be fed. Shapes only, but for the timesteps of a write, so nothing waits."""
+        batch_size, num_frames, channels = frames.latents.shape[:3]
+        if channels != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` has {channels} channels but this model has `in_channels` {self.config.in_channels}; "
+                "pass latents as (batch, frames, channels, height, width)."
+            )
+        action_shape = (batch_size, num_frames)
+        if self.config.action_dim is not None:
+            action_shape += (self.config.action_dim,)
+        check_condition("actions", frames.actions, self.takes_actions, action_shape)
+        check_condition("class_labels", class_labels, self.takes_labels, (batch_size,))
+        if frames.action_mask is not None:
+            check_condition("action_mask", frames.action_mask, self.takes_actions, (batch_size, num_frames))
+        if kv_cache is not None:
+            device_type = frames.latents.device.type
+            autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if autocast else frames.latents.dtype
+            kv_cache.check(self, frames, dtype, noisy=not update_cache)
+        elif update_cache:
+            raise ValueError("`update_cache` is True but `kv_cache` is None; pass the cache to write to.")
+        if update_cache and bool((timestep != CLEAN_TIMESTEP).any()):
+            raise ValueError(
+                f"`timestep` is {timestep.unique().tolist()} in a write to `kv_cache`; only clean frames are cached, "
+                "and their timestep is -1."
+            )
+
+
+def attention_frames_of(
+    plan: ContextPlan, key_frames: torch.Tensor | None, device: torch.device | None = None
+) -> AttentionFrames:
+    """When the queries and keys of a pass are; without a cache the keys are those of the pass itself."""
+    query_frames = frame_ids(plan, device)
+    return AttentionFrames(
+        query_frames=query_frames[:1] if plan.num_frames == 1 else query_frames,
+        key_frames=query_frames if key_frames is None else key_frames,
+        first_query_frame=plan.first_frame,
+        last_query_frame=plan.end_frame - 1,
+    )
+
+
+def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError where a condition is missing, superfluous or of the wrong shape."""
+    if value is None and is_taken:
+        raise ValueError(f"`{name}` is None but this model is conditioned on it; pass {name} of shape {shape}.")
+    if value is not None and not is_taken:
+        raise ValueError(f"`{name}` was given but this model is not conditioned on it; leave it out.")
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"`{name}` has shape {tuple(value.shape)}; with these latents it must be {shape}.")
+
+
+def check_config(config) -> None:
+    """Refuse impossible sizes at construction, the values named."""
+    if sum(config.axes_dims_rope) != config.attention_head_dim or any(dim % 2 for dim in config.axes_dims_rope):
+        raise ValueError(
+            f"`axes_dims_rope` is {tuple(config.axes_dims_rope)} and `attention_head_dim` {config.attention_head_dim}; "
+            "the axes must be even and add up to the head dim."
+        )
+    if config.long_patch_size is not None and config.long_patch_size % config.patch_size:
+        raise ValueError(
+            f"`long_patch_size` is {config.long_patch_size} and `patch_size` {config.patch_size}; a long patch must "
+            "cover whole short patches, so choose a multiple."
+        )
+    if config.short_window < 1:
+        raise ValueError(f"`short_window` is {config.short_window}; the noisy frame alone needs 1.")
+    if config.action_shift not in (0, 1):
+        raise ValueError(f"`action_shift` is {config.action_shift}; it is 0 or 1.")
+    if config.num_actions is not None and config.action_dim is not None:
+        raise ValueError(
+            f"`num_actions` is {config.num_actions} and `action_dim` {config.action_dim}; actions are discrete or "
+            "continuous, so give one of the two."
+        )
+    if not 0 <= config.condition_dropout < 1:
+        raise ValueError(f"`condition_dropout` is {config.condition_dropout}; it is a share, at least 0 and below 1.")
+
+
+def initialize_weights(model: FARTransformer3DModel) -> None:
+    """DiT's initialisation: modulation, gates and output start at zero, so that every block starts as the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for module in model.modules():
+        if isinstance(module, FARAdaLayerNorm):
+            nn.init.zeros_(module.linear.weight)
+    nn.init.zeros_(model.proj_out.weight)

@@ -1,0 +1,99 @@
+"""What an autoencoder is trained on and measured by; the loop is in `examples/train_vae.py`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from ..data.codec import encode_images
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One pass through an autoencoder: `images` (B, 3, height, width) around [-1, 1] and `kl`, nats per latent value."""
+
+    images: torch.Tensor
+    kl: torch.Tensor
+
+
+class Autoencoding(nn.Module):
+    """An autoencoder whose `forward` is its training pass, so that wrappers such as DDP see one call.
+
+    Args:
+        vae (`nn.Module`): `AutoencoderDC` or `AutoencoderKL`.
+        latent_noise (`float`): Standard deviation of Gaussian noise added to the latents before decoding, relative to
+            the latents' own. A decoder that is fed predicted latents should forgive small errors. Unlike the KL
+            term's noise it cannot be escaped by larger latents.
+    """
+
+    def __init__(self, vae: nn.Module, latent_noise: float = 0.0) -> None:
+        super().__init__()
+        if latent_noise < 0:
+            raise ValueError(f"`latent_noise` is {latent_noise}; it is a standard deviation, so give 0 or more.")
+        self.vae = vae
+        self.latent_noise = latent_noise
+
+    def forward(self, images: torch.Tensor, generator: torch.Generator) -> Reconstruction:
+        """Encode, disturb and decode `images` (B, 3, height, width) in [-1, 1]; `generator` is a CPU one."""
+        encoded = self.vae.encode(images)
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+            latents = mean + std * _noise_like(mean, generator)
+            kl = 0.5 * (mean.pow(2) + std.pow(2) - 1 - 2 * std.log()).mean()
+        else:
+            latents = encoded.latent
+            kl = latents.new_zeros(())
+        if self.latent_noise > 0:
+            latents = latents + self.latent_noise * latents.detach().std() * _noise_like(latents, generator)
+        return Reconstruction(images=self.vae.decode(latents).sample, kl=kl)
+
+
+def _noise_like(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(latents.shape, generator=generator).to(latents)
+
+
+def reconstruction_loss(images: torch.Tensor, target: torch.Tensor, mse_weight: float = 0.0) -> torch.Tensor:
+    """Mean absolute error, plus `mse_weight` times the mean squared error; both sides in [-1, 1]."""
+    loss = F.l1_loss(images, target)
+    return loss + mse_weight * F.mse_loss(images, target) if mse_weight else loss
+
+
+@torch.no_grad()
+def measure_reconstruction(vae: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+    """PSNR (dB, mean over images of each image's own) and SSIM of a VAE's reconstructions.
+
+    Args:
+        vae (`nn.Module`): Any autoencoder that `encode_images` knows.
+        batches (iterable of `torch.Tensor` of shape `(B, 3, height, width)`): uint8.
+    """
+    psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3)).to(vae.device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(vae.device)
+    for batch in batches:
+        target = batch.to(vae.device) / 255
+        images = vae.decode(encode_images(vae, (target * 2 - 1).to(vae.dtype))).sample
+        images = (images.float() / 2 + 0.5).clamp(0, 1)
+        psnr.update(images, target)
+        ssim.update(images, target)
+    return {"psnr": psnr.compute().item(), "ssim": ssim.compute().item()}
+
+
+@torch.no_grad()
+def measure_scaling_factor(vae: nn.Module, batches: Iterable[torch.Tensor]) -> float:
+    """One over the standard deviation of the raw latents of `batches`: uint8 images (B, 3, height, width)."""
+    count, total, total_of_squares = 0, 0.0, 0.0
+    for batch in batches:
+        latents = encode_images(vae, (batch.to(vae.device) / 127.5 - 1).to(vae.dtype)).double()
+        count += latents.numel()
+        total += latents.sum().item()
+        total_of_squares += latents.pow(2).sum().item()
+    mean = total / count
+    return (total_of_squares / count - mean**2) ** -0.5
+
+
+def decoder_last_layer(vae: nn.Module) -> nn.Parameter:
+    """The weight of the decoder's last convolution, where the GAN's and the reconstruction's gradients are balanced."""
+    conv_out = vae.decoder.conv_out
+    return conv_out.weight if isinstance(conv_out, nn.Conv2d) else conv_out.conv.weight
