@@ -1,0 +1,4 @@
+from .context_plan import ContextPlan
+from .kv_cache import FARKVCache
+from .presets import PRESETS, preset_config
+from .transformer_far import FARTransformer3DModel, FARTransformerOutput

@@ -19,7 +19,8 @@ class AttentionFrames:
     """When the queries and keys of a pass are; what a hook on the attention needs to know of time.
 
     Args:
-        query_frames (`torch.Tensor` of shape `(L,)`, or `(1,)` where one frame queries): Absolute frame indices.
+        query_frames (`torch.Tensor` of shape `(L,)`): Absolute frame index of each query; with a cache, where the
+            queries attend frame by frame, of each frame of the pass: `(F,)`.
         key_frames (`torch.Tensor` of shape `(L_key,)`): Same clock, in the order of the keys.
         first_query_frame (`int`), last_query_frame (`int`): Known on the host, so that no decision waits for a device.
     """
@@ -62,17 +63,10 @@ class FARAttnProcessor:
         query = apply_rotary_embedding(query, rotary_emb).to(value.dtype)
         # Rotated before caching: positions never change, so old keys are rotated once.
         key = apply_rotary_embedding(key, rotary_emb).to(value.dtype)
-        if kv_cache is not None:
-            key, value = kv_cache.update(key, value)
-
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        if kv_cache is None:
+            hidden_states = self._attend(query, key, value, attention_mask)
+        else:
+            hidden_states = self._attend_to_cache(query, key, value, attention_mask, kv_cache)
         hidden_states = hidden_states.flatten(2)  # (B, L, N * D)
 
         long_output = None
@@ -80,6 +74,29 @@ class FARAttnProcessor:
             long_output = attn.to_add_out(hidden_states[:, :num_long_tokens])
         output = attn.to_out[0](hidden_states[:, num_long_tokens:])
         return attn.to_out[1](output), long_output
+
+    def _attend(self, query, key, value, attention_mask):
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+
+    def _attend_to_cache(self, query, key, value, attention_bias, kv_cache: LayerKVCache):
+        """Frame by frame: each sees one contiguous view of the stores, so causality needs no mask."""
+        kv_cache.write(key, value)
+        first_key = kv_cache.cache_pass.view_start
+        outputs = []
+        for frame, span in enumerate(kv_cache.cache_pass.queries):
+            bias = None
+            if attention_bias is not None:  # a row for each frame of the pass, a column for each key in view
+                columns = slice(span.view_start - first_key, span.view_end - first_key)
+                bias = attention_bias[..., frame : frame + 1, columns]
+            outputs.append(self._attend(query[:, span.start : span.end], *kv_cache.view(span), bias))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class FARAttention(nn.Module, AttentionModuleMixin):
@@ -146,7 +163,8 @@ class FARAttention(nn.Module, AttentionModuleMixin):
             hidden_states (`torch.Tensor` of shape `(B, L_short, dim)`).
             long_hidden_states (`torch.Tensor` of shape `(B, L_long, dim)`, *optional*).
             rotary_emb: Cosines and sines of the pass's tokens, long ones first.
-            attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)` or a `BlockMask`, *optional*).
+            attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)` or a `BlockMask`, *optional*): With a
+                cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
             frames (`AttentionFrames`, *optional*): Not used here; hooks on this module read it.
             kv_cache (`LayerKVCache`, *optional*): Stores the pass's keys and values and adds the cached ones.
 

@@ -61,18 +61,32 @@ class FrameBatch:
 
 
 @dataclass(frozen=True)
-class CachePass:
-    """Where one pass of the transformer reads and writes in the stores; all sizes in tokens.
+class QuerySpan:
+    """The queries of one frame in a pass, and the part of the stores that they see; all in tokens."""
 
-    The pass brings `num_long_tokens` long tokens, then short ones. They are written at `long_start` and `short_start`;
-    afterwards its queries see the tokens from `view_start` to `view_end`.
+    start: int
+    end: int
+    view_start: int
+    view_end: int
+
+
+@dataclass(frozen=True)
+class CachePass:
+    """Where one pass of the transformer writes and reads in the stores; all sizes in tokens.
+
+    The pass brings `num_long_tokens` long tokens, then short ones. The long ones are written from `long_start` on, the
+    latest frame first, the short ones from `short_start` on. Then each frame's queries see one contiguous view.
     """
 
     num_long_tokens: int
+    tokens_per_long_frame: int
     long_start: int
     short_start: int
-    view_start: int
-    view_end: int
+    queries: tuple[QuerySpan, ...]
+
+    @property
+    def view_start(self) -> int:
+        return min(span.view_start for span in self.queries)
 
 
 @dataclass(frozen=True)
@@ -88,20 +102,20 @@ class LayerKVCache:
     value_store: torch.Tensor
     cache_pass: CachePass
 
-    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the pass's keys and values, `(B, L, N, D)`, in their places; return views of all that it attends to."""
-        span = self.cache_pass
-        num_short_tokens = key.shape[1] - span.num_long_tokens
-        views = []
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put the keys and values of the pass, `(B, L, N, D)`, in their places."""
+        num_long, long_start = self.cache_pass.num_long_tokens, self.cache_pass.long_start
+        short_start = self.cache_pass.short_start
         for store, states in ((self.key_store, key), (self.value_store, value)):
-            if span.num_long_tokens:
-                long_end = span.long_start + span.num_long_tokens
-                store[:, span.long_start : long_end] = states[:, : span.num_long_tokens]
-            if num_short_tokens:
-                short_end = span.short_start + num_short_tokens
-                store[:, span.short_start : short_end] = states[:, span.num_long_tokens :]
-            views.append(store[:, span.view_start : span.view_end])
-        return views[0], views[1]
+            if num_long:
+                long_frames = states[:, :num_long].unflatten(1, (-1, self.cache_pass.tokens_per_long_frame))
+                store[:, long_start : long_start + num_long] = long_frames.flip(1).flatten(1, 2)
+            store[:, short_start : short_start + states.shape[1] - num_long] = states[:, num_long:]
+
+    def view(self, span: QuerySpan) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that a frame's queries see, as views."""
+        window = slice(span.view_start, span.view_end)
+        return self.key_store[:, window], self.value_store[:, window]
 
 
 class FARKVCache:
@@ -109,13 +123,14 @@ class FARKVCache:
 
     Each layer has one store of `(B, L_store, N, D)` for keys and one for values, laid out as
 
-        | the noisy frame | short frames, by age | long frames, by age |
+        | free | long frames, latest first | short frames, oldest first | the noisy frame | free |
 
-    The order does not matter to attention, and so every pass reads one contiguous view: nothing is concatenated,
-    nothing moves when a frame turns long, and the long store is append-only. Keys are rotated before they are stored;
-    positions never change. Short frames are appended while no frame is long. After that each new clean frame turns
-    the oldest short frame into a long one, which changes what all other short frames attend to, and they are encoded
-    again from their latents, which the cache keeps for that purpose.
+    so that whatever one frame may see is one contiguous view: no mask, no concatenation, and nothing moves when the
+    video grows, for the long frames grow to the left from a fixed boundary. (The order of keys does not matter to
+    attention.) Long entries are append-only. Keys are rotated before they are stored; positions never change. Short
+    frames are appended while no frame is long. After that each new clean frame turns the oldest short frame into a
+    long one, which changes what all other short frames attend to, and they are encoded again from their latents,
+    which the cache keeps for that purpose.
 
     Args:
         plan_for_frames (`Callable[[int], ContextPlan]`): The window rule of the model at this latent size.
@@ -215,11 +230,9 @@ class FARKVCache:
             )
 
     def begin_noisy(self) -> tuple[ContextPlan, CachePass]:
-        """The pass that denoises the frame after the clean ones. It uses the slot at the front as scratch space."""
-        plan = self.plan_for_frames(self.num_frames + 1)
-        view_end = plan.num_tokens
-        noisy_plan = plan.segment(self.num_frames)
-        return noisy_plan, CachePass(0, long_start=0, short_start=0, view_start=0, view_end=view_end)
+        """The pass that denoises the frame after the clean ones. It uses the slot after them as scratch space."""
+        plan = self.plan_for_frames(self.num_frames + 1).segment(self.num_frames)
+        return plan, self._pass_for(plan)
 
     def begin_write(self, frames: FrameBatch) -> tuple[FrameBatch, ContextPlan, CachePass]:
         """Take new clean frames in and say which frames are to be encoded: the new ones and those that change.
@@ -239,40 +252,53 @@ class FARKVCache:
             frames = self._kept_frames.append(frames)
         if new.long_patch_size is not None:
             self._kept_frames = frames.last(new.num_short_frames).copy()
-        frames = frames.last(new.num_frames - first_encoded)
-
         plan = new.segment(first_encoded)
-        front = new.tokens_per_short_frame  # the noisy frame's slot
-        long_region = front + new.num_short_tokens
-        cache_pass = CachePass(
-            num_long_tokens=plan.num_long_tokens,
-            long_start=long_region + old.num_long_tokens,
-            short_start=front + new.num_short_tokens - plan.num_short_tokens,
-            view_start=front,
-            view_end=front + new.num_tokens,
-        )
-        return frames, plan, cache_pass
+        return frames.last(plan.num_frames), plan, self._pass_for(plan)
 
     def layers(self, cache_pass: CachePass) -> list[LayerKVCache]:
         """The stores of every layer as this pass sees them."""
         return [LayerKVCache(*stores, cache_pass) for stores in zip(self._key_stores, self._value_stores)]
 
     def key_frames(self, *, noisy: bool) -> torch.Tensor:
-        """Absolute frame index of every key that a pass sees, in the order of the stores.
+        """Absolute frame index of every key in view, in the order of the stores.
+
+        Args:
+            noisy (`bool`): Whether the noisy frame's own tokens are in view, at the end.
 
         Returns:
-            `torch.Tensor` of shape `(L_view,)`, int64; the noisy frame's tokens come first where there is one.
+            `torch.Tensor` of shape `(L_view,)`, int64.
         """
-        plan = self.plan_for_frames(self.num_frames + 1)
-        last_clean = self.num_frames
-        short_end = last_clean + 1 if noisy else last_clean
+        plan = self.plan
+        short_end = plan.end_frame + 1 if noisy else plan.end_frame
+        long = torch.arange(plan.num_long_frames - 1, -1, -1, device=self.device)
         short = torch.arange(plan.first_short_frame, short_end, device=self.device)
-        if noisy:
-            short = short.roll(1)
-        long = torch.arange(0, plan.num_long_frames, device=self.device)
         return torch.cat(
             [
-                short.repeat_interleave(plan.tokens_per_short_frame),
                 long.repeat_interleave(plan.tokens_per_long_frame),
+                short.repeat_interleave(plan.tokens_per_short_frame),
             ]
+        )
+
+    def _pass_for(self, plan: ContextPlan) -> CachePass:
+        """Places and views of the frames of `plan`, in the layout that the class describes."""
+        boundary = self._largest_plan.num_long_tokens  # long frames end here, short frames start here
+        long_size, short_size = plan.tokens_per_long_frame, plan.tokens_per_short_frame
+        num_long_frames = self.plan.num_long_frames  # of the whole context, cached ones included
+        context_start = boundary - num_long_frames * long_size
+        first_short = plan.first_short_frame - num_long_frames  # frames of the window that stay as they are
+
+        queries = []
+        for frame in range(plan.num_long_frames):
+            end = boundary - (plan.first_frame + frame) * long_size
+            queries.append(QuerySpan(frame * long_size, (frame + 1) * long_size, end - long_size, boundary))
+        for frame in range(plan.num_short_frames):
+            start = plan.num_long_tokens + frame * short_size
+            view_end = boundary + (first_short + frame + 1) * short_size
+            queries.append(QuerySpan(start, start + short_size, context_start, view_end))
+        return CachePass(
+            num_long_tokens=plan.num_long_tokens,
+            tokens_per_long_frame=long_size,
+            long_start=context_start,
+            short_start=boundary + first_short * short_size,
+            queries=tuple(queries),
         )

@@ -377,7 +377,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 position_ids(plan, hidden_states.device), self.config.axes_dims_rope, self.config.rope_theta
             )
             attention_frames = attention_frames_of(plan, key_frames, hidden_states.device)
-            attention_mask = self._attention_mask(plan, attention_frames)
+            attention_mask = None if kv_cache is not None else self._attention_mask(plan, attention_frames)
 
             # 5. Blocks
             for block, layer_cache in zip(self.transformer_blocks, layers):
@@ -487,13 +487,11 @@ def attention_frames_of(
     plan: ContextPlan, key_frames: torch.Tensor | None, device: torch.device | None = None
 ) -> AttentionFrames:
     """When the queries and keys of a pass are; without a cache the keys are those of the pass itself."""
-    query_frames = frame_ids(plan, device)
-    return AttentionFrames(
-        query_frames=query_frames[:1] if plan.num_frames == 1 else query_frames,
-        key_frames=query_frames if key_frames is None else key_frames,
-        first_query_frame=plan.first_frame,
-        last_query_frame=plan.end_frame - 1,
-    )
+    if key_frames is None:
+        query_frames = key_frames = frame_ids(plan, device)
+    else:
+        query_frames = torch.arange(plan.first_frame, plan.end_frame, device=device)
+    return AttentionFrames(query_frames, key_frames, plan.first_frame, plan.end_frame - 1)
 
 
 def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from ..data.codec import encode_images
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One pass through an autoencoder: `images` (B, 3, height, width) around [-1, 1] and `kl`, nats per latent value."""
+    """What an autoencoder made: `images` (B, 3, height, width) around [-1, 1]; `kl`, nats per latent value."""
 
     images: torch.Tensor
     kl: torch.Tensor
@@ -94,6 +94,6 @@ def measure_scaling_factor(vae: nn.Module, batches: Iterable[torch.Tensor]) -> f
 
 
 def decoder_last_layer(vae: nn.Module) -> nn.Parameter:
-    """The weight of the decoder's last convolution, where the GAN's and the reconstruction's gradients are balanced."""
+    """The weight of the decoder's last convolution, where the gradients of GAN and reconstruction are balanced."""
     conv_out = vae.decoder.conv_out
     return conv_out.weight if isinstance(conv_out, nn.Conv2d) else conv_out.conv.weight

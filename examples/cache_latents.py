@@ -1,0 +1,98 @@
+"""Encode every frame of a dataset once, so that training reads latents and never runs the VAE.
+
+    python examples/cache_latents.py --dataset_name mazes --dataset_split train --vae vae-maze --output_dir latents
+
+Writes `output_dir/split/latents-*.arrow`: a row per trajectory with `latents` (F, C, H, W) in float16, already
+multiplied by the VAE's scaling factor, and the dataset's other columns. Interrupted, it goes on with the shards that are missing.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import AutoModel
+from tqdm.auto import tqdm
+
+from diffusers_far.data.codec import encode_video
+from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
+from diffusers_far.data.frames import FrameDataset
+from diffusers_far.data.latents import LatentSource, read_source, write_shard
+from diffusers_far.data.loading import load_split
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True, help="Folder or Hub id that `load_dataset` opens.")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--video_column", default="video")
+    parser.add_argument("--vae", required=True, help="Folder or Hub id of the VAE.")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--num_processes", type=int, default=1)
+    parser.add_argument("--trajectories_per_shard", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="Frames that the VAE encodes at once.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+def open_dataset(args: argparse.Namespace) -> Dataset:
+    return load_split(args.dataset_name, args.dataset_split)
+
+
+def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> int:
+    """Encode the trajectories of one shard in a process of its own; returns the number of frames."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.num_processes))
+    dataset = open_dataset(args)
+    vae = AutoModel.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
+    trajectories = dataset.select(source.shard_rows(shard))
+    frames = FrameDataset(trajectories, args.video_column)
+    latents = []
+    for trajectory in range(len(trajectories)):
+        first, end = frames.first_frame[trajectory : trajectory + 2]
+        video = torch.stack([frames[index] for index in range(first, end)])
+        latents.append(encode_video(vae, video, args.batch_size).cpu().numpy().astype(np.float16))
+    carried = trajectories.remove_columns(args.video_column)
+    path = source.shard_path(Path(args.output_dir) / args.dataset_split, shard)
+    write_shard(path, latents, carried.with_format("arrow")[:], carried.features, source)
+    return len(frames)
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. What the latents are made of
+    dataset = open_dataset(args)
+    vae = AutoModel.from_pretrained(args.vae)
+    source = LatentSource(
+        vae_hash=vae_hash(vae),
+        scaling_factor=vae.config.scaling_factor,
+        dataset_fingerprint=dataset_fingerprint(dataset),
+        num_trajectories=len(dataset),
+        trajectories_per_shard=args.trajectories_per_shard,
+    )
+
+    # 2. What is there already
+    folder = Path(args.output_dir) / args.dataset_split
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("latents-*.arrow"):
+        if read_source(path) != source:
+            raise ValueError(
+                f"{str(path)!r} was made of {read_source(path)}, but this run has {source}; give another "
+                "`--output_dir`, or delete the folder to encode anew."
+            )
+    shards = [shard for shard in range(source.num_shards) if not source.shard_path(folder, shard).is_file()]
+
+    # 3. Encode the rest
+    if args.num_processes == 1:
+        for shard in tqdm(shards, desc="shards"):
+            encode_shard(args, source, shard)
+        return
+    with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(encode_shard, args, source, shard) for shard in shards]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="shards"):
+            future.result()
+
+
+if __name__ == "__main__":
+    main(parse_args())

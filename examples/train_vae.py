@@ -1,0 +1,273 @@
+"""Train an image autoencoder (`AutoencoderDC` or `AutoencoderKL`) on the frames of a video dataset.
+
+    accelerate launch examples/train_vae.py --dataset_name mazes --vae_config examples/configs/vae_maze.json \
+        --output_dir vae-maze --max_train_steps 5000
+
+The dataset has a row per trajectory with a column `video` of type `List(Image())`. The result in `--output_dir` loads
+with `from_pretrained`; its config carries the scaling factor that brings its latents to unit variance.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from diffusers_far.data.fingerprint import dataset_fingerprint
+from diffusers_far.data.frames import FrameDataset, evenly_spaced
+from diffusers_far.data.loading import load_split
+from diffusers_far.training.autoencoder import (
+    Autoencoding,
+    decoder_last_layer,
+    measure_reconstruction,
+    measure_scaling_factor,
+    reconstruction_loss,
+)
+from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
+from diffusers_far.training.lpips import load_lpips
+from diffusers_far.training.order import StepBatchSampler, step_generator
+
+
+logger = get_logger(__name__)
+
+# What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
+IDENTITY = (
+    "vae_config train_batch_size max_train_steps learning_rate lr_scheduler lr_warmup_steps adam_beta2 weight_decay "
+    "max_grad_norm ema_decay mse_weight lpips_weight kl_weight disc_start disc_weight latent_noise mixed_precision seed"
+).split()
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True, help="Folder or Hub id that `load_dataset` opens.")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--validation_split", default="validation")
+    parser.add_argument("--video_column", default="video")
+    parser.add_argument("--vae_config", required=True, help="JSON file: `_class_name` and the model's arguments.")
+    parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
+
+    parser.add_argument("--max_train_steps", type=int, default=10_000)
+    parser.add_argument("--train_batch_size", type=int, default=32, help="Frames per step and process.")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lr_scheduler", default="cosine", help="Name known to `diffusers.optimization`.")
+    parser.add_argument("--lr_warmup_steps", type=int, default=200)
+    parser.add_argument("--adam_beta2", type=float, default=0.99)
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--latent_noise", type=float, default=0.0, help="Noise before decoding, in latents' stds.")
+
+    parser.add_argument("--mse_weight", type=float, default=0.0, help="Squared error beside the absolute error.")
+    parser.add_argument("--kl_weight", type=float, default=1e-6, help="Only for AutoencoderKL.")
+    parser.add_argument(
+        "--lpips_weights", help="File with the state dict of `lpips.LPIPS(net='vgg')`; absent: no LPIPS."
+    )
+    parser.add_argument("--lpips_weight", type=float, default=0.5)
+    parser.add_argument("--disc_start", type=int, help="Step at which the patch GAN joins; absent: no GAN.")
+    parser.add_argument("--disc_weight", type=float, default=0.5)
+    parser.add_argument("--disc_fixed_weight", action="store_true", help="Take --disc_weight as it is, not adaptive.")
+    parser.add_argument("--disc_channels", type=int, default=64)
+    parser.add_argument("--disc_layers", type=int, default=3)
+
+    parser.add_argument("--validation_steps", type=int, default=500)
+    parser.add_argument("--num_validation_frames", type=int, default=256)
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--checkpoints_total_limit", type=int, default=2)
+    parser.add_argument("--resume_from_checkpoint", help="'latest', the name of a checkpoint, or a path.")
+    parser.add_argument("--allow_changed_run", action="store_true", help="Resume although data or settings changed.")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--dataloader_num_workers", type=int, default=0)
+    parser.add_argument("--report_to", default="tensorboard")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def build_vae(config_file: str) -> torch.nn.Module:
+    config = json.loads(Path(config_file).read_text())
+    classes = {"AutoencoderDC": diffusers.AutoencoderDC, "AutoencoderKL": diffusers.AutoencoderKL}
+    if config.get("_class_name") not in classes:
+        raise ValueError(
+            f"`--vae_config` {config_file!r} has `_class_name` {config.get('_class_name')!r}; it must be one of "
+            f"{sorted(classes)}."
+        )
+    return classes[config["_class_name"]].from_config(config)
+
+
+def save_sample_grid(vae: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Truth above reconstruction, a column per image; `images` uint8 (B, 3, height, width)."""
+    with torch.no_grad():
+        decoded = vae(images.to(vae.device, vae.dtype) / 127.5 - 1).sample
+    decoded = ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    rows = [batch.permute(2, 0, 3, 1).flatten(1, 2) for batch in (images, decoded)]  # (height, B * width, 3)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(torch.cat(rows).numpy()).save(path)
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    set_seed(args.seed)
+
+    # 1. Data
+    train_trajectories = load_split(args.dataset_name, args.dataset_split)
+    train_frames = FrameDataset(train_trajectories, args.video_column)
+    validation_frames = FrameDataset(load_split(args.dataset_name, args.validation_split), args.video_column)
+    validation_frames = Subset(validation_frames, evenly_spaced(len(validation_frames), args.num_validation_frames))
+    validation_loader = DataLoader(validation_frames, args.train_batch_size)
+
+    # 2. Models
+    vae = build_vae(args.vae_config).to(memory_format=torch.channels_last)
+    last_layer = decoder_last_layer(vae)
+    ema = EMAModel(vae.parameters(), decay=args.ema_decay)
+    ema.to(accelerator.device)
+    lpips = load_lpips(args.lpips_weights).to(accelerator.device) if args.lpips_weights else None
+    if lpips is None:
+        logger.info("No --lpips_weights: training goes on without LPIPS.")
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    autoencoding, optimizer = accelerator.prepare(Autoencoding(vae, args.latent_noise), optimizer)
+    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
+    accelerator.register_for_checkpointing(ema, lr_scheduler)
+    if args.disc_start is not None:
+        discriminator = PatchDiscriminator(3, args.disc_channels, args.disc_layers)
+        disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.learning_rate, betas=(0.5, 0.9))
+        discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
+
+    # 3. Start or resume
+    identity = {name: getattr(args, name) for name in IDENTITY} | {
+        "vae_config": json.loads(Path(args.vae_config).read_text()),
+        "dataset": dataset_fingerprint(train_trajectories),
+        "num_processes": accelerator.num_processes,
+    }
+    first_step = 0
+    if checkpoint is not None:
+        first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers("train_vae")
+    sampler = StepBatchSampler(
+        len(train_frames),
+        args.train_batch_size,
+        seed=args.seed,
+        first_step=first_step,
+        last_step=args.max_train_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    train_loader = DataLoader(train_frames, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+    num_parameters = sum(parameter.numel() for parameter in vae.parameters())
+    logger.info(f"{num_parameters / 1e6:.2f} M parameters, {len(train_frames)} frames, from step {first_step}")
+
+    def validate(step: int) -> None:
+        ema.store(vae.parameters())
+        ema.copy_to(vae.parameters())
+        metrics = measure_reconstruction(vae, validation_loader)
+        samples = torch.stack([validation_frames[i] for i in evenly_spaced(len(validation_frames), 12)])
+        save_sample_grid(vae, samples, output_dir / "samples" / f"step-{step:06d}.png")
+        ema.restore(vae.parameters())
+        accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+        logger.info(f"step {step}: held-out PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}")
+
+    # 4. Train
+    autoencoding.train()
+    progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
+    start_time = time.perf_counter()
+    for step, frames in zip(sampler.steps, train_loader):
+        target = (frames.to(accelerator.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        generator = step_generator(args.seed, step, accelerator.process_index)
+        gan_is_on = args.disc_start is not None and step >= args.disc_start
+
+        reconstruction = autoencoding(target, generator)
+        reconstructed = reconstruction.images.float()
+        losses = {"reconstruction": reconstruction_loss(reconstructed, target, args.mse_weight)}
+        loss = losses["reconstruction"] + args.kl_weight * reconstruction.kl
+        if lpips is not None:
+            losses["lpips"] = lpips(reconstructed, target).mean()
+            loss = loss + args.lpips_weight * losses["lpips"]
+        if gan_is_on:
+            # Unwrapped: its gradients of this pass are thrown away, so no process need send them.
+            losses["generator"] = hinge_generator_loss(accelerator.unwrap_model(discriminator)(reconstructed))
+            weight = 1.0 if args.disc_fixed_weight else adaptive_weight(loss, losses["generator"], last_layer)
+            loss = loss + args.disc_weight * weight * losses["generator"]
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(
+                f"The loss is {loss.item()} at step {step}. The last checkpoint in {args.output_dir!r} is intact: "
+                "lower `--learning_rate` or `--max_grad_norm` and resume from it with `--allow_changed_run`."
+            )
+        accelerator.backward(loss)
+        gradient_norm = accelerator.clip_grad_norm_(autoencoding.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        ema.step(vae.parameters())
+
+        if gan_is_on:
+            disc_optimizer.zero_grad()
+            real_logits, fake_logits = discriminator(torch.cat([target, reconstructed.detach()])).chunk(2)
+            losses["discriminator"] = hinge_discriminator_loss(real_logits, fake_logits)
+            accelerator.backward(losses["discriminator"])
+            disc_optimizer.step()
+
+        finished = step + 1
+        if finished % 10 == 0 or finished == args.max_train_steps:
+            seconds_per_step = (time.perf_counter() - start_time) / (finished - first_step)
+            scalars = {f"train/{name}": value.item() for name, value in losses.items()} | {
+                "train/gradient_norm": float(gradient_norm),
+                "train/learning_rate": lr_scheduler.get_last_lr()[0],
+                "train/frames_per_second": args.train_batch_size * accelerator.num_processes / seconds_per_step,
+            }
+            accelerator.log(scalars, step=finished)
+            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        progress.update()
+        if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
+            save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+        if accelerator.is_main_process and finished % args.validation_steps == 0 and finished < args.max_train_steps:
+            validate(finished)
+    progress.close()
+
+    # 5. Save
+    save_checkpoint(accelerator, output_dir, args.max_train_steps, identity, args.checkpoints_total_limit)
+    if accelerator.is_main_process:
+        validate(args.max_train_steps)
+        ema.copy_to(vae.parameters())
+        sample = Subset(train_frames, evenly_spaced(len(train_frames), 2048))
+        scaling_factor = measure_scaling_factor(vae, DataLoader(sample, args.train_batch_size))
+        vae.register_to_config(scaling_factor=scaling_factor)
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(output_dir)
+        logger.info(f"Saved to {output_dir}, scaling factor {scaling_factor:.5f}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,5 @@
+from diffusers.loaders.lora_base import LoraBaseMixin
+
+
+class FARLoraLoaderMixin(LoraBaseMixin):
+    pass

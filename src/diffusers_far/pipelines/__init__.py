@@ -1,0 +1,2 @@
+from .pipeline_far import FARPipeline
+from .pipeline_output import FARPipelineOutput

@@ -1,0 +1,18 @@
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class FARPipelineOutput(BaseOutput):
+    """Output of [`FARPipeline`].
+
+    Args:
+        frames (`list[list[PIL.Image.Image]]`, `np.ndarray` or `torch.Tensor`): The new frames only: a list of videos;
+            `(B, F, height, width, 3)` in [0, 1]; `(B, F, 3, height, width)` in [0, 1]; or latents `(B, F, C, H, W)`.
+    """
+
+    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor

@@ -1,0 +1,148 @@
+"""A growing video in latent space: finished frames behind, the next one made from noise.
+
+B batch, F frames, C latent channels, H/W latent height/width, A action channels.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin
+
+from ..models.kv_cache import FrameBatch
+from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How frames are made.
+
+    Args:
+        num_inference_steps (`int`): Denoising steps of a frame.
+        guidance_scale (`float`): Above 1 the model also runs with the null condition, in the same batch.
+        use_cache (`bool`): `False` computes the whole context anew at every step.
+        attention_kwargs (`dict`, *optional*): Passed to the transformer.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    use_cache: bool = True
+    attention_kwargs: dict | None = None
+
+
+class Rollout:
+    """Writes clean frames and denoises new ones. Writing and denoising are two calls: a denoised frame becomes context
+    only when it is written.
+
+    Args:
+        transformer ([`FARTransformer3DModel`]): The denoiser.
+        scheduler: A flow-matching scheduler; copied, so that rollouts do not disturb each other.
+        latent_shape (`tuple`): `(B, C, H, W)`.
+        max_frames (`int`): Frames of the whole video, context included.
+        device (`torch.device`): Where the transformer runs.
+        class_labels (`torch.Tensor` of shape `(B,)`, *optional*).
+        config (`RolloutConfig`).
+
+    Attributes:
+        num_steps (`int`): Denoising steps of a frame.
+    """
+
+    def __init__(
+        self,
+        transformer: FARTransformer3DModel,
+        scheduler: SchedulerMixin,
+        *,
+        latent_shape: tuple[int, int, int, int],
+        max_frames: int,
+        device: torch.device,
+        class_labels: torch.Tensor | None = None,
+        config: RolloutConfig = RolloutConfig(),
+    ):
+        self.transformer = transformer
+        self.scheduler = copy.deepcopy(scheduler)
+        self.config = config
+        self.device = device
+        self.scheduler.set_timesteps(config.num_inference_steps, device=device)
+        self.num_steps = len(self.scheduler.timesteps)  # some schedulers make more than `num_inference_steps`
+        self.is_guided = config.guidance_scale > 1
+        self.class_labels = class_labels
+        if self.is_guided and class_labels is not None:
+            null_labels = torch.full_like(class_labels, transformer.config.num_classes)
+            self.class_labels = torch.cat([null_labels, class_labels])
+        self.frames: FrameBatch | None = None  # clean frames, where nothing is cached
+        self.kv_cache = None
+        if config.use_cache:
+            batch_size, _, height, width = latent_shape
+            self.kv_cache = transformer.init_kv_cache(
+                batch_size * (2 if self.is_guided else 1), height, width, max_frames, device=device
+            )
+
+    def write(self, frames: FrameBatch) -> None:
+        """Add clean frames, `latents` (B, F, C, H, W), to the context."""
+        frames = self._model_inputs(frames)
+        if self.kv_cache is None:
+            self.frames = frames if self.frames is None else self.frames.append(frames)
+            return
+        with self.transformer.cache_context("context"):
+            self._predict(frames, CLEAN_TIMESTEP, update_cache=True)
+
+    def denoise(self, frame: FrameBatch, on_step_end: Callable | None = None) -> torch.Tensor:
+        """Make the next frame.
+
+        Args:
+            frame (`FrameBatch`): Noise as `latents`, (B, 1, C, H, W), and the action that the frame is fed.
+            on_step_end (callable, *optional*): `(step_index, timestep, latents) -> latents`, after each step.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 1, C, H, W)`, float32.
+        """
+        self.scheduler.set_timesteps(self.config.num_inference_steps, device=self.device)
+        latents = frame.latents.float()
+        for step_index, timestep in enumerate(self.scheduler.timesteps):
+            inputs = self._model_inputs(FrameBatch(latents, frame.actions, frame.action_mask))
+            with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=self.num_steps):
+                velocity = self._velocity(inputs, timestep).float()
+            if self.is_guided:
+                null_velocity, velocity = velocity.chunk(2)
+                velocity = null_velocity + self.config.guidance_scale * (velocity - null_velocity)
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if on_step_end is not None:
+                latents = on_step_end(step_index, timestep, latents)
+        return latents
+
+    def _velocity(self, noisy: FrameBatch, timestep: torch.Tensor) -> torch.Tensor:
+        """Velocity of the one noisy frame, `(B, 1, C, H, W)`."""
+        if self.kv_cache is not None or self.frames is None:
+            return self._predict(noisy, timestep)
+        context = self.frames
+        batch_size, num_clean = context.latents.shape[:2]
+        timesteps = torch.full((batch_size, num_clean + 1), CLEAN_TIMESTEP, device=self.device)
+        timesteps[:, -1] = timestep
+        return self._predict(context.append(noisy), timesteps)[:, -1:]
+
+    def _predict(self, frames: FrameBatch, timestep, update_cache: bool = False) -> torch.Tensor | None:
+        return self.transformer(
+            frames.latents,
+            timestep,
+            actions=frames.actions,
+            action_mask=frames.action_mask,
+            class_labels=self.class_labels,
+            kv_cache=self.kv_cache,
+            update_cache=update_cache,
+            attention_kwargs=self.config.attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    def _model_inputs(self, frames: FrameBatch) -> FrameBatch:
+        """In the model's dtype; with guidance a null half in front, whose actions are null in the context too."""
+        latents, actions, action_mask = frames.latents.to(self.transformer.dtype), frames.actions, frames.action_mask
+        if not self.is_guided:
+            return FrameBatch(latents, actions, action_mask)
+        latents = torch.cat([latents, latents])
+        if actions is not None:
+            if action_mask is None:
+                action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
+            action_mask = torch.cat([torch.zeros_like(action_mask), action_mask])
+            actions = torch.cat([actions, actions])
+        return FrameBatch(latents, actions, action_mask)

@@ -1,0 +1,157 @@
+"""The training objective: which frames of a clip are noisy, how noisy, and the loss on their predicted velocity.
+
+B batch, F frames (long ones first), F_short short frames, C latent channels, H/W latent height/width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..models.transformer_far import CLEAN_TIMESTEP
+
+
+NUM_TRAIN_TIMESTEPS = 1000
+OBJECTIVES = ("far", "video_dit")
+
+
+@dataclass(frozen=True)
+class ObjectiveDraw:
+    """All that chance decides for a clip, or, stacked, for a batch of clips (then with a batch dimension in front).
+
+    Args:
+        noise (`torch.Tensor` of shape `(F, C, H, W)`): x_1; zero at the long frames, which are never noisy.
+        timestep (`torch.Tensor` of shape `(F,)`): 1 to 1000; -1 marks a clean frame.
+        keeps_action (`torch.Tensor` of shape `(F,)`, bool): `False`: the frame's action is dropped.
+        keeps_label (`torch.Tensor` of shape `()`, bool): `False`: the clip's class is dropped.
+    """
+
+    noise: torch.Tensor
+    timestep: torch.Tensor
+    keeps_action: torch.Tensor
+    keeps_label: torch.Tensor
+
+    @classmethod
+    def stack(cls, draws: Sequence["ObjectiveDraw"]) -> "ObjectiveDraw":
+        return cls(*(torch.stack([getattr(draw, field.name) for draw in draws]) for field in fields(cls)))
+
+    def to(self, device: torch.device | str) -> "ObjectiveDraw":
+        return ObjectiveDraw(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class TrainingObjective:
+    """Flow matching on clips, `x_t = (1 - t) x_0 + t x_1`, the velocity `x_1 - x_0` being learned.
+
+    Args:
+        name (`str`): `"far"`: each frame has a noise level of its own. `"video_dit"`: the clip's noisy frames share one,
+            as in a video diffusion transformer.
+        clean_context_ratio (`float`): Share of the frames that are replaced by their clean latents (stochastic clean
+            context), as inference feeds finished frames. They have no loss. With `"video_dit"` there are none.
+        clean_prefix_ratio (`float`): Share of the clips whose first short frames are clean, their number drawn from 1
+            to `F_short - 1`, and whose next frame is noisy: exactly what inference asks for.
+        condition_dropout (`float`): Share of the actions (per frame) and labels (per clip) that become null. It is drawn
+            here, not by the model, so that a clip's draw does not depend on the batch it is in.
+
+    Source: FAR, arXiv:2503.19325; the clean prefix is ours.
+    """
+
+    name: str = "far"
+    clean_context_ratio: float = 0.1
+    clean_prefix_ratio: float = 0.0
+    condition_dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"`name` is {self.name!r}; the objectives are {', '.join(OBJECTIVES)}.")
+        for name, highest in (("clean_context_ratio", 1), ("clean_prefix_ratio", 1), ("condition_dropout", 1)):
+            if not 0 <= getattr(self, name) <= highest:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, from 0 to {highest}.")
+
+    def draw(
+        self, num_frames: int, num_long_frames: int, latent_shape: Sequence[int], generator: torch.Generator
+    ) -> ObjectiveDraw:
+        """Draw for one clip.
+
+        Args:
+            num_frames (`int`): F.
+            num_long_frames (`int`): Clean frames at the start of the clip that the model compresses.
+            latent_shape (sequence of `int`): C, H, W.
+            generator (`torch.Generator`): On the CPU, so that the draw is the same whatever device trains.
+        """
+        num_short_frames = num_frames - num_long_frames
+        num_levels = 1 if self.name == "video_dit" else num_short_frames
+        timestep = draw_timesteps(num_levels, generator).repeat(num_short_frames // num_levels)
+        is_clean = torch.rand(num_short_frames, generator=generator) < self.clean_context_ratio
+        if self.name == "video_dit":
+            is_clean[:] = False
+        has_prefix = torch.rand((), generator=generator) < self.clean_prefix_ratio
+        prefix_place = torch.rand((), generator=generator).item()
+        if has_prefix and num_short_frames > 1:
+            num_prefix_frames = 1 + int(prefix_place * (num_short_frames - 1))
+            is_clean[:num_prefix_frames] = True
+            is_clean[num_prefix_frames] = False
+
+        noise = torch.zeros(num_frames, *latent_shape)
+        noise[num_long_frames:] = torch.randn(num_short_frames, *latent_shape, generator=generator)
+        long_timestep = torch.full((num_long_frames,), CLEAN_TIMESTEP)
+        return ObjectiveDraw(
+            noise=noise,
+            timestep=torch.cat([long_timestep, timestep.masked_fill(is_clean, CLEAN_TIMESTEP)]),
+            keeps_action=torch.rand(num_frames, generator=generator) >= self.condition_dropout,
+            keeps_label=torch.rand((), generator=generator) >= self.condition_dropout,
+        )
+
+
+def draw_timesteps(num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    """Logit-normal timesteps (mean 0, std 1) as the scheduler's integers.
+
+    Returns:
+        `torch.Tensor` of shape `(num_timesteps,)`, float32, whole numbers from 1 to 1000.
+    """
+    time = torch.randn(num_timesteps, generator=generator).sigmoid()
+    return (time * NUM_TRAIN_TIMESTEPS).ceil().clamp(1, NUM_TRAIN_TIMESTEPS)
+
+
+def draw_num_long_frames(num_frames: int, short_window: int, generator: torch.Generator) -> int:
+    """How many long frames precede the short window in a step: uniform, from none to all that the clip has room for.
+
+    Args:
+        num_frames (`int`): Longest clip.
+        short_window (`int`): Short frames; a step's clips have these and the long frames that are drawn.
+        generator (`torch.Generator`): The same on all processes, whose passes must have one shape.
+    """
+    return int(torch.randint(max(0, num_frames - short_window) + 1, (), generator=generator))
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """`x_t = (1 - t) x_0 + t x_1`, frame by frame; clean frames, at timestep -1, stay what they are.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, F, C, H, W)`): x_0.
+        noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_1.
+        timestep (`torch.Tensor` of shape `(B, F)`): 1 to 1000, or -1.
+    """
+    time = (timestep.clamp(min=0) / NUM_TRAIN_TIMESTEPS)[..., None, None, None]
+    return (1 - time) * latents + time * noise
+
+
+def velocity_loss(
+    velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of the velocity `x_1 - x_0` on the noisy frames: their mean in each clip, then over clips.
+
+    Args:
+        velocity (`torch.Tensor` of shape `(B, F_short, C, H, W)`): What the transformer returns.
+        latents, noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_0 and x_1 of all frames.
+        timestep (`torch.Tensor` of shape `(B, F)`): -1 marks the clean frames.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32. A clip without a noisy frame counts as 0.
+    """
+    num_short_frames = velocity.shape[1]
+    target = (noise - latents)[:, -num_short_frames:].float()
+    is_noisy = timestep[:, -num_short_frames:] > 0
+    frame_losses = (velocity.float() - target).square().flatten(2).mean(dim=2)  # (B, F_short)
+    clip_losses = (frame_losses * is_noisy).sum(dim=1) / is_noisy.sum(dim=1).clamp(min=1)
+    return clip_losses.mean()

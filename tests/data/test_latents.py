@@ -1,0 +1,116 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+
+from diffusers_far.data.fingerprint import vae_hash
+from diffusers_far.data.latents import LatentDataset, LatentSource, read_source, write_shard
+
+
+@pytest.fixture
+def arrays() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.standard_normal((length, 4, 2, 3)).astype(np.float16) for length in (5, 3, 4, 6, 2)]
+
+
+@pytest.fixture
+def latents_dir(arrays, trajectories, vae, tmp_path):
+    source = LatentSource(vae_hash(vae), 0.5, "dataset", num_trajectories=5, trajectories_per_shard=2)
+    (tmp_path / "latents" / "train").mkdir(parents=True)
+    carried = trajectories.remove_columns("video")
+    for shard in range(source.num_shards):
+        rows = source.shard_rows(shard)
+        write_shard(
+            source.shard_path(tmp_path / "latents" / "train", shard),
+            [arrays[row] for row in rows],
+            carried.select(rows).with_format("arrow")[:],
+            carried.features,
+            source,
+        )
+    return tmp_path / "latents"
+
+
+def test_every_clip_is_the_slice_of_what_was_written(latents_dir, arrays):
+    latents = LatentDataset(latents_dir)
+    assert len(latents) == 5 and latents.latent_shape == (4, 2, 3)
+    assert latents.num_frames.tolist() == [5, 3, 4, 6, 2]
+    for row, array in enumerate(arrays):
+        for start in range(len(array)):
+            for length in range(1, len(array) - start + 1):
+                clip = latents.clip(row, start, length)
+                assert clip.latents.dtype == torch.float32
+                assert np.array_equal(clip.latents.numpy(), array[start : start + length])
+                assert clip.actions.tolist() == list(range(10 * row + start, 10 * row + start + length))
+
+
+def test_an_interval_skips_frames_and_combines_all_their_actions(latents_dir, arrays):
+    clip = LatentDataset(latents_dir).clip(3, 1, 2, interval=3, combine_actions=lambda actions: actions.sum(1))
+    assert np.array_equal(clip.latents.numpy(), arrays[3][1:5:3])
+    # Frames 1 and 4: actions 31 + 32 + 33, then 34 + 35 and the last one again, as the trajectory ends.
+    assert clip.actions.tolist() == [96, 104]
+
+
+def test_an_interval_that_would_lose_actions_is_refused(latents_dir):
+    with pytest.raises(ValueError, match="combine_actions"):
+        LatentDataset(latents_dir).clip(3, 0, 2, interval=3)
+
+
+@pytest.mark.parametrize("place", [(1, 0, 4), (1, 2, 2), (1, -1, 1), (1, 0, 0), (5, 0, 1), (-1, 0, 1)])
+def test_a_clip_outside_its_trajectory_is_refused(latents_dir, place):
+    with pytest.raises(ValueError, match="trajectory"):
+        LatentDataset(latents_dir).clip(*place)
+
+
+def test_datasets_opens_the_same_folder(latents_dir, arrays):
+    rows = load_dataset(str(latents_dir), split="train").with_format("numpy")
+    assert rows.column_names == ["latents", "actions", "seed"]
+    assert np.array_equal(rows[2]["latents"], arrays[2])
+    assert rows[2]["seed"] == 102
+
+
+def test_latents_of_another_vae_are_refused_with_both_hashes_and_the_cure(latents_dir, vae):
+    latents = LatentDataset(latents_dir)
+    latents.require_vae(vae)
+    made_with = vae_hash(vae)
+    vae.register_to_config(scaling_factor=0.25)
+    with pytest.raises(ValueError, match=f"{made_with}.*{vae_hash(vae)}.*cache_latents"):
+        latents.require_vae(vae)
+
+
+def test_missing_shards_are_named(latents_dir):
+    (latents_dir / "train" / "latents-00001-of-00003.arrow").unlink()
+    with pytest.raises(ValueError, match="lacks 1 of 3.*latents-00001-of-00003"):
+        LatentDataset(latents_dir)
+
+
+def test_a_missing_split_is_refused(latents_dir):
+    with pytest.raises(ValueError, match="cache_latents"):
+        LatentDataset(latents_dir, "validation")
+
+
+def test_shards_of_different_sources_are_refused(latents_dir, arrays, trajectories):
+    path = latents_dir / "train" / "latents-00002-of-00003.arrow"
+    source = read_source(path)
+    other = LatentSource("another", *list(vars(source).values())[1:])
+    carried = trajectories.remove_columns("video").select([4])
+    write_shard(path, arrays[4:], carried.with_format("arrow")[:], carried.features, other)
+    with pytest.raises(ValueError, match="different sources"):
+        LatentDataset(latents_dir)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.9])
+def test_a_truncated_shard_is_named(latents_dir, kept):
+    path = latents_dir / "train" / "latents-00001-of-00003.arrow"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match="latents-00001-of-00003"):
+        LatentDataset(latents_dir)
+
+
+def test_a_worker_process_gets_the_path_and_not_the_latents(latents_dir):
+    latents = LatentDataset(latents_dir)
+    pickled = pickle.dumps(latents)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled).clip(0, 0, 2).latents, latents.clip(0, 0, 2).latents)

@@ -1,0 +1,162 @@
+"""`train_vae.py` and `cache_latents.py`, run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from diffusers import AutoencoderDC
+from safetensors.torch import load_file
+
+from diffusers_far.data.codec import encode_video
+from diffusers_far.data.frames import FrameDataset
+from diffusers_far.data.latents import LatentDataset
+from diffusers_far.data.loading import load_split
+
+
+pytestmark = pytest.mark.full
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_script(name: str, *arguments: str, home: Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "HF_HOME": str(home / "huggingface"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / name), *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A dataset of two splits, with configs of a tiny AutoencoderDC and AutoencoderKL beside it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    random = np.random.default_rng(0)
+    features = Features({"video": List(Image()), "actions": List(Value("int64"))})
+    (folder / "dataset").mkdir()
+    for split, num_rows in (("train", 5), ("validation", 1)):
+        ramps = np.linspace(0, 1, 16)[:, None, None] * random.integers(0, 256, (num_rows, 6, 1, 1, 3))
+        videos = np.broadcast_to(ramps, (num_rows, 6, 16, 16, 3)).astype(np.uint8)
+        rows = {"video": [list(video) for video in videos], "actions": [[0, 1, 2, 0, 1, 2]] * num_rows}
+        path = folder / "dataset" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(rows, features=features).to_parquet(path)
+    shared = {"block_out_channels": [8, 8, 16], "layers_per_block": [0, 1, 1], "qkv_multiscales": [[], [], []]}
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in shared.items()}
+    dc = {"_class_name": "AutoencoderDC", "latent_channels": 4, **sides}
+    kl = {
+        "_class_name": "AutoencoderKL",
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
+    (folder / "dc.json").write_text(json.dumps(dc))
+    (folder / "kl.json").write_text(json.dumps(kl))
+    return folder
+
+
+def train(workplace: Path, output: str, *more: str, config: str = "dc.json", launcher: tuple[str, ...] = ()):
+    return run_script(
+        "train_vae.py",
+        *("--dataset_name", str(workplace / "dataset"), "--vae_config", str(workplace / config)),
+        *("--output_dir", str(workplace / output), "--max_train_steps", "8", "--train_batch_size", "4"),
+        *("--lr_warmup_steps", "2", "--checkpointing_steps", "3", "--validation_steps", "4", "--latent_noise", "0.1"),
+        *more,
+        home=workplace,
+        launcher=launcher,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> Path:
+    """A finished run."""
+    result = train(workplace, "vae")
+    assert result.returncode == 0, result.stderr
+    assert "without LPIPS" in result.stderr
+    return workplace / "vae"
+
+
+def test_a_run_leaves_a_vae_whose_latents_have_unit_variance(workplace, trained):
+    vae = AutoencoderDC.from_pretrained(trained)
+    frames = FrameDataset(load_split(str(workplace / "dataset"), "train"))
+    latents = encode_video(vae, torch.stack([frames[index] for index in range(len(frames))]))
+    assert latents.std().item() == pytest.approx(1, rel=1e-2)
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    assert len(list((trained / "samples").glob("*.png"))) == 2
+    assert list((trained / "logs").rglob("events*"))
+
+
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(workplace, trained):
+    # Not a shorter run: the schedule depends on the number of steps. So the later checkpoint is taken away.
+    copied = workplace / "resumed"
+    (copied / "checkpoint-6").mkdir(parents=True)
+    for path in (trained / "checkpoint-6").iterdir():
+        (copied / "checkpoint-6" / path.name).write_bytes(path.read_bytes())
+    result = train(workplace, "resumed", "--resume_from_checkpoint", "latest")
+    assert result.returncode == 0, result.stderr
+    for name in ("diffusion_pytorch_model.safetensors", "checkpoint-8/model.safetensors"):
+        torch.testing.assert_close(load_file(copied / name), load_file(trained / name), rtol=0, atol=0)
+    assert (copied / "config.json").read_text() == (trained / "config.json").read_text()
+
+
+def test_a_folder_in_use_and_a_changed_run_are_refused(workplace, trained):
+    assert "not empty" in train(workplace, "vae").stderr
+    result = train(workplace, "vae", "--resume_from_checkpoint", "latest", "--learning_rate", "0.5")
+    assert result.returncode != 0
+    assert "`learning_rate` was 0.001 and is 0.5" in result.stderr
+
+
+def test_a_kl_autoencoder_trains_with_a_gan_in_two_processes(workplace):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    result = train(workplace, "kl", "--disc_start", "2", "--disc_channels", "8", config="kl.json", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert (workplace / "kl" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def cache(workplace: Path, vae: Path, *more: str) -> subprocess.CompletedProcess:
+    return run_script(
+        "cache_latents.py",
+        *("--dataset_name", str(workplace / "dataset"), "--vae", str(vae), "--output_dir", str(workplace / "latents")),
+        *("--trajectories_per_shard", "2", "--device", "cpu", *more),
+        home=workplace,
+    )
+
+
+def test_cached_latents_are_the_encoded_frames_and_only_missing_shards_are_made(workplace, trained):
+    result = cache(workplace, trained, "--num_processes", "2")
+    assert result.returncode == 0, result.stderr
+    latents = LatentDataset(workplace / "latents", "train")
+    vae = AutoencoderDC.from_pretrained(trained)
+    latents.require_vae(vae)
+    frames = FrameDataset(load_split(str(workplace / "dataset"), "train"))
+    expected = encode_video(vae, torch.stack([frames[index] for index in range(18, 24)]))
+    clip = latents.clip(3, 0, 6)
+    torch.testing.assert_close(clip.latents, expected.half().float(), rtol=1e-3, atol=1e-3)
+    assert clip.actions.tolist() == [0, 1, 2, 0, 1, 2]
+
+    shards = sorted((workplace / "latents" / "train").iterdir())
+    content = [path.read_bytes() for path in shards]
+    shards[1].unlink()
+    written = [path.stat().st_mtime_ns for path in (shards[0], shards[2])]
+    assert cache(workplace, trained).returncode == 0
+    assert [path.read_bytes() for path in shards] == content
+    assert [path.stat().st_mtime_ns for path in (shards[0], shards[2])] == written
+
+
+def test_latents_of_two_vaes_never_share_a_folder(workplace, trained):
+    assert cache(workplace, trained).returncode == 0
+    other = AutoencoderDC.from_pretrained(trained)
+    other.register_to_config(scaling_factor=0.123)
+    other.save_pretrained(workplace / "other-vae")
+    result = cache(workplace, workplace / "other-vae")
+    assert result.returncode != 0
+    assert "another `--output_dir`" in result.stderr

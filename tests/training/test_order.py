@@ -1,0 +1,39 @@
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_far.training.order import StepBatchSampler, step_generator, step_indices
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 2**31))
+def test_every_epoch_shows_each_sample_once_whatever_the_batch_size(num_samples, batch_size, seed):
+    num_steps = -(-2 * num_samples // batch_size)
+    served = np.concatenate([step_indices(num_samples, batch_size, seed, step) for step in range(num_steps)])
+    for epoch in range(2):
+        assert sorted(served[epoch * num_samples : (epoch + 1) * num_samples]) == list(range(num_samples))
+
+
+def test_a_sampler_that_starts_late_serves_what_the_uninterrupted_one_served():
+    whole = list(StepBatchSampler(23, 4, seed=5, first_step=0, last_step=30))
+    rest = list(StepBatchSampler(23, 4, seed=5, first_step=17, last_step=30))
+    assert rest == whole[17:]
+
+
+def test_processes_share_one_global_batch():
+    single = list(StepBatchSampler(23, 6, seed=5, first_step=0, last_step=9))
+    shares = [
+        StepBatchSampler(23, 3, seed=5, first_step=0, last_step=9, process_index=index, num_processes=2)
+        for index in range(2)
+    ]
+    assert [first + second for first, second in zip(*shares)] == single
+
+
+def test_draws_depend_on_seed_step_process_and_stream_alone():
+    def draw(*key):
+        return tuple(torch.randn(4, generator=step_generator(*key)).tolist())
+
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    assert len({draw(*key) for key in keys}) == len(keys)
+    assert draw(3, 4, 5, 6) == draw(3, 4, 5, 6)
