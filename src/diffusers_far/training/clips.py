@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..models.conditions import shift_actions
-from .objective import ObjectiveDraw, TrainingObjective, draw_num_long_frames
+from .objective import ObjectiveDraw, TrainingObjective, add_noise, draw_num_long_frames, velocity_loss
 from .order import step_generator, step_indices
 
 
@@ -189,3 +189,10 @@ class TrainingBatches(torch.utils.data.Dataset):
             for generator in generators
         ]
         return clips, ObjectiveDraw.stack(draws)
+
+
+def clip_loss(model: torch.nn.Module, transformer_config, clips: ClipBatch, draw: ObjectiveDraw) -> torch.Tensor:
+    """The loss of one pass. `model` is the transformer, or what wraps it for training on several devices."""
+    noisy_latents = add_noise(clips.latents, draw.noise, draw.timestep)
+    velocity = model(noisy_latents, draw.timestep, **clips.conditions(transformer_config, draw)).sample
+    return velocity_loss(velocity, clips.latents, draw.noise, draw.timestep)

@@ -6,6 +6,7 @@ B batch, F frames, C latent channels, H/W latent height/width; h/w pixels.
 import numpy as np
 import torch
 
+from ..models.codec import decode_video
 from .clips import ClipBatch, ClipDataset, cut_clips, usable_trajectories
 from .objective import add_noise, velocity_loss
 from .order import step_generator
@@ -81,8 +82,8 @@ def rollout(
         output_type="pt",
     ).frames
     true_latents = clips.latents[:, num_context_frames:]
-    truth = [pipeline._decode(frame, "pt") for frame in true_latents.unbind(1)]
-    return predicted.cpu(), torch.stack(truth, dim=1).cpu()
+    truth = decode_video(pipeline.vae, true_latents.flatten(0, 1)).unflatten(0, true_latents.shape[:2])
+    return predicted.float().cpu(), truth.float().cpu()
 
 
 def psnr_per_horizon(predicted: torch.Tensor, truth: torch.Tensor) -> list[float]:
@@ -91,5 +92,5 @@ def psnr_per_horizon(predicted: torch.Tensor, truth: torch.Tensor) -> list[float
     Args:
         predicted, truth (`torch.Tensor` of shape `(B, F, 3, h, w)`): In [0, 1].
     """
-    squared_error = (predicted.float() - truth.float()).square().flatten(2).mean(dim=2)
+    squared_error = (predicted - truth).square().flatten(2).mean(dim=2)
     return (-10 * squared_error.clamp(min=1e-10).log10()).mean(dim=0).tolist()
