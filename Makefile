@@ -11,8 +11,9 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -m "not full" -q
 
+# The slow tier: what launches processes, serves a Hub or trains. `make test test-full` runs everything.
 test-full: $(READY)
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -m full -q
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,8 @@
     python examples/cache_latents.py --dataset_name mazes --dataset_split train --vae vae-maze --output_dir latents
 
 Writes `output_dir/split/latents-*.arrow`: a row per trajectory with `latents` (F, C, H, W) in float16, already
-multiplied by the VAE's scaling factor, and the dataset's other columns. Interrupted, it goes on with the shards that are missing.
+multiplied by the VAE's scaling factor, and the dataset's other columns. Interrupted, it goes on with the shards that
+are missing.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from datasets import Dataset
 from diffusers import AutoModel
 from tqdm.auto import tqdm
 
-from diffusers_far.data.codec import encode_video
 from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
 from diffusers_far.data.frames import FrameDataset
 from diffusers_far.data.latents import LatentSource, read_source, write_shard
 from diffusers_far.data.loading import load_split
+from diffusers_far.models.codec import encode_video
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

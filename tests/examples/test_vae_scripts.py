@@ -13,10 +13,10 @@ from datasets import Dataset, Features, Image, List, Value
 from diffusers import AutoencoderDC
 from safetensors.torch import load_file
 
-from diffusers_far.data.codec import encode_video
 from diffusers_far.data.frames import FrameDataset
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.data.loading import load_split
+from diffusers_far.models.codec import encode_video
 
 
 pytestmark = pytest.mark.full
@@ -116,9 +116,13 @@ def test_a_folder_in_use_and_a_changed_run_are_refused(workplace, trained):
 
 
 def test_a_kl_autoencoder_trains_with_a_gan_in_two_processes(workplace):
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    result = train(workplace, "kl", "--disc_start", "2", "--disc_channels", "8", config="kl.json", launcher=launcher)
+    # `accelerate launch --cpu --num_processes 2` starts one process only.
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    gan = ("--disc_start", "2", "--disc_channels", "8", "--disc_layers", "1")
+    result = train(workplace, "kl", *gan, config="kl.json", launcher=launcher)
     assert result.returncode == 0, result.stderr
+    run = json.loads((workplace / "kl" / "checkpoint-8" / "run.json").read_text())
+    assert run["identity"]["num_processes"] == 2
     assert (workplace / "kl" / "diffusion_pytorch_model.safetensors").is_file()
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from diffusers_far.data.codec import encode_images
+from diffusers_far.models.codec import encode_images
 from diffusers_far.training.autoencoder import (
     Autoencoding,
     decoder_last_layer,

@@ -221,7 +221,7 @@ class LatentDataset:
         if interval > 1:
             if combine_actions is None:
                 raise ValueError(
-                    f"`interval` is {interval}: the actions of the skipped frames would be lost; give `combine_actions`."
+                    f"`interval` is {interval}: the actions of skipped frames would be lost; give `combine_actions`."
                 )
             # The last kept frame leads out of the clip; where the trajectory ends first, its last action stands in.
             missing = length * interval - len(actions)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ..data.codec import encode_images
+from ..models.codec import encode_images
 
 
 @dataclass(frozen=True)

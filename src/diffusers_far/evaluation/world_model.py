@@ -1,0 +1,205 @@
+"""The protocol of action-conditioned worlds: continue held-out walks at their true actions, and see what holds.
+
+B walks, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..models.codec import decode_video, encode_video
+from ..pipelines import FARPipeline
+from .metrics import Estimate, frame_psnr, gradient_magnitude, seen_before
+
+
+@dataclass(frozen=True)
+class WorldModelProtocol:
+    """Every number of the protocol.
+
+    Args:
+        num_walks (`int`): Held-out walks, the first ones of the split.
+        first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
+        num_frames (`int`): Frames that it then predicts.
+        num_inference_steps (`int`), guidance_scale (`float`): Of the pipeline.
+        mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
+        seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
+        batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
+    """
+
+    num_walks: int = 64
+    first_context_frame: int = 68
+    num_context_frames: int = 32
+    num_frames: int = 8
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    mirrored_actions: tuple[int, int] = (1, 2)
+    seed: int = 0
+    batch_size: int = 16
+
+    @property
+    def last_frame(self) -> int:
+        return self.first_context_frame + self.num_context_frames + self.num_frames
+
+
+@dataclass(frozen=True)
+class Walks:
+    """Recorded walks: `video` (B, F, 3, h, w) in [0, 1], `actions` (B, F), `pose` (B, F, 3); F context and new frames."""
+
+    video: torch.Tensor
+    actions: torch.Tensor
+    pose: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Everything that is compared, each `(B, num_frames, 3, h, w)` in [0, 1] but for `mirrored`, which has one frame.
+
+    `mirrored`: the first frame under the mirrored action, from the same noise.
+    """
+
+    truth: torch.Tensor
+    predicted: torch.Tensor
+    mirrored: torch.Tensor
+    repeated: torch.Tensor
+    reconstructed: torch.Tensor
+
+
+def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
+    """Cut the protocol's frames from the first walks of a dataset with columns `video`, `actions` and `pose`."""
+    if len(dataset) < protocol.num_walks:
+        raise ValueError(f"`num_walks` is {protocol.num_walks} but the dataset has {len(dataset)}; ask for fewer.")
+    window = slice(protocol.first_context_frame, protocol.last_frame)
+    rows = dataset.select(range(protocol.num_walks)).with_format("arrow")
+    decoder = dataset.features["video"].feature
+    videos, actions, poses = [], [], []
+    for row in rows.iter(batch_size=1):
+        encoded = row["video"][0].values.slice(window.start, window.stop - window.start).to_pylist()
+        if len(encoded) < window.stop - window.start:
+            raise ValueError(f"A walk ends before frame {window.stop}, which this protocol needs; use longer walks.")
+        videos.append(np.stack([np.asarray(decoder.decode_example(image).convert("RGB")) for image in encoded]))
+        actions.append(row["actions"][0].as_py()[window])
+        poses.append(row["pose"][0].as_py()[window])
+    video = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3).float() / 255
+    return Walks(video, torch.tensor(actions), torch.tensor(poses))
+
+
+@torch.no_grad()
+def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol) -> Predictions:
+    """Continue every walk at its true actions, and one frame at the mirrored action."""
+    num_context = protocol.num_context_frames
+    left, right = protocol.mirrored_actions
+    predicted, mirrored, reconstructed = [], [], []
+    for start in range(0, len(walks.video), protocol.batch_size):
+        batch = slice(start, start + protocol.batch_size)
+        video, actions = walks.video[batch], walks.actions[batch]
+        context = encode_video(pipe.vae, video.flatten(0, 1)).unflatten(0, video.shape[:2])
+
+        def continue_walks(actions: torch.Tensor, num_frames: int) -> torch.Tensor:
+            return pipe(
+                video_latents=context[:, :num_context],
+                actions=actions[:, : num_context + num_frames],
+                num_frames=num_frames,
+                num_inference_steps=protocol.num_inference_steps,
+                guidance_scale=protocol.guidance_scale,
+                generator=[torch.Generator().manual_seed(protocol.seed + start + walk) for walk in range(len(video))],
+                output_type="pt",
+            ).frames
+
+        predicted.append(continue_walks(actions, protocol.num_frames))
+        mirrored_actions = actions.clone()
+        taken = actions[:, num_context - 1]  # the action that leads to the first new frame
+        mirrored_actions[taken == left, num_context - 1] = right
+        mirrored_actions[taken == right, num_context - 1] = left
+        mirrored.append(continue_walks(mirrored_actions, 1))
+        new_latents = context[:, num_context:]
+        reconstructed.append(decode_video(pipe.vae, new_latents.flatten(0, 1)).unflatten(0, new_latents.shape[:2]))
+
+    truth = walks.video[:, num_context:]
+    return Predictions(
+        truth=truth,
+        predicted=torch.cat(predicted).to(truth),
+        mirrored=torch.cat(mirrored).to(truth),
+        repeated=walks.video[:, num_context - 1 : num_context].expand_as(truth),
+        reconstructed=torch.cat(reconstructed).to(truth),
+    )
+
+
+def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProtocol) -> dict:
+    """The protocol's figures, ready for JSON: estimates with 95% intervals over walks.
+
+    Returns:
+        `dict` with the settings; PSNR by horizon of the prediction, of repeating the last frame and of the VAE's
+        reconstruction; the gains over repeating on the first frame and over all; the ratio of gradient magnitudes;
+        how often the true action's frame is nearer to the truth than the mirrored one's; and gains on views that were
+        seen in the context and on those that were not.
+    """
+    num_context = protocol.num_context_frames
+    psnr = {
+        name: frame_psnr(getattr(predictions, name), predictions.truth)
+        for name in ("predicted", "repeated", "reconstructed")
+    }
+    gain = psnr["predicted"] - psnr["repeated"]
+    sharpness = gradient_magnitude(predictions.predicted).mean() / gradient_magnitude(predictions.reconstructed).mean()
+
+    taken = walks.actions[:, num_context - 1]
+    is_turn = torch.isin(taken, torch.tensor(protocol.mirrored_actions))
+    mirrored_psnr = frame_psnr(predictions.mirrored, predictions.truth[:, :1])[:, 0]
+    follows = (psnr["predicted"][:, 0] > mirrored_psnr)[is_turn].double()
+
+    frames = slice(num_context, num_context + protocol.num_frames)
+    seen = torch.stack([seen_before(pose, slice(0, num_context), frames) for pose in walks.pose])
+    by_view = {}
+    for name, mask in (("seen", seen), ("unseen", ~seen)):
+        by_view[name] = {
+            "share_of_frames": mask.double().mean().item(),
+            "psnr": asdict(Estimate.of(mean_where(psnr["predicted"], mask))),
+            "gain_over_repeating": asdict(Estimate.of(mean_where(gain, mask))),
+        }
+    return {
+        "protocol": asdict(protocol),
+        "psnr_by_horizon": {
+            name: [asdict(Estimate.of(values[:, frame])) for frame in range(protocol.num_frames)]
+            for name, values in psnr.items()
+        },
+        "psnr": {name: asdict(Estimate.of(values.mean(dim=1))) for name, values in psnr.items()},
+        "gain_on_first_frame": asdict(Estimate.of(gain[:, 0])),
+        "gain_on_all_frames": asdict(Estimate.of(gain.mean(dim=1))),
+        "gradient_ratio": sharpness.item(),
+        "follows_actions": asdict(Estimate.of(follows)),
+        "by_view": by_view,
+    }
+
+
+def mean_where(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """Mean over the masked frames of each walk, NaN where a walk has none: (B, F), (B, F) -> (B,)."""
+    return (values.double().masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)).numpy()
+
+
+def format_scores(scores: dict) -> str:
+    """The figures as a table for people."""
+
+    def show(estimate: dict) -> str:
+        return str(Estimate(**estimate))
+
+    horizons = range(1, scores["protocol"]["num_frames"] + 1)
+    lines = ["PSNR in dB by frame      " + "".join(f"{horizon:>15}" for horizon in horizons)]
+    titles = {"predicted": "FAR", "repeated": "last frame repeated", "reconstructed": "VAE (the ceiling)"}
+    for name, title in titles.items():
+        lines.append(f"{title:<25}" + "".join(f"{show(each):>15}" for each in scores["psnr_by_horizon"][name]))
+    view = scores["by_view"]
+    lines += [
+        "",
+        f"gain over repeating, first frame   {show(scores['gain_on_first_frame'])} dB",
+        f"gain over repeating, all frames    {show(scores['gain_on_all_frames'])} dB",
+        *(
+            f"  of views {name} in the context    {show(view[name]['gain_over_repeating'])} dB, "
+            f"PSNR {show(view[name]['psnr'])} ({view[name]['share_of_frames']:.0%} of the frames)"
+            for name in view
+        ),
+        f"gradient magnitude, of the VAE's   {scores['gradient_ratio']:.0%}",
+        f"nearer to the truth than mirrored  {scores['follows_actions']['mean']:.0%} "
+        f"of {scores['follows_actions']['num_samples']} turns",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from tiny_models import tiny_dc, tiny_kl, tiny_taesd
+
+from diffusers_far.models.codec import (
+    decode_video,
+    encode_images,
+    encode_video,
+    scale_latents,
+    spatial_compression,
+    unscale_latents,
+)
+
+
+ENCODERS = {tiny_dc: 4, tiny_kl: 2, tiny_taesd: 2}  # pixels per latent
+
+every_vae = pytest.mark.parametrize("build", ENCODERS)
+
+
+def random_video(num_frames: int = 3) -> torch.Tensor:
+    return torch.rand(num_frames, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+
+
+@every_vae
+def test_compression_is_that_of_the_latents(build):
+    vae = build()
+    assert spatial_compression(vae) == ENCODERS[build]
+    height, width = encode_video(vae, random_video()).shape[-2:]
+    assert (height, width) == (8 // ENCODERS[build], 16 // ENCODERS[build])
+
+
+@every_vae
+def test_unscaling_inverts_scaling(build):
+    vae, latents = build(), torch.randn(2, 4, 2, 4)
+    torch.testing.assert_close(unscale_latents(vae, scale_latents(vae, latents)), latents)
+
+
+def test_scaling_subtracts_the_shift_and_multiplies_by_the_factor():
+    vae, latents = tiny_kl(), torch.randn(2, 4, 2, 4)
+    torch.testing.assert_close(scale_latents(vae, latents), (latents - 0.1) * 0.7)
+
+
+def test_a_distribution_is_encoded_as_its_mode():
+    vae, images = tiny_kl(), random_video() * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(encode_images(vae, images), vae.encode(images).latent_dist.mean)
+
+
+@every_vae
+def test_decoding_an_encoded_video_is_the_pass_through_the_vae(build):
+    vae, video = build(), random_video()
+    with torch.no_grad():
+        # `sample_posterior` is off by default: the mode, as here.
+        expected = (vae(video * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decode_video(vae, encode_video(vae, video)), expected, atol=1e-5, rtol=1e-5)
+
+
+@every_vae
+def test_frames_in_small_batches_are_the_frames_at_once(build):
+    vae, video = build(), random_video(5)
+    latents = encode_video(vae, video)
+    torch.testing.assert_close(encode_video(vae, video, batch_size=2), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decode_video(vae, latents, batch_size=1), decode_video(vae, latents), atol=1e-5, rtol=0)
+
+
+@every_vae
+def test_no_more_frames_than_the_batch_size_are_encoded_or_decoded_at_once(build):
+    vae, video, batch_sizes = build(), random_video(5), []
+    for side in (vae.encoder, vae.decoder):
+        side.register_forward_hook(lambda module, args, output: batch_sizes.append(len(args[0])))
+    decode_video(vae, encode_video(vae, video, batch_size=2), batch_size=2)
+    assert batch_sizes == [2, 2, 1] * 2
+
+
+def test_bytes_are_pixels_in_255ths():
+    vae = tiny_dc()
+    video = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(encode_video(vae, video), encode_video(vae, video / 255))
+
+
+@every_vae
+def test_decoded_pixels_stay_between_0_and_1(build):
+    video = decode_video(build(), 50 * torch.randn(2, 4, 2, 4))
+    assert video.min() >= 0 and video.max() <= 1
