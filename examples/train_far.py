@@ -27,11 +27,10 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffusers_far import FARPipeline, FARTransformer3DModel
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.presets import PRESETS, preset_config
-from diffusers_far.models.transformer_far import FARTransformer3DModel
-from diffusers_far.pipelines.pipeline_far import FARPipeline
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clips import TrainingBatches, clip_loss
 from diffusers_far.training.objective import OBJECTIVES, TrainingObjective
@@ -320,9 +319,9 @@ def main(args: argparse.Namespace) -> None:
     )
     loaded = iter(loader)
     progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
-    start_time, num_trained_frames, finished = time.perf_counter(), 0, first_step
+    start_time, training_seconds, num_trained_frames, finished = time.perf_counter(), 0.0, 0, first_step
     for step in range(first_step, args.max_train_steps):
-        step_loss = torch.zeros((), device=accelerator.device)
+        step_start_time, step_loss = time.perf_counter(), torch.zeros((), device=accelerator.device)
         for accumulated in range(num_accumulated):
             clips, draw = (part.to(accelerator.device) for part in next(loaded))
             is_last = accumulated == num_accumulated - 1
@@ -345,7 +344,8 @@ def main(args: argparse.Namespace) -> None:
 
         finished = step + 1
         num_trained_frames += batches.clips_per_step * clips.latents.shape[1]
-        frames_per_second = num_trained_frames / (time.perf_counter() - start_time)
+        training_seconds += time.perf_counter() - step_start_time
+        frames_per_second = num_trained_frames / training_seconds
         scalars = {
             "train/loss": step_loss,
             "train/gradient_norm": float(gradient_norm),

@@ -3,6 +3,7 @@
 B batch, F frames, C latent channels, H/W latent height/width.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -135,6 +136,26 @@ def fill_cache(model: FARTransformer3DModel, context: Clip, chunks: list[int] | 
         first_frame += num_written
     assert first_frame == num_frames
     return kv_cache
+
+
+def sharpened(model: FARTransformer3DModel) -> FARTransformer3DModel:
+    """The model with sharp attention, where errors in positions show: logits four times as large."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn.norm_" in name:
+                parameter.mul_(2)
+    return model
+
+
+def half_precision_error(model: FARTransformer3DModel, clip: Clip, frame: int) -> float:
+    """Error of the model in bfloat16 when it denoises one frame of the clip against a cache of the frames before it,
+    relative to the same weights and inputs in float32."""
+    half = copy.deepcopy(model).bfloat16()
+    exact = copy.deepcopy(half).float()
+    halved = replace(clip.frames(0, frame + 1), latents=clip.latents[:, : frame + 1].bfloat16())
+    expected = predict_cached(exact, replace(halved, latents=halved.latents.float()), chunks=[frame])
+    error = predict_cached(half, halved, chunks=[frame]).float() - expected
+    return (error.norm() / expected.norm()).item()
 
 
 def tensors_of(*values) -> list[torch.Tensor]:

@@ -85,37 +85,33 @@ def test_a_token_stands_at_the_first_short_token_that_its_patch_covers(
     assert torch.equal(frame_ids(plan), ids[:, 0])
 
 
-def test_rotary_tables_are_float32_under_a_half_precision_default():
+def test_rotations_are_single_precision_under_a_half_precision_default():
     ids = time_positions(255, 256, 257, 700)
     expected = rotary_embedding(ids, AXES_DIMS)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        tables = rotary_embedding(ids, AXES_DIMS)
+        rotary_emb = rotary_embedding(ids, AXES_DIMS)
     finally:
         torch.set_default_dtype(torch.float32)
-    for table, wanted in zip(tables, expected):
-        assert table.dtype == torch.float32
-        assert torch.equal(table, wanted)
+    assert rotary_emb.dtype == torch.complex64
+    assert torch.equal(rotary_emb, expected)
 
 
 @pytest.mark.parametrize("frame", [1, 255, 257, 701, 4097])
 def test_frame_positions_are_exact_far_beyond_256(frame):
     frequencies = 10000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
-    cos, sin = (table[0, :8].double() for table in rotary_embedding(time_positions(frame), AXES_DIMS))
-    angles = frame * frequencies
-    atol = frame * 2.0**-22  # a float32 angle; one that is rounded to bfloat16 would be off by frame / 256
-    torch.testing.assert_close(cos, angles.cos(), atol=atol, rtol=0)
-    torch.testing.assert_close(sin, angles.sin(), atol=atol, rtol=0)
+    rotary_emb = rotary_embedding(time_positions(frame), AXES_DIMS)[0, :8]
+    expected = torch.polar(torch.ones(8, dtype=torch.float64), frame * frequencies)
+    # The rounding of a float32 angle. A frame index in bfloat16 would be off by up to frame / 512.
+    assert (rotary_emb - expected).abs().max() < frame * 2.0**-22
 
 
 def test_each_axis_turns_its_own_share_of_the_channels():
     ids = torch.tensor([[5, 0, 0], [0, 5, 0], [0, 0, 5]])
-    _, sin = rotary_embedding(ids, AXES_DIMS)
-    turned = sin != 0
-    shares = [slice(0, 8), slice(8, 20), slice(20, 32)]
-    for axis, share in enumerate(shares):
-        assert turned[axis, share].all()
-        assert turned[axis].sum() == share.stop - share.start
+    is_turned = rotary_embedding(ids, AXES_DIMS).imag != 0
+    for axis, share in enumerate((slice(0, 8), slice(8, 20), slice(20, 32))):
+        assert is_turned[axis, share].all()
+        assert is_turned[axis].sum() == share.stop - share.start
 
 
 def test_scores_depend_on_relative_positions_alone():
@@ -135,11 +131,11 @@ def test_scores_depend_on_relative_positions_alone():
 
 def test_rotation_turns_interleaved_pairs():
     states = random_heads(1)
-    cos, sin = rotary_embedding(time_positions(3), AXES_DIMS)
-    rotated = apply_rotary_embedding(states, (cos, sin))
-    pairs = torch.view_as_complex(states.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None]
-    torch.testing.assert_close(rotated, torch.view_as_real(pairs).flatten(-2))
-    torch.testing.assert_close(rotated.norm(dim=-1), states.norm(dim=-1))
+    rotary_emb = rotary_embedding(time_positions(3), AXES_DIMS)
+    rotated = apply_rotary_embedding(states, rotary_emb)
+    even, odd, cos, sin = states[..., ::2], states[..., 1::2], rotary_emb.real, rotary_emb.imag
+    torch.testing.assert_close(rotated[..., ::2], even * cos - odd * sin)
+    torch.testing.assert_close(rotated[..., 1::2], even * sin + odd * cos)
 
 
 def test_position_zero_is_the_identity_and_the_dtype_is_kept():

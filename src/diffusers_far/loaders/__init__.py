@@ -1,0 +1,2 @@
+from .conversion import convert_original_far_autoencoder, convert_original_far_transformer
+from .lora import FARLoraLoaderMixin

@@ -42,7 +42,7 @@ class FARAttnProcessor:
         attn: "FARAttention",
         hidden_states: torch.Tensor,
         long_hidden_states: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary_emb: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         kv_cache: LayerKVCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -152,7 +152,7 @@ class FARAttention(nn.Module, AttentionModuleMixin):
         self,
         hidden_states: torch.Tensor,
         long_hidden_states: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary_emb: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         frames: AttentionFrames | None = None,
         kv_cache: LayerKVCache | None = None,
@@ -162,7 +162,7 @@ class FARAttention(nn.Module, AttentionModuleMixin):
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L_short, dim)`).
             long_hidden_states (`torch.Tensor` of shape `(B, L_long, dim)`, *optional*).
-            rotary_emb: Cosines and sines of the pass's tokens, long ones first.
+            rotary_emb (`torch.Tensor` of shape `(L, D / 2)`): Rotations of the pass's tokens, long ones first.
             attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)` or a `BlockMask`, *optional*): With a
                 cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
             frames (`AttentionFrames`, *optional*): Not used here; hooks on this module read it.

@@ -3,12 +3,31 @@
 B batch, F frames, C latent channels, H/W latent height/width, A action channels; h/w pixels.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass(frozen=True)
+class PipelineInputs:
+    """What a call works with, checked. `video` and `video_latents` are of B samples; B counts contexts, each of which is
+    continued `num_videos_per_context` times."""
+
+    video: torch.Tensor | None
+    video_latents: torch.Tensor | None
+    actions: torch.Tensor | None
+    class_labels: torch.Tensor | None
+    latents: torch.Tensor | None
+    batch_size: int
+    num_context_frames: int
+    num_frames: int
+    num_videos_per_context: int
+    latent_height: int
+    latent_width: int
 
 
 def video_to_tensor(video: Any) -> torch.Tensor:
@@ -200,3 +219,31 @@ def frame_noise(
 ) -> torch.Tensor:
     """Noise of one frame, `(B, 1, C, H, W)`, float32; each sample's from its own generator where a list is given."""
     return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def infer_batch_size(context, latents, actions, class_labels, num_videos_per_context: int, action_dims: int) -> int:
+    """The number of contexts: from the context, else from noise, labels or actions, else 1."""
+    if context is not None:
+        return context.shape[0]
+    if latents is not None:
+        if latents.shape[0] % num_videos_per_context:
+            raise ValueError(
+                f"`latents` has a batch of {latents.shape[0]}; it must be a multiple of `num_videos_per_context` "
+                f"{num_videos_per_context}."
+            )
+        return latents.shape[0] // num_videos_per_context
+    if class_labels is not None and num_dims(class_labels) > 0:
+        return len(class_labels)
+    if actions is not None and num_dims(actions) == action_dims:
+        return len(actions)
+    return 1
+
+
+def num_dims(value: Any) -> int:
+    """Dimensions of a tensor, an array or a nested list."""
+    return value.ndim if hasattr(value, "ndim") else 1 + num_dims(value[0]) if isinstance(value, (list, tuple)) else 0
+
+
+def repeat_samples(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Each sample of the batch `repeats` times in a row."""
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)

@@ -20,15 +20,19 @@ from ..models.codec import decode_video, encode_video, spatial_compression
 from ..models.conditions import shift_actions
 from ..models.kv_cache import FrameBatch
 from ..models.transformer_far import FARTransformer3DModel
+from .hub import FARHubMixin, applied_flex_rope, check_components_complete
 from .inputs import (
+    PipelineInputs,
     check_actions,
     check_class_labels,
     check_count,
     check_latents,
     frame_noise,
+    infer_batch_size,
+    repeat_samples,
     video_to_tensor,
 )
-from .pipeline_output import FARPipelineOutput
+from .pipeline_output import FARPipelineOutput, join_frames
 from .rollout import Rollout, RolloutConfig
 
 
@@ -48,24 +52,6 @@ EXAMPLE_DOC_STRING = """
 
 
 @dataclass(frozen=True)
-class PipelineInputs:
-    """What a call works with, checked. `video` and `video_latents` are of B samples; B counts contexts, each of which is
-    continued `num_videos_per_context` times."""
-
-    video: torch.Tensor | None
-    video_latents: torch.Tensor | None
-    actions: torch.Tensor | None
-    class_labels: torch.Tensor | None
-    latents: torch.Tensor | None
-    batch_size: int
-    num_context_frames: int
-    num_frames: int
-    num_videos_per_context: int
-    latent_height: int
-    latent_width: int
-
-
-@dataclass(frozen=True)
 class Callbacks:
     """What the user wants to be called with, after each step and after each frame."""
 
@@ -78,7 +64,7 @@ class GenerationInterrupted(Exception):
     """Raised inside a call whose user set `pipe._interrupt`; the frames that are finished are returned."""
 
 
-class FARPipeline(DiffusionPipeline, FARLoraLoaderMixin):
+class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     r"""
     Frame-autoregressive video generation: continues a video, under actions, a class or nothing, or starts from nothing.
 
@@ -107,18 +93,12 @@ class FARPipeline(DiffusionPipeline, FARLoraLoaderMixin):
         flex_rope: dict | None = None,
     ):
         super().__init__()
+        check_components_complete(transformer=transformer, vae=vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(fps=fps, action_names=action_names, height=height, width=width, flex_rope=None)
+        self.register_to_config(fps=fps, action_names=action_names, height=height, width=width)
+        self.register_to_config(flex_rope=applied_flex_rope(transformer))
         if flex_rope is not None:
             self.enable_flex_rope(FlexRoPEConfig(**flex_rope))
-
-    def register_to_config(self, **kwargs):
-        """Record our own components under `diffusers`, where importing this package puts them: diffusers imports no
-        library that a repo on the Hub names."""
-        for name, value in kwargs.items():
-            if isinstance(value, (tuple, list)) and str(value[0]).startswith(__name__.split(".")[0]):
-                kwargs[name] = ("diffusers", value[1])
-        super().register_to_config(**kwargs)
 
     @property
     def num_timesteps(self) -> int:
@@ -499,40 +479,3 @@ class FARPipeline(DiffusionPipeline, FARLoraLoaderMixin):
                 f"to {max(1, round(size[0] / unit)) * unit}x{max(1, round(size[1] / unit)) * unit}."
             )
         return size[0] // compression, size[1] // compression
-
-
-def infer_batch_size(context, latents, actions, class_labels, num_videos_per_context: int, action_dims: int) -> int:
-    """The number of contexts: from the context, else from noise, labels or actions, else 1."""
-    if context is not None:
-        return context.shape[0]
-    if latents is not None:
-        if latents.shape[0] % num_videos_per_context:
-            raise ValueError(
-                f"`latents` has a batch of {latents.shape[0]}; it must be a multiple of `num_videos_per_context` "
-                f"{num_videos_per_context}."
-            )
-        return latents.shape[0] // num_videos_per_context
-    if class_labels is not None and num_dims(class_labels) > 0:
-        return len(class_labels)
-    if actions is not None and num_dims(actions) == action_dims:
-        return len(actions)
-    return 1
-
-
-def num_dims(value: Any) -> int:
-    """Dimensions of a tensor, an array or a nested list."""
-    return value.ndim if hasattr(value, "ndim") else 1 + num_dims(value[0]) if isinstance(value, (list, tuple)) else 0
-
-
-def repeat_samples(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Each sample of the batch `repeats` times in a row."""
-    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
-
-
-def join_frames(frames: list, output_type: str) -> list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor:
-    """Frames of all samples, one after the other, as videos: a list per sample, or `(B, F, ...)`."""
-    if not frames:
-        return []  # interrupted before the first frame was finished
-    if output_type == "pil":
-        return [list(video) for video in zip(*frames)]
-    return np.stack(frames, axis=1) if output_type == "np" else torch.stack(frames, dim=1)

@@ -16,3 +16,12 @@ class FARPipelineOutput(BaseOutput):
     """
 
     frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+
+
+def join_frames(frames: list, output_type: str) -> list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor:
+    """Frames of all samples, one after the other, as videos: a list per sample, or `(B, F, ...)`."""
+    if not frames:
+        return []  # interrupted before the first frame was finished
+    if output_type == "pil":
+        return [list(video) for video in zip(*frames)]
+    return np.stack(frames, axis=1) if output_type == "np" else torch.stack(frames, dim=1)

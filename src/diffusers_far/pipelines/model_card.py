@@ -1,0 +1,201 @@
+"""The README of a saved pipeline: what the model is, how to use it and what it was trained on, told by its config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCardData
+
+from ..models.codec import spatial_compression
+
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+A frame-autoregressive (FAR) video model: it {task}, one frame after the other.
+Attention is full inside a frame and causal between frames, so finished frames are cached.
+For [diffusers](https://github.com/huggingface/diffusers), with the package `diffusers-far`.
+
+## Model
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```bash
+pip install diffusers-far
+```
+
+```python
+{usage}
+```
+
+Without importing the package yourself, load it by the `pipeline.py` in this repo:
+
+```python
+{custom_loading}
+```
+
+## Training
+
+{training}
+
+## Source
+
+Long-Context Autoregressive Video Modeling with Next-Frame Prediction, [arXiv:2503.19325](https://arxiv.org/abs/2503.19325).
+"""
+
+USAGE = """import torch
+from diffusers_far import FARPipeline
+
+pipe = FARPipeline.from_pretrained("{name}")
+video = torch.rand(1, {num_context_frames}, 3, {height}, {width})  # yours: tensor, array in [0, 1], or a list of PIL images
+{conditions}frames = pipe({arguments}).frames[0]
+frames[0].save("video.gif", save_all=True, append_images=frames[1:])"""
+
+CUSTOM_LOADING = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)"""
+
+CONTEXT_FRAMES, NEW_FRAMES = 4, 8  # of the usage example
+
+
+def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, Any] | None = None) -> str:
+    """The model card of a [`FARPipeline`].
+
+    Args:
+        pipe ([`FARPipeline`]).
+        name (`str`): The repo or folder that it will be loaded from.
+        training_facts (`dict`, *optional*): What it was trained on and how, one line each, such as `{"Data": "..."}`.
+
+    Returns:
+        Markdown with the Hub's metadata in front.
+    """
+    config = pipe.transformer.config
+    if pipe.transformer.takes_actions:
+        task = "continues a video under actions"
+    elif pipe.transformer.takes_labels:
+        task = "makes or continues a video of a class"
+    else:
+        task = "makes or continues a video"
+    facts = {
+        "Transformer": describe_transformer(pipe.transformer),
+        "Autoencoder": describe_autoencoder(pipe.vae),
+        "Frames": describe_frames(pipe),
+        "Context": describe_context(config),
+        "Conditions": describe_conditions(config, pipe.config.action_names),
+        "FlexRoPE": describe_flex_rope(pipe.config.flex_rope),
+        "Scheduler": f"`{type(pipe.scheduler).__name__}`",
+    }
+    training = {"Longest clip": f"{config.trained_frames} frames" if config.trained_frames else "not recorded"}
+    training.update(training_facts or {"Data": "not recorded"})
+    tags = ["diffusers-far", "video-prediction"] + (["world-model"] if pipe.transformer.takes_actions else [])
+    return CARD.format(
+        metadata=ModelCardData(library_name="diffusers", tags=tags).to_yaml(),
+        title=name.split("/")[-1],
+        task=task,
+        facts="\n".join(f"| {fact} | {text} |" for fact, text in facts.items() if text),
+        usage=usage_example(pipe, name),
+        custom_loading=CUSTOM_LOADING.format(name=name),
+        training="\n".join(f"- {fact}: {text}" for fact, text in training.items()),
+    )
+
+
+def usage_example(pipe: DiffusionPipeline, name: str) -> str:
+    """Python that runs as it is, with random inputs of the kind that the model takes."""
+    config = pipe.transformer.config
+    height, width = example_size(pipe)
+    num_frames = CONTEXT_FRAMES + NEW_FRAMES
+    conditions, arguments = "", "video=video"
+    if pipe.transformer.takes_actions:
+        values = f"randn(1, {num_frames}, {config.action_dim})"
+        if config.num_actions is not None:
+            values = f"randint({config.num_actions}, (1, {num_frames}))"
+        conditions += (
+            f"actions = torch.{values}  # one per context and new frame; actions[:, t] leads to frame t + 1\n"
+        )
+        arguments += ", actions=actions"
+    if pipe.transformer.takes_labels:
+        arguments += ", class_labels=[0]"
+    return USAGE.format(
+        name=name,
+        num_context_frames=CONTEXT_FRAMES,
+        height=height,
+        width=width,
+        conditions=conditions,
+        arguments=f"{arguments}, num_frames={NEW_FRAMES}",
+    )
+
+
+def example_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """The pipeline's own size in pixels, else the multiple of what VAE and patches need that is nearest to 64."""
+    config = pipe.transformer.config
+    unit = spatial_compression(pipe.vae) * (config.long_patch_size or config.patch_size)
+    default = max(1, round(64 / unit)) * unit
+    return pipe.config.height or default, pipe.config.width or default
+
+
+def describe_transformer(transformer: torch.nn.Module) -> str:
+    config = transformer.config
+    return (
+        f"{count_parameters(transformer)} parameters; {config.num_layers} layers, width {transformer.inner_dim}, "
+        f"{config.num_attention_heads} heads; {str(transformer.dtype).removeprefix('torch.')}"
+    )
+
+
+def describe_autoencoder(vae: torch.nn.Module) -> str:
+    return (
+        f"`{type(vae).__name__}`, {count_parameters(vae)} parameters; {vae.config.latent_channels} latent channels, "
+        f"{spatial_compression(vae)}x smaller than the image along each side"
+    )
+
+
+def describe_frames(pipe: DiffusionPipeline) -> str | None:
+    size = f"{pipe.config.height}x{pipe.config.width} pixels" if pipe.config.height and pipe.config.width else None
+    rate = f"{pipe.config.fps:g} per second" if pipe.config.fps else None
+    return ", ".join(text for text in (size, rate) if text) or None
+
+
+def describe_context(config) -> str:
+    short = f"patches of {config.patch_size}x{config.patch_size} latents"
+    if config.long_patch_size is None:
+        return f"every frame in {short}"
+    return (
+        f"the last {config.short_window} frames, the new one included, in {short}; older frames in patches of "
+        f"{config.long_patch_size}x{config.long_patch_size}"
+    )
+
+
+def describe_conditions(config, action_names: list[str] | None) -> str:
+    conditions = []
+    if config.num_actions is not None:
+        names = ""
+        if action_names:
+            names = ": " + ", ".join(f"{index} {action}" for index, action in enumerate(action_names))
+        conditions.append(f"{config.num_actions} discrete actions{names}")
+    if config.action_dim is not None:
+        conditions.append(f"continuous actions of {config.action_dim} channels")
+    if config.num_actions is not None or config.action_dim is not None:
+        fed = "that led to it" if config.action_shift else "taken at it"
+        conditions.append(f"each frame is fed the action {fed} (`action_shift={config.action_shift}`)")
+    if config.num_classes is not None:
+        conditions.append(f"{config.num_classes} classes")
+    return "; ".join(conditions) or "none"
+
+
+def describe_flex_rope(flex_rope: Mapping[str, Any] | None) -> str | None:
+    if flex_rope is None:
+        return None
+    return f"slope {flex_rope['slope']:g}, schedule `{flex_rope['schedule']}`"
+
+
+def count_parameters(model: torch.nn.Module) -> str:
+    """In millions, or exactly below one."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{num_parameters / 1e6:.1f} M" if num_parameters >= 1e6 else f"{num_parameters:,}"

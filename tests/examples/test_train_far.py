@@ -1,0 +1,262 @@
+"""`train_far.py`, run as a user runs it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Features, List, Value
+from diffusers import AutoencoderDC
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import tiny_dc
+
+from diffusers_far import FARPipeline
+from diffusers_far.data.fingerprint import vae_hash
+from diffusers_far.data.latents import LatentSource, write_shard
+
+
+pytestmark = pytest.mark.full
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_far.py"
+ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+TRANSFORMER = {
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 1,
+    "attention_head_dim": 16,
+    "axes_dims_rope": [4, 6, 6],
+    "patch_size": 2,
+    "long_patch_size": 4,
+    "short_window": 3,
+    "num_actions": 3,
+    "action_shift": 1,
+}
+
+
+def write_latents(folder: Path, vae: AutoencoderDC, split: str, num_trajectories: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    source = LatentSource(vae_hash(vae), vae.config.scaling_factor, f"dataset {seed}", num_trajectories, 4)
+    (folder / split).mkdir(parents=True)
+    for shard in range(source.num_shards):
+        lengths = [10 + row for row in source.shard_rows(shard)]
+        actions = pa.table({"actions": [random.integers(0, 3, length).tolist() for length in lengths]})
+        latents = [random.standard_normal((length, 4, 4, 4)) for length in lengths]
+        features = Features({"actions": List(Value("int64"))})
+        write_shard(source.shard_path(folder / split, shard), latents, actions, features, source)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """Cached latents, the VAE that they are of, and a tiny transformer's config."""
+    folder = tmp_path_factory.mktemp("workplace")
+    vae = tiny_dc()
+    vae.save_pretrained(folder / "vae")
+    write_latents(folder / "latents", vae, "train", 10, seed=0)
+    write_latents(folder / "latents", vae, "validation", 3, seed=1)
+    write_latents(folder / "other-latents", vae, "train", 10, seed=2)
+    (folder / "transformer.json").write_text(json.dumps(TRANSFORMER))
+    return folder
+
+
+def command(workplace: Path, output: str, *more: str, launcher: tuple[str, ...] = ACCELERATE) -> list[str]:
+    arguments = {
+        "latents_dir": workplace / "latents",
+        "vae": workplace / "vae",
+        "transformer_config": workplace / "transformer.json",
+        "output_dir": workplace / output,
+        "num_frames": 8,
+        "train_batch_size": 4,
+        "clean_prefix_ratio": 0.5,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 3,
+        "ema_decay": 0.9,
+        "max_train_steps": 9,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 3,
+        "validation_steps": 9,
+        "num_validation_clips": 3,
+        "num_validation_videos": 2,
+        "num_validation_frames": 2,
+        "num_validation_inference_steps": 2,
+    }
+    flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, *launcher, str(SCRIPT), *flags, "--use_ema", *more]
+
+
+def environment(workplace: Path) -> dict[str, str]:
+    return os.environ | {
+        "HF_HOME": str(workplace / "huggingface"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def train(workplace: Path, output: str, *more: str, **launch) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(workplace, output, *more, **launch), env=environment(workplace), capture_output=True, text=True
+    )
+
+
+def two_processes() -> tuple[str, ...]:
+    """A launcher on a free port; `accelerate launch --cpu --num_processes 2` starts one process only."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    rendezvous = ("--master_addr", "127.0.0.1", "--master_port", port)
+    return ("-m", "torch.distributed.run", "--nproc_per_node", "2", *rendezvous)
+
+
+def train_and_kill(workplace: Path, output: str, awaited: str, *more: str) -> None:
+    """Kill the run, launcher and all, at the moment when `awaited` appears in its folder."""
+    process = subprocess.Popen(
+        command(workplace, output, *more),
+        env=environment(workplace),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (workplace / output / awaited).exists():
+        assert process.poll() is None, f"the run ended before {awaited} appeared"
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def scalar_curve(output_dir: Path, name: str) -> dict[int, float]:
+    """A logged value by step. What two launches logged for one step must agree."""
+    curve = {}
+    for path in sorted(output_dir.rglob("events*")):
+        events = EventAccumulator(str(path)).Reload()
+        if name in events.Tags()["scalars"]:
+            for event in events.Scalars(name):
+                assert curve.setdefault(event.step, event.value) == event.value
+    return curve
+
+
+def assert_same_tensors(saved, expected) -> None:
+    """Bit-equality of nested states."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(saved, expected)
+    elif isinstance(expected, dict):
+        assert saved.keys() == expected.keys()
+        for name in expected:
+            assert_same_tensors(saved[name], expected[name])
+    elif isinstance(expected, (list, tuple)):
+        assert len(saved) == len(expected)
+        for saved_item, expected_item in zip(saved, expected):
+            assert_same_tensors(saved_item, expected_item)
+    else:
+        assert saved == expected
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> Path:
+    """A finished run, never interrupted."""
+    result = train(workplace, "straight")
+    assert result.returncode == 0, result.stderr
+    return workplace / "straight"
+
+
+def test_a_run_leaves_a_pipeline_that_generates(workplace, trained):
+    pipe = FARPipeline.from_pretrained(trained)
+    assert pipe.transformer.config.trained_frames == 8
+    assert pipe.transformer.config.condition_dropout == 0.1
+    assert (pipe.config.height, pipe.config.width) == (16, 16)
+    frames = pipe(
+        video=torch.rand(1, 4, 3, 16, 16), actions=[[0] * 6], num_frames=2, num_inference_steps=2, output_type="pt"
+    ).frames
+    assert frames.shape == (1, 2, 3, 16, 16)
+    ema = torch.load(trained / "checkpoint-9" / "custom_checkpoint_1.pkl", weights_only=True)["shadow_params"]
+    for parameter, average in zip(pipe.transformer.parameters(), ema, strict=True):
+        assert torch.equal(parameter, average)
+
+
+def test_a_run_logs_every_step_and_validates(trained):
+    assert list(scalar_curve(trained, "train/loss")) == list(range(1, 10))
+    assert list(scalar_curve(trained, "validation/loss_at_500")) == [9]
+    assert list(scalar_curve(trained, "validation/psnr_of_frame_2")) == [9]
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (6, 8, 9)]
+
+
+def test_a_run_killed_twice_ends_bit_equal_to_an_uninterrupted_one(workplace, trained):
+    train_and_kill(workplace, "killed", "checkpoint-2")
+    train_and_kill(workplace, "killed", "unfinished-checkpoint-6", "--resume_from_checkpoint", "latest")
+    assert not (workplace / "killed" / "checkpoint-6").exists()
+    result = train(workplace, "killed", "--resume_from_checkpoint", "latest")
+    assert result.returncode == 0, result.stderr
+
+    killed = workplace / "killed"
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "checkpoint-9/model.safetensors"):
+        assert_same_tensors(load_file(killed / name), load_file(trained / name))
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        states = [torch.load(folder / "checkpoint-9" / name, weights_only=True) for folder in (killed, trained)]
+        assert_same_tensors(*states)
+    assert scalar_curve(killed, "train/loss") == scalar_curve(trained, "train/loss")
+
+
+def test_two_processes_learn_what_one_learns_from_the_same_clips(workplace, trained):
+    result = train(workplace, "two", "--train_batch_size", "2", launcher=two_processes())
+    assert result.returncode == 0, result.stderr
+    run = json.loads((workplace / "two" / "checkpoint-9" / "run.json").read_text())
+    assert run["identity"]["num_processes"] == 2
+    losses, expected = (scalar_curve(workplace / name, "train/loss") for name in ("two", "straight"))
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_accumulated_batches_learn_what_one_batch_learns(workplace, trained):
+    result = train(workplace, "accumulated", "--train_batch_size", "1", "--gradient_accumulation_steps", "4")
+    assert result.returncode == 0, result.stderr
+    losses, expected = (scalar_curve(workplace / name, "train/loss") for name in ("accumulated", "straight"))
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (("--learning_rate", "0.5"), "`learning_rate` was 0.01 and is 0.5"),
+        (("--latents_dir", "other-latents"), "`dataset` was 'dataset 0' and is 'dataset 2'"),
+    ],
+    ids=["learning rate", "dataset"],
+)
+def test_a_changed_run_is_not_resumed(workplace, trained, changed, message):
+    name, value = changed
+    value = str(workplace / value) if name == "--latents_dir" else value
+    result = train(workplace, "straight", "--resume_from_checkpoint", "latest", name, value)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_latents_of_another_vae_are_refused(workplace):
+    vae = tiny_dc()
+    vae.register_to_config(scaling_factor=0.25)
+    vae.save_pretrained(workplace / "other-vae")
+    result = train(workplace, "refused", "--vae", str(workplace / "other-vae"))
+    assert result.returncode != 0
+    assert "were made with the VAE" in result.stderr
+
+
+def test_a_dry_run_prints_the_cost_and_leaves_nothing(workplace):
+    result = train(workplace, "dry", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert "17 tokens per clip of 8 frames, 5 of them long" in result.stdout
+    assert "s per step of 4 clips" in result.stdout
+    assert not (workplace / "dry").exists()
+
+
+def test_a_run_out_of_time_stops_with_a_checkpoint_and_a_pipeline(workplace):
+    result = train(
+        workplace, "timed", "--max_train_hours", "0", "--objective", "video_dit", "--gradient_checkpointing"
+    )
+    assert result.returncode == 0, result.stderr
+    assert (workplace / "timed" / "checkpoint-1").is_dir()
+    config = json.loads((workplace / "timed" / "transformer" / "config.json").read_text())
+    assert config["frame_causal"] is False and config["long_patch_size"] is None

@@ -1,0 +1,188 @@
+"""LoRA layers change a rollout, come back from a file, mix, fuse and leave without a trace."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from tiny_models import tiny_pipeline, tiny_transformer
+
+from diffusers_far import FARPipeline
+
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "norm1.linear", "proj_out"]
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # weights that were added and subtracted, or read at another alignment
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(tiny_transformer(num_actions=3, long_patch_size=2))
+
+
+@pytest.fixture(params=[True, False], ids=["cached", "uncached"])
+def rollout(request):
+    """A function that runs a pipeline over the edge of its short window."""
+
+    def run(pipe, **kwargs):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            video_latents=torch.randn(1, 3, 4, 4, 4, generator=generator),
+            actions=torch.tensor([[0, 1, 2, 0, 1]]),
+            num_frames=2,
+            num_inference_steps=2,
+            generator=generator,
+            use_cache=request.param,
+            output_type="latent",
+            **kwargs,
+        ).frames
+
+    return run
+
+
+def save_lora(folder, seed=0, rank=2, alpha=6):
+    """A LoRA file with random layers, as a training script would write it."""
+    transformer = tiny_transformer(num_actions=3, long_patch_size=2)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        key: 0.3 * torch.randn(tensor.shape, generator=generator)
+        for key, tensor in get_peft_model_state_dict(transformer).items()
+    }
+    FARPipeline.save_lora_weights(
+        folder, layers, transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict()
+    )
+    return layers
+
+
+def differs(left, right):
+    return (left - right).abs().max().item() > 1e-2
+
+
+def test_saved_layers_come_back_with_their_alpha(pipe, rollout, tmp_path):
+    layers = save_lora(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    plain = rollout(pipe)
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.get_active_adapters() == ["default_0"]
+    loaded = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+    assert loaded.keys() == layers.keys() and all(torch.equal(loaded[key], layers[key]) for key in layers)
+
+    # W + alpha / rank * B A, written into a plain model.
+    merged = tiny_transformer(num_actions=3, long_patch_size=2)
+    for key in layers:
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            delta = 6 / 2 * layers[f"{name}.lora_B.weight"] @ layers[key]
+            merged.get_submodule(name).weight.data += delta
+    changed = rollout(pipe)
+    assert differs(changed, plain)
+    torch.testing.assert_close(changed, rollout(tiny_pipeline(merged)), **ROUNDING)
+
+
+def test_layers_given_as_a_dict_are_left_as_they_are(pipe, tmp_path):
+    save_lora(tmp_path)
+    state_dict = FARPipeline.lora_state_dict(tmp_path)
+    keys = list(state_dict)
+    pipe.load_lora_weights(state_dict, adapter_name="walls")
+    assert list(state_dict) == keys and pipe.get_list_adapters() == {"transformer": ["walls"]}
+
+
+def test_the_scale_of_a_call_scales_the_layers_in_that_call_only(pipe, rollout, tmp_path):
+    plain = rollout(pipe)
+    save_lora(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    full = rollout(pipe)
+    assert torch.equal(rollout(pipe, attention_kwargs={"scale": 0.0}), plain)
+    half = rollout(pipe, attention_kwargs={"scale": 0.5})
+    assert differs(half, plain) and differs(half, full)
+    assert torch.equal(rollout(pipe), full)
+    pipe.set_adapters("default_0", 0.5)
+    torch.testing.assert_close(half, rollout(pipe), **ROUNDING)
+
+
+def test_two_adapters_add_up_by_their_weights(pipe, rollout, tmp_path):
+    plain = rollout(pipe)
+    for seed, name in enumerate(("walls", "light")):
+        save_lora(tmp_path / name, seed)
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+    pipe.set_adapters(["walls", "light"], [1.0, 0.0])
+    only_walls = rollout(pipe)
+    pipe.set_adapters("walls")
+    torch.testing.assert_close(only_walls, rollout(pipe), **ROUNDING)
+    pipe.set_adapters(["walls", "light"], [1.0, 0.7])
+    assert differs(rollout(pipe), only_walls) and differs(only_walls, plain)
+    pipe.disable_lora()
+    assert torch.equal(rollout(pipe), plain)
+
+
+def test_fused_layers_compute_the_same_and_unfusing_takes_them_out(pipe, rollout, tmp_path):
+    plain = rollout(pipe)
+    save_lora(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    changed = rollout(pipe)
+    pipe.fuse_lora()
+    torch.testing.assert_close(rollout(pipe), changed, **ROUNDING)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(rollout(pipe), changed, **ROUNDING)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(rollout(pipe), plain, **ROUNDING)
+
+
+def test_a_pipeline_with_fused_layers_is_saved_and_loaded_as_a_plain_one(pipe, rollout, tmp_path):
+    save_lora(tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora")
+    with pytest.raises(ValueError, match="LoRA layers .default_0., with which the pipeline could not be loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = FARPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(rollout(loaded), rollout(pipe), **ROUNDING)
+
+
+def test_unloading_restores_every_bit(pipe, rollout, tmp_path):
+    plain = rollout(pipe)
+    save_lora(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    pipe.unload_lora_weights()
+    assert torch.equal(rollout(pipe), plain)
+
+
+def test_only_the_layers_of_an_added_adapter_are_trained():
+    transformer = tiny_transformer(num_actions=3)
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    trained = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2 * transformer.config.num_layers and all(".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    "state_dict, named",
+    [
+        ({"unet.to_q.lora_A.weight": torch.zeros(2, 2)}, "the keys unet.to_q.lora_A.weight"),
+        ({"transformer.to_q.weight": torch.zeros(2, 2)}, "the keys transformer.to_q.weight"),
+        ({}, "no keys"),
+    ],
+)
+def test_what_is_no_lora_of_this_pipeline_is_refused(pipe, state_dict, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        pipe.load_lora_weights(state_dict)
+
+
+def test_pickled_layers_are_neither_read_nor_written(pipe, tmp_path):
+    layers = save_lora(tmp_path / "safe")
+    torch.save({f"transformer.{key}": tensor for key, tensor in layers.items()}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(OSError, match="no file named pytorch_lora_weights.safetensors"):
+        pipe.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="`weight_name` is 'pytorch_lora_weights.bin'"):
+        pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.bin")
+    with pytest.raises(ValueError, match="`use_safetensors` is False"):
+        pipe.load_lora_weights(tmp_path, use_safetensors=False)
+    with pytest.raises(ValueError, match="`safe_serialization` is False"):
+        FARPipeline.save_lora_weights(tmp_path, layers, safe_serialization=False)
+    with pytest.raises(ValueError, match="nothing to save"):
+        FARPipeline.save_lora_weights(tmp_path, {})

@@ -1,0 +1,150 @@
+"""The batches of the training steps, and what the transformer is fed of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_far.models.transformer_far import FARTransformer3DModel
+from diffusers_far.training.clips import TrainingBatches, clip_loss
+from diffusers_far.training.objective import TrainingObjective
+
+
+@dataclass
+class FakeClip:
+    latents: torch.Tensor
+    actions: torch.Tensor
+    label: int
+
+
+class FakeLatents:
+    """Latents that tell where they are from: 1000 times the trajectory plus the frame."""
+
+    num_frames = np.array([30, 11, 40, 25])
+    latent_shape = (2, 4, 4)
+
+    def clip(self, trajectory, start, length, interval=1):
+        frames = start + interval * torch.arange(length)
+        assert 0 <= start and frames[-1] < self.num_frames[trajectory]
+        latents = (1000.0 * trajectory + frames)[:, None, None, None].expand(-1, *self.latent_shape)
+        return FakeClip(latents.clone(), frames % 3, trajectory)
+
+
+def make_batches(**changes) -> TrainingBatches:
+    arguments = {
+        "num_frames": 12,
+        "short_window": 4,
+        "interval": 1,
+        "batch_size": 4,
+        "num_accumulated": 1,
+        "seed": 0,
+    }
+    return TrainingBatches(FakeLatents(), TrainingObjective(clean_prefix_ratio=0.5), **(arguments | changes))
+
+
+def make_transformer(**changes) -> FARTransformer3DModel:
+    torch.manual_seed(0)
+    sizes = {
+        "in_channels": 2,
+        "num_layers": 2,
+        "num_attention_heads": 1,
+        "attention_head_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+        "patch_size": 2,
+        "long_patch_size": 4,
+        "short_window": 4,
+        "num_actions": 3,
+        "action_shift": 1,
+    }
+    return FARTransformer3DModel(**(sizes | changes))
+
+
+def test_a_batch_depends_on_seed_and_number_alone():
+    clips, draw = make_batches()[5]
+    again, draw_again = make_batches()[5]
+    assert torch.equal(clips.latents, again.latents) and torch.equal(draw.noise, draw_again.noise)
+    assert not torch.equal(draw.timestep, make_batches()[6][1].timestep[:, : draw.timestep.shape[1]])
+    assert not torch.equal(draw.noise[:, -1], make_batches(seed=1)[5][1].noise[:, -1])
+
+
+@pytest.mark.parametrize(
+    "split", [{"num_processes": 2}, {"num_accumulated": 2}], ids=["two processes", "two accumulated batches"]
+)
+def test_a_step_is_the_same_however_it_is_split(split):
+    step = 3
+    clips, draw = make_batches()[step]
+    if "num_processes" in split:
+        parts = [make_batches(batch_size=2, process_index=index, **split)[step] for index in range(2)]
+    else:
+        parts = [make_batches(batch_size=2, **split)[2 * step + accumulated] for accumulated in range(2)]
+    assert torch.equal(torch.cat([part.latents for part, _ in parts]), clips.latents)
+    assert torch.equal(torch.cat([part.noise for _, part in parts]), draw.noise)
+    assert torch.equal(torch.cat([part.timestep for _, part in parts]), draw.timestep)
+
+
+def test_clip_lengths_run_from_the_short_window_to_the_longest_clip():
+    lengths = {batches_length(step) for step in range(200)}
+    assert lengths == set(range(4, 13))
+
+
+def batches_length(step: int) -> int:
+    return make_batches()[step][0].latents.shape[1]
+
+
+def test_without_long_frames_all_clips_have_full_length():
+    batches = make_batches(short_window=None)
+    assert {batches[step][0].latents.shape[1] for step in range(10)} == {12}
+
+
+def test_short_trajectories_are_left_out_and_the_others_seen_once_an_epoch():
+    batches = make_batches(batch_size=1)
+    assert batches.trajectories.tolist() == [0, 2, 3]
+    seen = [batches[step][0].labels.item() for step in range(6)]
+    assert sorted(seen[:3]) == sorted(seen[3:]) == [0, 2, 3]
+
+
+def test_frames_lie_an_interval_apart():
+    clips, _ = make_batches(interval=2, num_frames=8)[0]
+    assert (clips.latents.diff(dim=1) == 2).all()
+
+
+def test_clips_longer_than_every_trajectory_are_refused():
+    with pytest.raises(ValueError, match="`num_frames` 41 at `frame_interval` 1 need 41 frames, but the longest of 4"):
+        make_batches(num_frames=41)
+
+
+def test_clips_shorter_than_the_window_are_refused():
+    with pytest.raises(ValueError, match="`num_frames` is 3, but the model's short window alone has 4"):
+        make_batches(num_frames=3)
+
+
+def test_dropped_and_missing_actions_are_null():
+    clips, draw = make_batches(short_window=None)[0]
+    conditions = clips.conditions(make_transformer().config, draw)
+    assert torch.equal(conditions["actions"][:, 1:], clips.actions[:, :-1])
+    assert not conditions["action_mask"][:, 0].any()
+    assert torch.equal(conditions["action_mask"][:, 1:], draw.keeps_action[:, 1:])
+    assert clips.conditions(make_transformer().config)["action_mask"][:, 1:].all()
+
+
+def test_dropped_labels_are_null():
+    clips, draw = make_batches()[0]
+    config = make_transformer(num_actions=None, num_classes=4).config
+    labels = clips.conditions(config, draw)["class_labels"]
+    assert torch.equal(labels, torch.where(draw.keeps_label, clips.labels, torch.tensor(4)))
+
+
+def test_the_loss_reaches_every_parameter_that_can_matter():
+    transformer = make_transformer()
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    for block in transformer.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.linear.weight)
+        torch.nn.init.normal_(block.norm2.linear.weight)
+    clips, draw = make_batches().batch(0, 0, num_long_frames=8)
+    clip_loss(transformer, transformer.config, clips, draw).backward()
+    without = {name for name, parameter in transformer.named_parameters() if not parameter.grad.any()}
+    # After the last block nobody reads the long tokens, so what they ask there changes nothing.
+    assert without == {
+        f"transformer_blocks.1.attn.{name}" for name in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")
+    }

@@ -1,0 +1,159 @@
+"""The draws of the training objective and its loss."""
+
+import pytest
+import torch
+
+from diffusers_far.training.objective import (
+    ObjectiveDraw,
+    TrainingObjective,
+    add_noise,
+    draw_num_long_frames,
+    draw_timesteps,
+    velocity_loss,
+)
+from diffusers_far.training.order import step_generator
+
+
+LATENT_SHAPE = (2, 4, 4)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_batch(objective: TrainingObjective, num_clips: int, num_frames: int, num_long_frames: int = 0):
+    generator = seeded()
+    return ObjectiveDraw.stack(
+        [objective.draw(num_frames, num_long_frames, LATENT_SHAPE, generator) for _ in range(num_clips)]
+    )
+
+
+def example(num_clips: int = 3, num_frames: int = 6, num_long_frames: int = 2):
+    draw = draw_batch(TrainingObjective(clean_context_ratio=0.3), num_clips, num_frames, num_long_frames)
+    return torch.randn(num_clips, num_frames, *LATENT_SHAPE, generator=seeded(1)), draw
+
+
+def test_timesteps_are_the_integers_of_a_logit_normal_distribution():
+    timestep = draw_timesteps(200_000, seeded())
+    assert timestep.min() >= 1 and timestep.max() <= 1000
+    assert torch.equal(timestep, timestep.round())
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        expected = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(share)).sigmoid() * 1000
+        assert abs(timestep.quantile(share) - expected) < 6
+
+
+def test_every_number_of_long_frames_is_drawn_equally_often():
+    generator = seeded()
+    counts = torch.bincount(torch.tensor([draw_num_long_frames(12, 8, generator) for _ in range(5000)]))
+    assert len(counts) == 5
+    assert (counts / 5000 - 0.2).abs().max() < 0.02
+    assert draw_num_long_frames(8, 8, generator) == 0
+
+
+def test_a_tenth_of_the_frames_is_clean():
+    timestep = draw_batch(TrainingObjective(), 2000, 8).timestep
+    assert abs((timestep == -1).float().mean() - 0.1) < 0.01
+
+
+def test_long_frames_are_clean_and_have_no_noise():
+    draw = draw_batch(TrainingObjective(clean_context_ratio=0.0), 10, 6, num_long_frames=2)
+    assert (draw.timestep[:, :2] == -1).all() and (draw.timestep[:, 2:] >= 1).all()
+    assert not draw.noise[:, :2].any() and draw.noise[:, 2:].all()
+
+
+def test_a_clean_prefix_has_every_length_and_is_followed_by_a_noisy_frame():
+    draw = draw_batch(TrainingObjective(clean_prefix_ratio=1.0, clean_context_ratio=0.0), 600, 7, num_long_frames=2)
+    num_clean = (draw.timestep == -1).sum(dim=1)
+    assert set(num_clean.tolist()) == {3, 4, 5, 6}
+    for timestep, length in zip(draw.timestep, num_clean):
+        assert (timestep[:length] == -1).all() and (timestep[length:] >= 1).all()
+
+
+def test_a_prefix_leaves_a_noisy_frame_whatever_else_is_clean():
+    draw = draw_batch(TrainingObjective(clean_prefix_ratio=1.0, clean_context_ratio=1.0), 100, 5)
+    assert ((draw.timestep >= 1).sum(dim=1) == 1).all()
+
+
+def test_video_dit_has_one_noise_level_and_no_clean_context():
+    draw = draw_batch(TrainingObjective("video_dit", clean_context_ratio=0.5), 50, 6)
+    assert (draw.timestep == draw.timestep[:, :1]).all() and (draw.timestep >= 1).all()
+    assert draw.timestep.unique().numel() > 10
+
+
+def test_conditions_are_dropped_at_their_share():
+    draw = draw_batch(TrainingObjective(condition_dropout=0.3), 1000, 8)
+    assert abs(draw.keeps_action.float().mean() - 0.7) < 0.02
+    assert abs(draw.keeps_label.float().mean() - 0.7) < 0.05
+    assert draw_batch(TrainingObjective(condition_dropout=0.0), 10, 8).keeps_action.all()
+
+
+def test_draws_depend_on_seed_and_step_and_clip_alone():
+    objective = TrainingObjective(clean_prefix_ratio=0.5)
+
+    def draw(seed, step, clip):
+        return objective.draw(6, 2, LATENT_SHAPE, step_generator(seed, step, clip, stream=2))
+
+    first = draw(0, 7, 3)
+    torch.manual_seed(123)
+    again = draw(0, 7, 3)
+    assert torch.equal(first.noise, again.noise) and torch.equal(first.timestep, again.timestep)
+    for other in (draw(1, 7, 3), draw(0, 8, 3), draw(0, 7, 4)):
+        assert not torch.equal(first.noise, other.noise)
+
+
+def test_noisy_frames_lie_between_data_and_noise_and_clean_ones_are_untouched():
+    latents, draw = example()
+    noisy = add_noise(latents, draw.noise, draw.timestep)
+    is_clean = draw.timestep == -1
+    assert torch.equal(noisy[is_clean], latents[is_clean])
+    time = (draw.timestep / 1000)[..., None, None, None]
+    expected = latents + time * (draw.noise - latents)
+    torch.testing.assert_close(noisy[~is_clean], expected[~is_clean])
+    pure_noise = add_noise(latents, draw.noise, torch.full_like(draw.timestep, 1000.0))
+    assert torch.equal(pure_noise, draw.noise)
+
+
+def test_the_true_velocity_has_no_loss_and_leads_back_to_the_data():
+    latents, draw = example()
+    velocity = draw.noise - latents
+    assert velocity_loss(velocity[:, 2:], latents, draw.noise, draw.timestep) == 0
+    noisy = add_noise(latents, draw.noise, draw.timestep)
+    time = (draw.timestep.clamp(min=0) / 1000)[..., None, None, None]
+    torch.testing.assert_close(noisy - time * velocity, latents)
+
+
+def test_the_loss_ignores_clean_and_long_frames():
+    latents, draw = example()
+    velocity = torch.randn(3, 4, *LATENT_SHAPE, generator=seeded(2))
+    loss = velocity_loss(velocity, latents, draw.noise, draw.timestep)
+
+    is_clean = (draw.timestep[:, 2:] == -1)[..., None, None, None]
+    assert is_clean.any()
+    assert velocity_loss(velocity + 5 * is_clean, latents, draw.noise, draw.timestep) == loss
+    long_part = torch.cat([torch.randn(3, 2, *LATENT_SHAPE, generator=seeded(3)), latents[:, 2:]], dim=1)
+    assert velocity_loss(velocity, long_part, draw.noise, draw.timestep) == loss
+    assert velocity_loss(velocity + 5 * ~is_clean, latents, draw.noise, draw.timestep) > loss
+
+
+def test_each_clip_counts_the_same_whatever_its_number_of_noisy_frames():
+    latents = torch.zeros(2, 4, *LATENT_SHAPE)
+    timestep = torch.tensor([[500.0, 500.0, 500.0, 500.0], [-1.0, -1.0, -1.0, 500.0]])
+    velocity = torch.ones(2, 4, *LATENT_SHAPE)
+    velocity[1] = 3.0
+    assert velocity_loss(velocity, latents, latents, timestep) == pytest.approx((1 + 9) / 2)
+
+
+def test_a_clip_without_a_noisy_frame_has_no_loss():
+    latents = torch.zeros(1, 2, *LATENT_SHAPE)
+    assert velocity_loss(torch.ones_like(latents), latents, latents, torch.full((1, 2), -1.0)) == 0
+
+
+@pytest.mark.parametrize("name", ["clean_context_ratio", "clean_prefix_ratio", "condition_dropout"])
+def test_shares_outside_0_to_1_are_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` is 1.5"):
+        TrainingObjective(**{name: 1.5})
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match="`name` is 'gan'"):
+        TrainingObjective("gan")
