@@ -14,6 +14,8 @@ class ContextPlan:
         patch_size (`int`): Side of a short frame's patches, in latents.
         long_patch_size (`int`, *optional*): Side of a long frame's patches; `None` where no frame is ever long.
         first_frame (`int`, defaults to 0): Absolute index of the first frame of the pass.
+        num_skipped_frames (`int`, defaults to 0): Frames between the long and the short ones that the pass leaves out,
+            because they stay as they are in a cache.
 
     Source: FAR, arXiv:2503.19325, section "long short-term context".
     """
@@ -25,6 +27,7 @@ class ContextPlan:
     patch_size: int
     long_patch_size: int | None = None
     first_frame: int = 0
+    num_skipped_frames: int = 0
 
     def __post_init__(self):
         for name in ("patch_size", "long_patch_size"):
@@ -45,10 +48,15 @@ class ContextPlan:
         width: int,
         patch_size: int,
         long_patch_size: int | None = None,
+        rebuild_interval: int = 1,
     ) -> "ContextPlan":
         """The window rule: the last `short_window` frames are short, all before them long; without a long patch size
-        every frame is short."""
-        num_long_frames = 0 if long_patch_size is None else max(0, num_frames - short_window)
+        every frame is short. With a `rebuild_interval` of k, k frames turn long at once, and so the window breathes
+        between `short_window - k + 1` and `short_window` frames."""
+        num_long_frames = 0
+        if long_patch_size is not None:
+            num_leaving = max(0, num_frames - short_window)
+            num_long_frames = -(-num_leaving // rebuild_interval) * rebuild_interval
         return cls(num_long_frames, num_frames - num_long_frames, height, width, patch_size, long_patch_size)
 
     def segment(self, first_frame: int, last_frame: int | None = None) -> "ContextPlan":
@@ -65,12 +73,16 @@ class ContextPlan:
         return self.num_long_frames + self.num_short_frames
 
     @property
-    def first_short_frame(self) -> int:
+    def end_long_frame(self) -> int:
         return self.first_frame + self.num_long_frames
 
     @property
+    def first_short_frame(self) -> int:
+        return self.end_long_frame + self.num_skipped_frames
+
+    @property
     def end_frame(self) -> int:
-        return self.first_frame + self.num_frames
+        return self.first_short_frame + self.num_short_frames
 
     @property
     def tokens_per_short_frame(self) -> int:

@@ -54,7 +54,7 @@ def position_ids(plan: ContextPlan, device: torch.device | None = None) -> torch
     short_ids = grid(plan.first_short_frame, plan.end_frame, plan.patch_size)
     if plan.num_long_frames == 0:
         return short_ids
-    return torch.cat([grid(plan.first_frame, plan.first_short_frame, plan.long_patch_size), short_ids])
+    return torch.cat([grid(plan.first_frame, plan.end_long_frame, plan.long_patch_size), short_ids])
 
 
 def frame_ids(plan: ContextPlan, device: torch.device | None = None) -> torch.Tensor:
@@ -63,7 +63,7 @@ def frame_ids(plan: ContextPlan, device: torch.device | None = None) -> torch.Te
     Returns:
         `torch.Tensor` of shape `(L,)`, int64.
     """
-    long_frames = torch.arange(plan.first_frame, plan.first_short_frame, device=device)
+    long_frames = torch.arange(plan.first_frame, plan.end_long_frame, device=device)
     short_frames = torch.arange(plan.first_short_frame, plan.end_frame, device=device)
     return torch.cat(
         [

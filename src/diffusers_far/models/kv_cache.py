@@ -3,13 +3,76 @@
 B batch, F frames, C latent channels, H/W latent height/width, L tokens, N heads, D head dim.
 """
 
+import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .context_plan import ContextPlan
+from .functional import apply_rotary_embedding
+
+
+EVICTIONS_PER_MEMORY = 8  # the oldest eighth of the long frames goes at once, so that keys are seldom rotated anew
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache saves time and memory.
+
+    Args:
+        short_cache (`str` or `int`, defaults to `"exact"`): What happens to the short frames when a frame turns long,
+            which changes what they attended to. `"exact"`: they are encoded anew, at every write. An integer k: k frames
+            turn long at once, every k frames, so that they are encoded anew only then; exact for a window that breathes
+            by k frames. `"rolling"`: frames that are written one at a time leave the others as they were.
+        max_long_frames (`int`, *optional*): Beyond so many, the oldest long frames but the sinks are forgotten, and there
+            is no end to the video.
+        num_sink_frames (`int`, defaults to 0): First frames of the video that are never forgotten.
+    """
+
+    short_cache: str | int = "exact"
+    max_long_frames: int | None = None
+    num_sink_frames: int = 0
+
+    @property
+    def rebuild_interval(self) -> int:
+        return self.short_cache if isinstance(self.short_cache, int) else 1
+
+    @property
+    def is_rolling(self) -> bool:
+        return self.short_cache == "rolling"
+
+    def check(self, short_window: int, has_long_frames: bool) -> None:
+        """Refuse what a model with this window cannot do."""
+        is_interval = isinstance(self.short_cache, int) and 1 <= self.short_cache < max(short_window, 2)
+        if self.short_cache not in ("exact", "rolling") and not is_interval:
+            raise ValueError(
+                f"`short_cache` is {self.short_cache!r}; choose 'exact', 'rolling' or a number of frames from 1 to "
+                f"{max(short_window - 1, 1)}, below the short window."
+            )
+        if self.max_long_frames is None:
+            if self.num_sink_frames:
+                raise ValueError(
+                    f"`num_sink_frames` is {self.num_sink_frames} but `max_long_frames` is None: nothing is forgotten; "
+                    "leave it at 0."
+                )
+            return
+        if not has_long_frames:
+            raise ValueError(
+                f"`max_long_frames` is {self.max_long_frames} but this model has no long frames; leave it out."
+            )
+        if not 0 <= self.num_sink_frames < self.max_long_frames:
+            raise ValueError(
+                f"`num_sink_frames` is {self.num_sink_frames} and `max_long_frames` {self.max_long_frames}; the sinks "
+                "must be at least 0 and fewer than all."
+            )
+        if self.rebuild_interval > 1 and self.max_long_frames - self.num_sink_frames < 3 * self.rebuild_interval:
+            raise ValueError(
+                f"`max_long_frames` is {self.max_long_frames}, {self.num_sink_frames} of them sinks, but `short_cache` "
+                f"turns {self.rebuild_interval} frames long at once; keep at least {3 * self.rebuild_interval} beside "
+                "the sinks."
+            )
 
 
 @dataclass(frozen=True)
@@ -43,11 +106,14 @@ class FrameBatch:
             join(self.latents, later.latents), join(self.actions, later.actions), join(earlier_mask, later_mask)
         )
 
+    def between(self, start: int, end: int) -> "FrameBatch":
+        """The frames from `start` up to and without `end`, as views."""
+        tensors = (self.latents, self.actions, self.action_mask)
+        return FrameBatch(*(None if tensor is None else tensor[:, start:end] for tensor in tensors))
+
     def last(self, num_frames: int) -> "FrameBatch":
         """The last `num_frames` frames, as views."""
-        start = self.num_frames - num_frames
-        tensors = (self.latents, self.actions, self.action_mask)
-        return FrameBatch(*(None if tensor is None else tensor[:, start:] for tensor in tensors))
+        return self.between(self.num_frames - num_frames, self.num_frames)
 
     def copy(self) -> "FrameBatch":
         """Copies that do not change with the caller's tensors."""
@@ -75,7 +141,8 @@ class CachePass:
     """Where one pass of the transformer writes and reads in the stores; all sizes in tokens.
 
     The pass brings `num_long_tokens` long tokens, then short ones. The long ones are written from `long_start` on, the
-    latest frame first, the short ones from `short_start` on. Then each frame's queries see one contiguous view.
+    latest frame first, the short ones from `short_start` on. Then each frame's queries see one contiguous view. A pass
+    that `is_noisy` denoises the frame after the clean ones.
     """
 
     num_long_tokens: int
@@ -83,6 +150,7 @@ class CachePass:
     long_start: int
     short_start: int
     queries: tuple[QuerySpan, ...]
+    is_noisy: bool
 
     @property
     def view_start(self) -> int:
@@ -130,7 +198,7 @@ class FARKVCache:
     attention.) Long entries are append-only. Keys are rotated before they are stored; positions never change. Short
     frames are appended while no frame is long. After that each new clean frame turns the oldest short frame into a
     long one, which changes what all other short frames attend to, and they are encoded again from their latents,
-    which the cache keeps for that purpose.
+    which the cache keeps for that purpose. [`CacheOptions`] make this cheaper, or memory bounded.
 
     Args:
         plan_for_frames (`Callable[[int], ContextPlan]`): The window rule of the model at this latent size.
@@ -139,6 +207,12 @@ class FARKVCache:
         batch_size (`int`): B.
         max_frames (`int`): Frames that fit, the noisy one included.
         dtype (`torch.dtype`), device (`torch.device`): Of the stores.
+        options (`CacheOptions`).
+        rotation (`Callable[[int], torch.Tensor]`): The rotary embedding of a shift by so many frames.
+
+    Attributes:
+        num_frames (`int`): Clean frames on the cache's clock. Forgotten frames leave the clock, so that positions stay
+            within what the model was trained on.
 
     Source: FAR, arXiv:2503.19325v2, "multi-level KV cache".
     """
@@ -155,6 +229,8 @@ class FARKVCache:
         max_frames: int,
         dtype: torch.dtype,
         device: torch.device,
+        options: CacheOptions,
+        rotation: Callable[[int], torch.Tensor],
     ):
         for name, value in (("batch_size", batch_size), ("max_frames", max_frames)):
             if value < 1:
@@ -162,12 +238,21 @@ class FARKVCache:
         self.plan_for_frames = plan_for_frames
         self.batch_size = batch_size
         self.max_frames = max_frames
+        self.options = options
         self.num_frames = 0
+        self._rotation = rotation
         self._model = weakref.ref(model)
         self._kept_frames: FrameBatch | None = None
+        self._first_slot_frame = 0  # the frame at the start of the short region
 
+        window = model.config.short_window
         self._largest_plan = plan_for_frames(max_frames)
-        store_shape = (num_layers, batch_size, self._largest_plan.num_tokens, num_heads, head_dim)
+        if options.max_long_frames is not None:
+            self._largest_plan = plan_for_frames(options.max_long_frames + window)
+        largest = self._largest_plan
+        num_short_frames = largest.num_frames if largest.long_patch_size is None else min(largest.num_frames, window)
+        num_tokens = largest.num_long_tokens + num_short_frames * largest.tokens_per_short_frame
+        store_shape = (num_layers, batch_size, num_tokens, num_heads, head_dim)
         self._key_stores = torch.empty(store_shape, dtype=dtype, device=device)
         self._value_stores = torch.empty_like(self._key_stores)
 
@@ -223,16 +308,29 @@ class FARKVCache:
                 "pass one noisy frame, or clean frames with `update_cache=True`."
             )
         num_clean = self.num_frames + (0 if noisy else num_frames)
-        if num_clean + 1 > self.max_frames:
+        if self.options.max_long_frames is None and num_clean + 1 > self.max_frames:
             raise ValueError(
                 f"`kv_cache` has room for `max_frames` {self.max_frames}, the noisy frame included; {num_clean} clean "
                 f"frames need {num_clean + 1}. Make one with a larger `max_frames`."
             )
 
+    def clone(self) -> "FARKVCache":
+        """An independent copy of the stores, for another continuation of the same context."""
+        twin = copy.copy(self)
+        twin._key_stores, twin._value_stores = self._key_stores.clone(), self._value_stores.clone()
+        return twin
+
+    def pieces(self, frames: FrameBatch) -> list[FrameBatch]:
+        """The parts in which frames are to be written, so that what is forgotten never has to be stored first."""
+        if self.options.max_long_frames is None:
+            return [frames]
+        size = self._eviction_size
+        return [frames.between(start, start + size) for start in range(0, frames.num_frames, size)]
+
     def begin_noisy(self) -> tuple[ContextPlan, CachePass]:
         """The pass that denoises the frame after the clean ones. It uses the slot after them as scratch space."""
         plan = self.plan_for_frames(self.num_frames + 1).segment(self.num_frames)
-        return plan, self._pass_for(plan)
+        return plan, self._pass_for(plan, first_slot=self.plan.num_short_frames, is_noisy=True)
 
     def begin_write(self, frames: FrameBatch) -> tuple[FrameBatch, ContextPlan, CachePass]:
         """Take new clean frames in and say which frames are to be encoded: the new ones and those that change.
@@ -241,37 +339,47 @@ class FARKVCache:
             The frames to encode, their plan, and where their keys and values go. The pass must then run through every
             layer; the cache counts the new frames from now on.
         """
+        self._forget_for(frames.num_frames)
         old, num_new_frames = self.plan, frames.num_frames
         self.num_frames += num_new_frames
         new = self.plan
-        if new.num_long_frames == 0:
-            first_encoded = old.num_frames  # append
-        else:
-            first_encoded = old.num_long_frames  # frames that turn long, and the short window anew
         if self._kept_frames is not None:
             frames = self._kept_frames.append(frames)
         if new.long_patch_size is not None:
             self._kept_frames = frames.last(new.num_short_frames).copy()
-        plan = new.segment(first_encoded)
-        return frames.last(plan.num_frames), plan, self._pass_for(plan)
+
+        window_is_full = new.num_long_frames > old.num_long_frames
+        if window_is_full and self.options.is_rolling and num_new_frames == 1 and old.num_short_frames:
+            oldest, newest = frames.between(0, 1), frames.last(1)
+            plan = replace(new.segment(old.num_long_frames), num_short_frames=1)
+            plan = replace(plan, num_skipped_frames=new.end_frame - 1 - plan.end_long_frame)
+            slot = (new.end_frame - 1 - self._first_slot_frame) % new.num_short_frames
+            return oldest.append(newest), plan, self._pass_for(plan, first_slot=slot, sees_all_slots=True)
+        if window_is_full:  # the frames that turn long, and the short window anew
+            self._first_slot_frame = new.first_short_frame
+            plan = new.segment(old.num_long_frames)
+        else:
+            plan = new.segment(old.num_frames)
+        first_slot = plan.first_short_frame - self._first_slot_frame
+        return frames.last(plan.num_frames), plan, self._pass_for(plan, first_slot=first_slot)
 
     def layers(self, cache_pass: CachePass) -> list[LayerKVCache]:
         """The stores of every layer as this pass sees them."""
         return [LayerKVCache(*stores, cache_pass) for stores in zip(self._key_stores, self._value_stores)]
 
-    def key_frames(self, *, noisy: bool) -> torch.Tensor:
-        """Absolute frame index of every key in view, in the order of the stores.
-
-        Args:
-            noisy (`bool`): Whether the noisy frame's own tokens are in view, at the end.
+    def key_frames(self, cache_pass: CachePass) -> torch.Tensor:
+        """Absolute frame index of every key that a pass has in view, in the order of the stores.
 
         Returns:
             `torch.Tensor` of shape `(L_view,)`, int64.
         """
         plan = self.plan
-        short_end = plan.end_frame + 1 if noisy else plan.end_frame
         long = torch.arange(plan.num_long_frames - 1, -1, -1, device=self.device)
-        short = torch.arange(plan.first_short_frame, short_end, device=self.device)
+        short = torch.arange(plan.first_short_frame, plan.end_frame, device=self.device)
+        if self.options.is_rolling and plan.num_long_frames:
+            short = short.roll((plan.first_short_frame - self._first_slot_frame) % plan.num_short_frames)
+        if cache_pass.is_noisy:
+            short = torch.cat([short, short.new_tensor([plan.end_frame])])
         return torch.cat(
             [
                 long.repeat_interleave(plan.tokens_per_long_frame),
@@ -279,26 +387,71 @@ class FARKVCache:
             ]
         )
 
-    def _pass_for(self, plan: ContextPlan) -> CachePass:
-        """Places and views of the frames of `plan`, in the layout that the class describes."""
-        boundary = self._largest_plan.num_long_tokens  # long frames end here, short frames start here
-        long_size, short_size = plan.tokens_per_long_frame, plan.tokens_per_short_frame
-        num_long_frames = self.plan.num_long_frames  # of the whole context, cached ones included
-        context_start = boundary - num_long_frames * long_size
-        first_short = plan.first_short_frame - num_long_frames  # frames of the window that stay as they are
+    @property
+    def _boundary(self) -> int:
+        """Where the long frames end and the short frames start, in tokens."""
+        return self._largest_plan.num_long_tokens
 
+    def _pass_for(
+        self, plan: ContextPlan, *, first_slot: int, sees_all_slots: bool = False, is_noisy: bool = False
+    ) -> CachePass:
+        """Places and views of the frames of `plan`, in the layout that the class describes.
+
+        Args:
+            plan (`ContextPlan`): The pass.
+            first_slot (`int`): Where its first short frame lies, in frames from the boundary.
+            sees_all_slots (`bool`): Frames in later slots are older ones, as in a rolling cache.
+            is_noisy (`bool`): The frame is the one being denoised.
+        """
+        long_size, short_size = plan.tokens_per_long_frame, plan.tokens_per_short_frame
+        context_start = self._boundary - self.plan.num_long_frames * long_size
         queries = []
         for frame in range(plan.num_long_frames):
-            end = boundary - (plan.first_frame + frame) * long_size
-            queries.append(QuerySpan(frame * long_size, (frame + 1) * long_size, end - long_size, boundary))
+            end = self._boundary - (plan.first_frame + frame) * long_size
+            queries.append(QuerySpan(frame * long_size, (frame + 1) * long_size, end - long_size, self._boundary))
         for frame in range(plan.num_short_frames):
             start = plan.num_long_tokens + frame * short_size
-            view_end = boundary + (first_short + frame + 1) * short_size
+            num_slots = self.plan.num_short_frames if sees_all_slots else first_slot + frame + 1
+            view_end = self._boundary + num_slots * short_size
             queries.append(QuerySpan(start, start + short_size, context_start, view_end))
         return CachePass(
             num_long_tokens=plan.num_long_tokens,
             tokens_per_long_frame=long_size,
             long_start=context_start,
-            short_start=boundary + first_short * short_size,
+            short_start=self._boundary + first_slot * short_size,
             queries=tuple(queries),
+            is_noisy=is_noisy,
         )
+
+    @property
+    def _eviction_size(self) -> int:
+        return max(1, (self.options.max_long_frames - self.options.num_sink_frames) // EVICTIONS_PER_MEMORY)
+
+    def _forget_for(self, num_new_frames: int) -> None:
+        """Forget the oldest long frames but the sinks where the new ones would not fit, some at once.
+
+        The frames after them move up, in the store and in time: rotations compose, so their keys are rotated once more.
+        """
+        if self.options.max_long_frames is None:
+            return
+        num_long_frames = self.plan_for_frames(self.num_frames + num_new_frames + 1).num_long_frames
+        num_excess = num_long_frames - self.options.max_long_frames
+        if num_excess <= 0:
+            return
+        num_stored, sinks = self.plan.num_long_frames, self.options.num_sink_frames
+        interval = self.options.rebuild_interval
+        num_forgotten = -(-max(num_excess, self._eviction_size) // interval) * interval
+        long_size = self.plan.tokens_per_long_frame
+        start = self._boundary - num_stored * long_size
+        kept_end = self._boundary - (sinks + num_forgotten) * long_size
+        moved = slice(start + num_forgotten * long_size, kept_end + num_forgotten * long_size)
+        short = slice(self._boundary, self._boundary + self.plan.num_short_tokens)
+
+        rotation = self._rotation(-num_forgotten).to(self.device)
+        for keys in self._key_stores:
+            keys[:, moved] = apply_rotary_embedding(keys[:, start:kept_end], rotation)
+            keys[:, short] = apply_rotary_embedding(keys[:, short], rotation)
+        for values in self._value_stores:
+            values[:, moved] = values[:, start:kept_end].clone()
+        self.num_frames -= num_forgotten
+        self._first_slot_frame -= num_forgotten

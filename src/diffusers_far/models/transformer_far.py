@@ -31,7 +31,7 @@ from .functional import (
     rotary_embedding,
     unpatchify,
 )
-from .kv_cache import FARKVCache, FrameBatch
+from .kv_cache import CacheOptions, CachePass, FARKVCache, FrameBatch
 from .loading import CompleteWeightsMixin
 
 
@@ -158,8 +158,9 @@ class FARTransformer3DModel(
     def takes_labels(self) -> bool:
         return hasattr(self, "label_embedder")
 
-    def context_plan(self, num_frames: int, height: int, width: int) -> ContextPlan:
-        """Which of `num_frames` frames are long or short, at latents of `height` x `width`."""
+    def context_plan(self, num_frames: int, height: int, width: int, rebuild_interval: int = 1) -> ContextPlan:
+        """Which of `num_frames` frames are long or short, at latents of `height` x `width`; with a `rebuild_interval`
+        of k, k frames turn long at once."""
         return ContextPlan.for_frames(
             num_frames,
             short_window=self.config.short_window,
@@ -167,6 +168,7 @@ class FARTransformer3DModel(
             width=width,
             patch_size=self.config.patch_size,
             long_patch_size=self.config.long_patch_size,
+            rebuild_interval=rebuild_interval,
         )
 
     def init_kv_cache(
@@ -177,6 +179,9 @@ class FARTransformer3DModel(
         max_frames: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        short_cache: str | int = "exact",
+        max_long_frames: int | None = None,
+        num_sink_frames: int = 0,
     ) -> FARKVCache:
         """An empty cache for a rollout of this model.
 
@@ -185,6 +190,8 @@ class FARTransformer3DModel(
             height (`int`), width (`int`): Latent size.
             max_frames (`int`): Frames that fit, the noisy one included.
             dtype (`torch.dtype`, *optional*), device (`torch.device`, *optional*): The model's by default.
+            short_cache (`str` or `int`), max_long_frames (`int`, *optional*), num_sink_frames (`int`): See
+                [`CacheOptions`]. With `max_long_frames` there is no end to the video, whatever `max_frames`.
 
         Raises:
             ValueError: The model is not frame-causal, or a size is impossible.
@@ -194,8 +201,10 @@ class FARTransformer3DModel(
                 "This model has `frame_causal=False`: early frames depend on later ones, so nothing can be cached. "
                 "Run it on whole clips, without `kv_cache`."
             )
+        options = CacheOptions(short_cache, max_long_frames, num_sink_frames)
+        options.check(self.config.short_window, has_long_frames=self.config.long_patch_size is not None)
         return FARKVCache(
-            partial(self.context_plan, height=height, width=width),
+            partial(self.context_plan, height=height, width=width, rebuild_interval=options.rebuild_interval),
             self,
             num_layers=self.config.num_layers,
             num_heads=self.config.num_attention_heads,
@@ -204,6 +213,8 @@ class FARTransformer3DModel(
             max_frames=max_frames,
             dtype=dtype or self.dtype,
             device=torch.device(device or self.device),
+            options=options,
+            rotation=self._time_rotation,
         )
 
     @apply_lora_scale("attention_kwargs")
@@ -237,59 +248,79 @@ class FARTransformer3DModel(
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
             all F frames for a model without long frames; with `None` for a write.
         """
+        frames = FrameBatch(hidden_states, actions, action_mask)
+        timestep = self._timestep_per_frame(timestep, frames)
+        self._check_inputs(frames, class_labels, timestep, kv_cache, update_cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
-            # 1. Which frames run, and as what
-            height, width = hidden_states.shape[-2:]
-            frames = FrameBatch(hidden_states, actions, action_mask)
-            timestep = self._timestep_per_frame(timestep, frames)
-            self._check_inputs(frames, class_labels, timestep, kv_cache, update_cache)
-            layers, key_frames = [None] * len(self.transformer_blocks), None
             if kv_cache is None:
-                plan = self.context_plan(frames.num_frames, height, width)
+                plan = self.context_plan(frames.num_frames, *hidden_states.shape[-2:])
+                sample = self._run_pass(frames, plan, timestep, class_labels)
+            elif update_cache:
+                sample = None
+                for piece in kv_cache.pieces(frames):
+                    encoded, plan, cache_pass = kv_cache.begin_write(piece)
+                    clean = timestep[:, :1].expand(-1, plan.num_frames)
+                    self._run_pass(encoded, plan, clean, class_labels, kv_cache, cache_pass)
             else:
-                if update_cache:
-                    frames, plan, cache_pass = kv_cache.begin_write(frames)
-                    timestep = timestep[:, :1].expand(-1, plan.num_frames)
-                else:
-                    plan, cache_pass = kv_cache.begin_noisy()
-                layers, key_frames = kv_cache.layers(cache_pass), kv_cache.key_frames(noisy=not update_cache)
-
-            # 2. Patches
-            num_long = plan.num_long_frames
-            short_states = self.x_embedder(patchify(frames.latents[:, num_long:], plan.patch_size))
-            long_states = None
-            if num_long:
-                long_states = self.context_embedder(patchify(frames.latents[:, :num_long], plan.long_patch_size))
-
-            # 3. Time and conditions, one embedding per frame
-            temb = self._embed_conditions(frames, timestep, class_labels, num_long)
-            long_temb, temb = temb[:, :num_long], temb[:, num_long:]
-
-            # 4. Positions, and who sees whom
-            rotary_emb = rotary_embedding(
-                position_ids(plan, hidden_states.device), self.config.axes_dims_rope, self.config.rope_theta
-            )
-            attention_frames = attention_frames_of(plan, key_frames, hidden_states.device)
-            attention_mask = None if kv_cache is not None else self._attention_mask(plan, attention_frames)
-
-            # 5. Blocks
-            for block, layer_cache in zip(self.transformer_blocks, layers):
-                inputs = (short_states, long_states, temb, long_temb, rotary_emb, attention_mask, attention_frames)
-                if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    short_states, long_states = self._gradient_checkpointing_func(block, *inputs, layer_cache)
-                else:
-                    short_states, long_states = block(*inputs, layer_cache)
-
-            # 6. Velocity of the short frames
-            sample = None
-            if not update_cache:
-                scale, shift = self.norm_out.modulation(temb)
-                patches = self.proj_out(self.norm_out.norm(short_states) * (1 + scale) + shift)
-                sample = unpatchify(patches, plan.patch_size, height, width)
+                plan, cache_pass = kv_cache.begin_noisy()
+                sample = self._run_pass(frames, plan, timestep, class_labels, kv_cache, cache_pass)
 
         if not return_dict:
             return (sample,)
         return FARTransformerOutput(sample=sample)
+
+    def _run_pass(
+        self,
+        frames: FrameBatch,
+        plan: ContextPlan,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        kv_cache: FARKVCache | None = None,
+        cache_pass: CachePass | None = None,
+    ) -> torch.Tensor:
+        """One pass of the network over the frames of a plan: the velocity of its short frames."""
+        device = frames.latents.device
+
+        # 1. Patches
+        num_long = plan.num_long_frames
+        short_states = self.x_embedder(patchify(frames.latents[:, num_long:], plan.patch_size))
+        long_states = None
+        if num_long:
+            long_states = self.context_embedder(patchify(frames.latents[:, :num_long], plan.long_patch_size))
+
+        # 2. Time and conditions, one embedding per frame
+        temb = self._embed_conditions(frames, timestep, class_labels, num_long)
+        long_temb, temb = temb[:, :num_long], temb[:, num_long:]
+
+        # 3. Positions, and who sees whom: against a cache each frame sees a view of it, so nothing is masked
+        config = self.config
+        rotary_emb = rotary_embedding(position_ids(plan, device), config.axes_dims_rope, config.rope_theta)
+        if kv_cache is None:
+            layers = [None] * config.num_layers
+            attention_frames = attention_frames_of(plan, None, device)
+            attention_mask = self._attention_mask(plan, attention_frames)
+        else:
+            layers = kv_cache.layers(cache_pass)
+            attention_frames = attention_frames_of(plan, kv_cache.key_frames(cache_pass), device)
+            attention_mask = None
+
+        # 4. Blocks
+        for block, layer in zip(self.transformer_blocks, layers):
+            inputs = (short_states, long_states, temb, long_temb, rotary_emb, attention_mask, attention_frames, layer)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
+            else:
+                short_states, long_states = block(*inputs)
+
+        # 5. Velocity
+        scale, shift = self.norm_out.modulation(temb)
+        patches = self.proj_out(self.norm_out.norm(short_states) * (1 + scale) + shift)
+        return unpatchify(patches, plan.patch_size, plan.height, plan.width)
+
+    def _time_rotation(self, num_frames: int) -> torch.Tensor:
+        """The rotary embedding of a shift in time, `(1, D / 2)`."""
+        shift = torch.tensor([[num_frames, 0, 0]], device=self.device)
+        return rotary_embedding(shift, self.config.axes_dims_rope, self.config.rope_theta)
 
     def _timestep_per_frame(self, timestep: torch.Tensor | float | int, frames: FrameBatch) -> torch.Tensor:
         """`timestep` as `(B, F)`, float32."""
@@ -383,7 +414,8 @@ def attention_frames_of(
     if key_frames is None:
         query_frames = key_frames = frame_ids(plan, device)
     else:
-        query_frames = torch.arange(plan.first_frame, plan.end_frame, device=device)
+        long_frames = torch.arange(plan.first_frame, plan.end_long_frame, device=device)
+        query_frames = torch.cat([long_frames, torch.arange(plan.first_short_frame, plan.end_frame, device=device)])
     return AttentionFrames(query_frames, key_frames, plan.first_frame, plan.end_frame - 1)
 
 
