@@ -254,6 +254,7 @@ def saved(tmp_path):
 
 def test_a_saved_pipeline_loads_from_its_folder_bit_for_bit(saved):
     loaded, source = FARPipeline.from_pretrained(saved), maze_pipeline()
+    assert loaded.config.action_names == ["left", "right", "forward"]
     for name in ("transformer", "vae"):
         torch.testing.assert_close(
             getattr(loaded, name).state_dict(), getattr(source, name).state_dict(), rtol=0, atol=0

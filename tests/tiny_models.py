@@ -147,11 +147,12 @@ def sharpened(model: FARTransformer3DModel) -> FARTransformer3DModel:
     return model
 
 
-def half_precision_error(model: FARTransformer3DModel, clip: Clip, frame: int) -> float:
+def half_precision_error(model: FARTransformer3DModel, clip: Clip, frame: int, prepare=lambda model: model) -> float:
     """Error of the model in bfloat16 when it denoises one frame of the clip against a cache of the frames before it,
-    relative to the same weights and inputs in float32."""
+    relative to the same weights and inputs in float32; `prepare` sees both models."""
     half = copy.deepcopy(model).bfloat16()
-    exact = copy.deepcopy(half).float()
+    exact = prepare(copy.deepcopy(half).float())
+    half = prepare(half)
     halved = replace(clip.frames(0, frame + 1), latents=clip.latents[:, : frame + 1].bfloat16())
     expected = predict_cached(exact, replace(halved, latents=halved.latents.float()), chunks=[frame])
     error = predict_cached(half, halved, chunks=[frame]).float() - expected

@@ -16,7 +16,7 @@ from tiny_models import (
     tiny_transformer,
 )
 
-from diffusers_far.models.kv_cache import FrameBatch
+from diffusers_far.models.frame_batch import FrameBatch
 
 
 @st.composite
@@ -181,8 +181,8 @@ def test_a_cache_takes_the_models_dtype():
 def test_keys_in_view_are_long_frames_latest_first_then_short_ones_in_order():
     model = long_model(short_window=2)
     kv_cache = fill_cache(model, random_clip(model, 4))
-    assert kv_cache.key_frames(noisy=False).tolist() == [2] * 6 + [1] * 6 + [0] * 6 + [3] * 24
-    assert kv_cache.key_frames(noisy=True).tolist() == [2] * 6 + [1] * 6 + [0] * 6 + [3] * 24 + [4] * 24
+    _, cache_pass = kv_cache.begin_noisy()
+    assert kv_cache.key_frames(cache_pass).tolist() == [2] * 6 + [1] * 6 + [0] * 6 + [3] * 24 + [4] * 24
 
 
 # Misuse

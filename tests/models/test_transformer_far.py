@@ -24,7 +24,7 @@ from tiny_models import (
 
 from diffusers_far import FARTransformer3DModel
 from diffusers_far.models import transformer_far
-from diffusers_far.models.transformer_far import FARAdaLayerNorm
+from diffusers_far.models.blocks_far import FARAdaLayerNorm
 
 
 def kind_of(config: dict) -> str:

@@ -10,120 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .cache_options import CacheOptions
 from .context_plan import ContextPlan
+from .frame_batch import FrameBatch
 from .functional import apply_rotary_embedding
 
 
 EVICTIONS_PER_MEMORY = 8  # the oldest eighth of the long frames goes at once, so that keys are seldom rotated anew
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """How a cache saves time and memory.
-
-    Args:
-        short_cache (`str` or `int`, defaults to `"exact"`): What happens to the short frames when a frame turns long,
-            which changes what they attended to. `"exact"`: they are encoded anew, at every write. An integer k: k frames
-            turn long at once, every k frames, so that they are encoded anew only then; exact for a window that breathes
-            by k frames. `"rolling"`: frames that are written one at a time leave the others as they were.
-        max_long_frames (`int`, *optional*): Beyond so many, the oldest long frames but the sinks are forgotten, and there
-            is no end to the video.
-        num_sink_frames (`int`, defaults to 0): First frames of the video that are never forgotten.
-    """
-
-    short_cache: str | int = "exact"
-    max_long_frames: int | None = None
-    num_sink_frames: int = 0
-
-    @property
-    def rebuild_interval(self) -> int:
-        return self.short_cache if isinstance(self.short_cache, int) else 1
-
-    @property
-    def is_rolling(self) -> bool:
-        return self.short_cache == "rolling"
-
-    def check(self, short_window: int, has_long_frames: bool) -> None:
-        """Refuse what a model with this window cannot do."""
-        is_interval = isinstance(self.short_cache, int) and 1 <= self.short_cache < max(short_window, 2)
-        if self.short_cache not in ("exact", "rolling") and not is_interval:
-            raise ValueError(
-                f"`short_cache` is {self.short_cache!r}; choose 'exact', 'rolling' or a number of frames from 1 to "
-                f"{max(short_window - 1, 1)}, below the short window."
-            )
-        if self.max_long_frames is None:
-            if self.num_sink_frames:
-                raise ValueError(
-                    f"`num_sink_frames` is {self.num_sink_frames} but `max_long_frames` is None: nothing is forgotten; "
-                    "leave it at 0."
-                )
-            return
-        if not has_long_frames:
-            raise ValueError(
-                f"`max_long_frames` is {self.max_long_frames} but this model has no long frames; leave it out."
-            )
-        if not 0 <= self.num_sink_frames < self.max_long_frames:
-            raise ValueError(
-                f"`num_sink_frames` is {self.num_sink_frames} and `max_long_frames` {self.max_long_frames}; the sinks "
-                "must be at least 0 and fewer than all."
-            )
-        if self.rebuild_interval > 1 and self.max_long_frames - self.num_sink_frames < 3 * self.rebuild_interval:
-            raise ValueError(
-                f"`max_long_frames` is {self.max_long_frames}, {self.num_sink_frames} of them sinks, but `short_cache` "
-                f"turns {self.rebuild_interval} frames long at once; keep at least {3 * self.rebuild_interval} beside "
-                "the sinks."
-            )
-
-
-@dataclass(frozen=True)
-class FrameBatch:
-    """Frames as the transformer is fed them: latents with the conditions that belong to each frame.
-
-    Args:
-        latents (`torch.Tensor` of shape `(B, F, C, H, W)`).
-        actions (`torch.Tensor` of shape `(B, F)` or `(B, F, action_dim)`, *optional*).
-        action_mask (`torch.Tensor` of shape `(B, F)`, bool, *optional*): `False` marks the null action.
-    """
-
-    latents: torch.Tensor
-    actions: torch.Tensor | None = None
-    action_mask: torch.Tensor | None = None
-
-    @property
-    def num_frames(self) -> int:
-        return self.latents.shape[1]
-
-    def append(self, later: "FrameBatch") -> "FrameBatch":
-        """These frames with `later` ones after them."""
-
-        def join(ours, theirs):
-            return None if theirs is None else torch.cat([ours, theirs], dim=1)
-
-        earlier_mask, later_mask = self.action_mask, later.action_mask
-        if (earlier_mask is None) != (later_mask is None):  # a missing mask means: every action is given
-            earlier_mask, later_mask = self._full_mask(), later._full_mask()
-        return FrameBatch(
-            join(self.latents, later.latents), join(self.actions, later.actions), join(earlier_mask, later_mask)
-        )
-
-    def between(self, start: int, end: int) -> "FrameBatch":
-        """The frames from `start` up to and without `end`, as views."""
-        tensors = (self.latents, self.actions, self.action_mask)
-        return FrameBatch(*(None if tensor is None else tensor[:, start:end] for tensor in tensors))
-
-    def last(self, num_frames: int) -> "FrameBatch":
-        """The last `num_frames` frames, as views."""
-        return self.between(self.num_frames - num_frames, self.num_frames)
-
-    def copy(self) -> "FrameBatch":
-        """Copies that do not change with the caller's tensors."""
-        tensors = (self.latents, self.actions, self.action_mask)
-        return FrameBatch(*(None if tensor is None else tensor.clone() for tensor in tensors))
-
-    def _full_mask(self) -> torch.Tensor:
-        if self.action_mask is not None:
-            return self.action_mask
-        return torch.ones(self.latents.shape[:2], dtype=torch.bool, device=self.latents.device)
 
 
 @dataclass(frozen=True)
@@ -237,23 +130,33 @@ class FARKVCache:
                 raise ValueError(f"`{name}` is {value}; a cache needs at least 1.")
         self.plan_for_frames = plan_for_frames
         self.batch_size = batch_size
-        self.max_frames = max_frames
         self.options = options
         self.num_frames = 0
         self._rotation = rotation
         self._model = weakref.ref(model)
         self._kept_frames: FrameBatch | None = None
         self._first_slot_frame = 0  # the frame at the start of the short region
+        self._window_is_stale = False  # after a rewind, until the next write
+        self._has_forgotten = False
 
-        window = model.config.short_window
-        self._largest_plan = plan_for_frames(max_frames)
-        if options.max_long_frames is not None:
-            self._largest_plan = plan_for_frames(options.max_long_frames + window)
-        largest = self._largest_plan
-        num_short_frames = largest.num_frames if largest.long_patch_size is None else min(largest.num_frames, window)
+        self._short_window = model.config.short_window
+        self._store_sizes = (num_layers, batch_size, num_heads, head_dim)
+        self._allocate(max_frames, dtype, device)
+
+    def _allocate(self, max_frames: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make empty stores with room for `max_frames` frames, the noisy one included."""
+        self.max_frames = max_frames
+        if self.options.max_long_frames is not None:
+            max_frames = self.options.max_long_frames + self._short_window
+        largest = self._largest_plan = self.plan_for_frames(max_frames)
+        num_short_frames = largest.num_frames
+        if largest.long_patch_size is not None:
+            num_short_frames = min(num_short_frames, self._short_window)
         num_tokens = largest.num_long_tokens + num_short_frames * largest.tokens_per_short_frame
-        store_shape = (num_layers, batch_size, num_tokens, num_heads, head_dim)
-        self._key_stores = torch.empty(store_shape, dtype=dtype, device=device)
+        num_layers, batch_size, num_heads, head_dim = self._store_sizes
+        self._key_stores = torch.empty(
+            (num_layers, batch_size, num_tokens, num_heads, head_dim), dtype=dtype, device=device
+        )
         self._value_stores = torch.empty_like(self._key_stores)
 
     @property
@@ -314,11 +217,53 @@ class FARKVCache:
                 f"frames need {num_clean + 1}. Make one with a larger `max_frames`."
             )
 
+    def make_room(self, num_new_frames: int) -> None:
+        """Let so many more clean frames, and the noisy one after them, fit: where they do not, the stores are replaced
+        by larger ones, half as large again at least."""
+        num_frames = self.num_frames + num_new_frames + 1
+        if self.options.max_long_frames is not None or num_frames <= self.max_frames:
+            return
+        old_boundary, old_stores = self._boundary, (self._key_stores, self._value_stores)
+        self._allocate(max(num_frames, self.max_frames * 3 // 2), self.dtype, self.device)
+        plan = self.plan
+        for old, new in zip(old_stores, (self._key_stores, self._value_stores)):
+            used = old[:, :, old_boundary - plan.num_long_tokens : old_boundary + plan.num_short_tokens]
+            start = self._boundary - plan.num_long_tokens
+            new[:, :, start : start + used.shape[2]] = used
+
     def clone(self) -> "FARKVCache":
         """An independent copy of the stores, for another continuation of the same context."""
         twin = copy.copy(self)
         twin._key_stores, twin._value_stores = self._key_stores.clone(), self._value_stores.clone()
         return twin
+
+    def rewind(self, num_frames: int, window: FrameBatch) -> None:
+        """Go back to an earlier moment, at least one clean frame before now; a write must follow.
+
+        Long frames depend on earlier long frames only, so those that were long then stay as they are. Short frames that
+        have since turned long are encoded anew, by the next write.
+
+        Args:
+            num_frames (`int`): Clean frames of that moment, on the cache's clock.
+            window (`FrameBatch`): The frames before it, as the transformer was fed them; as many as were short then, or
+                more.
+        """
+        old = self.plan
+        self.num_frames = num_frames
+        new = self.plan
+        if self._has_forgotten and num_frames <= self.options.num_sink_frames:
+            raise ValueError(
+                f"`num_frames` is {num_frames}, but of the first frames only the sinks are remembered; go back less far."
+            )
+        if new.long_patch_size is None:
+            return
+        if new.num_short_frames > window.num_frames:
+            raise ValueError(
+                f"`window` has {window.num_frames} frames but {new.num_short_frames} were short after {num_frames} "
+                "frames; pass at least these."
+            )
+        self._kept_frames = window.last(new.num_short_frames).copy()
+        self._window_is_stale = self._window_is_stale or new.num_long_frames < old.num_long_frames
 
     def pieces(self, frames: FrameBatch) -> list[FrameBatch]:
         """The parts in which frames are to be written, so that what is forgotten never has to be stored first."""
@@ -329,6 +274,7 @@ class FARKVCache:
 
     def begin_noisy(self) -> tuple[ContextPlan, CachePass]:
         """The pass that denoises the frame after the clean ones. It uses the slot after them as scratch space."""
+        assert not self._window_is_stale, "a write must follow a rewind"
         plan = self.plan_for_frames(self.num_frames + 1).segment(self.num_frames)
         return plan, self._pass_for(plan, first_slot=self.plan.num_short_frames, is_noisy=True)
 
@@ -349,13 +295,20 @@ class FARKVCache:
             self._kept_frames = frames.last(new.num_short_frames).copy()
 
         window_is_full = new.num_long_frames > old.num_long_frames
-        if window_is_full and self.options.is_rolling and num_new_frames == 1 and old.num_short_frames:
+        was_stale, self._window_is_stale = self._window_is_stale, False
+        if (
+            window_is_full
+            and not was_stale
+            and self.options.is_rolling
+            and num_new_frames == 1
+            and old.num_short_frames
+        ):
             oldest, newest = frames.between(0, 1), frames.last(1)
             plan = replace(new.segment(old.num_long_frames), num_short_frames=1)
             plan = replace(plan, num_skipped_frames=new.end_frame - 1 - plan.end_long_frame)
             slot = (new.end_frame - 1 - self._first_slot_frame) % new.num_short_frames
             return oldest.append(newest), plan, self._pass_for(plan, first_slot=slot, sees_all_slots=True)
-        if window_is_full:  # the frames that turn long, and the short window anew
+        if window_is_full or was_stale:  # the frames that turn long, and the short window anew
             self._first_slot_frame = new.first_short_frame
             plan = new.segment(old.num_long_frames)
         else:
@@ -454,4 +407,5 @@ class FARKVCache:
         for values in self._value_stores:
             values[:, moved] = values[:, start:kept_end].clone()
         self.num_frames -= num_forgotten
+        self._has_forgotten = True
         self._first_slot_frame -= num_forgotten

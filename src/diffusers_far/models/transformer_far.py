@@ -21,7 +21,9 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 
 from .attention_far import AttentionFrames
 from .blocks_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
+from .cache_options import CacheOptions
 from .context_plan import ContextPlan
+from .frame_batch import FrameBatch
 from .functional import (
     frame_causal_block_mask,
     frame_causal_mask,
@@ -31,7 +33,7 @@ from .functional import (
     rotary_embedding,
     unpatchify,
 )
-from .kv_cache import CacheOptions, CachePass, FARKVCache, FrameBatch
+from .kv_cache import CachePass, FARKVCache
 from .loading import CompleteWeightsMixin
 
 

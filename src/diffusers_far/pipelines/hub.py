@@ -1,5 +1,6 @@
 """How [`FARPipeline`] is saved, pushed and loaded."""
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -46,6 +47,14 @@ class FARHubMixin:
             if isinstance(value, (tuple, list)) and str(value[0]).startswith(PACKAGE):
                 kwargs[name] = ("diffusers", value[1])
         super().register_to_config(**kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as model_index.json keeps it: the names of the actions by index, since diffusers takes every list
+        of strings in there for a component, `[library, class]`, and asks the Hub for it."""
+        config = json.loads(super().to_json_string())
+        if config.get("action_names") is not None:
+            config["action_names"] = dict(enumerate(config["action_names"]))
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):

@@ -11,6 +11,14 @@ import PIL.Image
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..models.cache_options import CacheOptions
+from ..models.codec import spatial_compression
+from ..models.transformer_far import FARTransformer3DModel
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ["latents"]
+
 
 @dataclass(frozen=True)
 class PipelineInputs:
@@ -28,6 +36,140 @@ class PipelineInputs:
     num_videos_per_context: int
     latent_height: int
     latent_width: int
+
+
+def check_call(
+    transformer: FARTransformer3DModel,
+    vae: torch.nn.Module,
+    own_size: tuple[int | None, int | None],
+    *,
+    video: Any,
+    video_latents: torch.Tensor | None,
+    actions: Any,
+    class_labels: Any,
+    num_frames: int,
+    height: int | None,
+    width: int | None,
+    num_inference_steps: int,
+    guidance_scale: float,
+    num_videos_per_context: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    use_cache: bool,
+    cache_options: CacheOptions,
+    output_type: str,
+    callback_on_step_end_tensor_inputs: list[str],
+    is_session: bool = False,
+) -> PipelineInputs:
+    """Check all arguments of a call, or of the start of a session, before any work is done; `own_size` is the pipeline's
+    height and width, if any.
+
+    Raises:
+        ValueError: Names the argument, its value, the rule and the cure.
+    """
+    config = transformer.config
+    if not config.frame_causal:
+        raise ValueError(
+            "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
+        )
+    check_count("num_frames", num_frames)
+    check_count("num_inference_steps", num_inference_steps)
+    check_count("num_videos_per_context", num_videos_per_context)
+    cache_options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
+    if not use_cache and cache_options != CacheOptions():
+        raise ValueError(
+            f"`use_cache` is False but {cache_options} was asked for; leave `short_cache`, `max_long_frames` and "
+            "`num_sink_frames` at their defaults, or use the cache."
+        )
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
+    unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {CALLBACK_TENSORS}.")
+    if not np.isfinite(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"`guidance_scale` is {guidance_scale}; it is at least 0, and guides above 1.")
+    if guidance_scale > 1 and not (transformer.takes_actions or transformer.takes_labels):
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
+        )
+    if video is not None and video_latents is not None:
+        raise ValueError("`video` and `video_latents` were both given; pass the context in one of the two forms.")
+
+    latent_channels = (config.in_channels, None, None)
+    if video is not None:
+        video = video_to_tensor(video)
+    if video_latents is not None:
+        check_latents("video_latents", video_latents, (None, None, *latent_channels))
+    if latents is not None:
+        check_latents("latents", latents, (None, num_frames, *latent_channels))
+    latent_height, latent_width = latent_size(
+        transformer.config, spatial_compression(vae), own_size, video, video_latents, latents, height, width
+    )
+    context = video if video is not None else video_latents
+
+    batch_size = infer_batch_size(
+        context, latents, actions, class_labels, num_videos_per_context, 3 if config.action_dim else 2
+    )
+    if latents is not None:
+        num_videos = batch_size * num_videos_per_context
+        check_latents("latents", latents, (num_videos, num_frames, config.in_channels, latent_height, latent_width))
+    if isinstance(generator, (list, tuple)) and len(generator) != batch_size * num_videos_per_context:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)} but the call makes {batch_size * num_videos_per_context} "
+            "videos; pass one generator per video, or a single one."
+        )
+    num_context_frames = 0 if context is None else context.shape[1]
+    num_all_frames = num_context_frames + num_frames
+    lengths = (num_all_frames, num_all_frames - config.action_shift) if config.action_shift else (num_all_frames,)
+    if is_session:  # the action at the last frame of the context is yet to be taken
+        lengths = (max(num_context_frames - 1, 0),)
+    return PipelineInputs(
+        video=video,
+        video_latents=video_latents,
+        actions=check_actions(actions, config, batch_size, lengths),
+        class_labels=check_class_labels(class_labels, config.num_classes, batch_size),
+        latents=latents,
+        batch_size=batch_size,
+        num_context_frames=num_context_frames,
+        num_frames=num_frames,
+        num_videos_per_context=num_videos_per_context,
+        latent_height=latent_height,
+        latent_width=latent_width,
+    )
+
+
+def latent_size(
+    config, compression: int, own_size: tuple[int | None, int | None], video, video_latents, latents, height, width
+) -> tuple[int, int]:
+    """Latent height and width: from the video or latents, else as given, else the pipeline's own."""
+    for name, tensor, pixels in (
+        ("video", video, 1),
+        ("video_latents", video_latents, compression),
+        ("latents", latents, compression),
+    ):
+        if tensor is not None:
+            size = (tensor.shape[-2] * pixels, tensor.shape[-1] * pixels)
+            source = f"`{name}`"
+            if (height or size[0], width or size[1]) != size:
+                raise ValueError(
+                    f"`height` and `width` are {height} and {width} but {source} is of {size[0]}x{size[1]} pixels; "
+                    "leave them out, or resize."
+                )
+            break
+    else:
+        size, source = (height or own_size[0], width or own_size[1]), "`height`x`width`"
+        if None in size:
+            raise ValueError(
+                f"`height` and `width` are {height} and {width}, without a video, and this pipeline has no size of "
+                "its own; pass both, in pixels."
+            )
+    unit = compression * (config.long_patch_size or config.patch_size)
+    if size[0] < 1 or size[1] < 1 or size[0] % unit or size[1] % unit:
+        raise ValueError(
+            f"{source} is {size[0]}x{size[1]} pixels; VAE and patches need multiples of {unit}: resize, for example "
+            f"to {max(1, round(size[0] / unit)) * unit}x{max(1, round(size[1] / unit)) * unit}."
+        )
+    return size[0] // compression, size[1] // compression
 
 
 def video_to_tensor(video: Any) -> torch.Tensor:
@@ -96,24 +238,24 @@ def stack_frames(video: list) -> np.ndarray | torch.Tensor:
     raise ValueError(f"`video` is a list of {type(video[0]).__name__}; pass PIL images, arrays or tensors.")
 
 
-def check_actions(actions: Any, config, batch_size: int, num_frames: int) -> torch.Tensor | None:
+def check_actions(actions: Any, config, batch_size: int, lengths: tuple[int, ...]) -> torch.Tensor | None:
     """Actions as one tensor, `(B, F)` int64 or `(B, F, A)` float32.
 
     Args:
         actions: Tensor, array or nested list; one row serves every sample of a batch.
-        config: Of the transformer: `num_actions`, `action_dim`, `action_shift`.
+        config: Of the transformer: `num_actions`, `action_dim`.
         batch_size (`int`): B.
-        num_frames (`int`): Context and new frames.
+        lengths (`tuple[int, ...]`): How many there may be; of 0, none need be given.
 
     Raises:
         ValueError: Missing, superfluous, of the wrong length, type, range or number of channels, or not finite.
     """
     takes_actions = config.num_actions is not None or config.action_dim is not None
     if actions is None:
-        if takes_actions:
+        if takes_actions and 0 not in lengths:
             kind = f"integers from 0 to {config.num_actions - 1}" if config.num_actions else "floats"
             raise ValueError(
-                f"`actions` is None but this model is conditioned on actions; pass {kind} for {num_frames} frames."
+                f"`actions` is None but this model is conditioned on actions; pass {kind} for {lengths[0]} frames."
             )
         return None
     if not takes_actions:
@@ -133,10 +275,10 @@ def check_actions(actions: Any, config, batch_size: int, num_frames: int) -> tor
         raise ValueError(
             f"`actions` has {actions.shape[0]} rows but the batch is {batch_size}; pass one row per sample."
         )
-    if actions.shape[1] not in (num_frames, num_frames - config.action_shift):
-        left_out = " (the last may be left out)" if config.action_shift else ""
+    if actions.shape[1] not in lengths:
+        left_out = " (the last may be left out)" if len(lengths) > 1 else ""
         raise ValueError(
-            f"`actions` has {actions.shape[1]} frames but context and new frames need {num_frames}; "
+            f"`actions` has {actions.shape[1]} frames but context and new frames need {lengths[0]}; "
             f"pass one action per frame{left_out}."
         )
     return check_action_values(actions, config).expand(batch_size, *actions.shape[1:])
@@ -247,3 +389,25 @@ def num_dims(value: Any) -> int:
 def repeat_samples(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
     """Each sample of the batch `repeats` times in a row."""
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
+
+
+def check_step_action(
+    action: Any, config, batch_size: int, *, has_frame: bool, device: torch.device
+) -> torch.Tensor | None:
+    """The action of a session's step as a tensor, `(B,)` int64 or `(B, A)` float32.
+
+    Raises:
+        ValueError: Missing, superfluous, of the wrong type, range or number.
+    """
+    takes_actions = config.num_actions is not None or config.action_dim is not None
+    if action is not None and takes_actions and not has_frame:
+        raise ValueError(f"`action` is {action!r} but there is no frame yet that it could be taken at; leave it out.")
+    if action is None and takes_actions and not has_frame:
+        return None
+    if action is None:
+        return check_actions(None, config, batch_size, (1,))
+    action = torch.as_tensor(action)
+    num_dims_of_one = 0 if config.num_actions is not None else 1
+    if action.ndim == num_dims_of_one:
+        action = action[None]
+    return check_actions(action[:, None], config, batch_size, (1,))[:, 0].to(device)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -16,29 +14,18 @@ from diffusers.utils import logging
 
 from ..hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from ..loaders.lora import FARLoraLoaderMixin
-from ..models.codec import decode_video, encode_video, spatial_compression
-from ..models.conditions import shift_actions
-from ..models.kv_cache import FrameBatch
+from ..models.cache_options import CacheOptions
+from ..models.codec import decode_video, encode_video
 from ..models.transformer_far import FARTransformer3DModel
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
-from .inputs import (
-    PipelineInputs,
-    check_actions,
-    check_class_labels,
-    check_count,
-    check_latents,
-    frame_noise,
-    infer_batch_size,
-    repeat_samples,
-    video_to_tensor,
-)
-from .pipeline_output import FARPipelineOutput, join_frames
+from .inputs import CALLBACK_TENSORS, PipelineInputs, check_call, repeat_samples
+from .pipeline_output import FARPipelineOutput, Frame, join_frames
 from .rollout import Rollout, RolloutConfig
+from .session import FARSession
 
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ENCODED_FRAMES = 32  # frames that the VAE encodes at once; one at a time with `vae.enable_slicing()`
 
 EXAMPLE_DOC_STRING = """
@@ -55,9 +42,19 @@ EXAMPLE_DOC_STRING = """
 class Callbacks:
     """What the user wants to be called with, after each step and after each frame."""
 
-    on_step_end: Callable | None
-    tensor_inputs: list[str]
-    on_frame_end: Callable | None
+    on_step_end: Callable | None = None
+    tensor_inputs: tuple[str, ...] = ()
+    on_frame_end: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A call that was checked and is ready to run."""
+
+    inputs: PipelineInputs
+    config: RolloutConfig
+    generator: torch.Generator | list[torch.Generator] | None
+    callbacks: Callbacks
 
 
 class GenerationInterrupted(Exception):
@@ -73,13 +70,14 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         vae (`AutoencoderDC`, `AutoencoderKL` or `AutoencoderTiny`): Encodes and decodes single frames.
         scheduler: A flow-matching scheduler, such as `FlowMatchEulerDiscreteScheduler`.
         fps (`float`, *optional*): Frames per second of the videos that the model knows.
-        action_names (`list[str]`, *optional*): Names of the discrete actions, by index.
+        action_names (`list[str]`, *optional*): Names of the discrete actions, by index; a saved pipeline has them as a
+            `dict`.
         height (`int`, *optional*), width (`int`, *optional*): The model's own size in pixels.
         flex_rope (`dict`, *optional*): Fields of a [`FlexRoPEConfig`] to apply; written by `enable_flex_rope`.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = CALLBACK_TENSORS
 
     def __init__(
         self,
@@ -87,7 +85,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         vae: torch.nn.Module,
         scheduler: SchedulerMixin,
         fps: float | None = None,
-        action_names: list[str] | None = None,
+        action_names: list[str] | dict[str, str] | None = None,
         height: int | None = None,
         width: int | None = None,
         flex_rope: dict | None = None,
@@ -95,6 +93,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         super().__init__()
         check_components_complete(transformer=transformer, vae=vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        if isinstance(action_names, dict):
+            action_names = list(action_names.values())
         self.register_to_config(fps=fps, action_names=action_names, height=height, width=width)
         self.register_to_config(flex_rope=applied_flex_rope(transformer))
         if flex_rope is not None:
@@ -140,6 +140,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         use_cache: bool = True,
+        short_cache: str | int = "exact",
+        max_long_frames: int | None = None,
+        num_sink_frames: int = 0,
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -172,6 +175,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             latents (`torch.Tensor` of shape `(B, num_frames, C, H, W)`, *optional*): Starting noise; else drawn frame
                 after frame.
             use_cache (`bool`, defaults to `True`): `False` computes the whole context anew at every step.
+            short_cache (`str` or `int`), max_long_frames (`int`, *optional*), num_sink_frames (`int`): How the cache
+                saves time and memory, see [`CacheOptions`].
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (channels last), `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): `False` returns a tuple.
             attention_kwargs (`dict`, *optional*): `scale` scales LoRA layers.
@@ -186,32 +191,132 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         Returns:
             [`FARPipelineOutput`], the new frames only.
         """
-        inputs = self.check_inputs(
-            video,
-            video_latents,
-            actions,
-            class_labels,
-            num_frames,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            num_videos_per_context,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+        generation = self._prepare(
+            video=video,
+            video_latents=video_latents,
+            actions=actions,
+            class_labels=class_labels,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_videos_per_context=num_videos_per_context,
+            generator=generator,
+            latents=latents,
+            use_cache=use_cache,
+            short_cache=short_cache,
+            max_long_frames=max_long_frames,
+            num_sink_frames=num_sink_frames,
+            output_type=output_type,
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_frame_end=callback_on_frame_end,
         )
-        config = RolloutConfig(num_inference_steps, guidance_scale, use_cache, attention_kwargs)
-        callbacks = Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback_on_frame_end)
-        finished = list(self._generate(inputs, config, generator, callbacks))
-        frames = join_frames([self._decode(frame, output_type) for frame in finished], output_type)
+        finished = list(self._generate(generation))
+        frames = join_frames([self.decode_frame(frame, output_type) for frame in finished], output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames,)
         return FARPipelineOutput(frames=frames)
 
-    def stream(
+    def stream(self, *, output_type: str = "pil", **arguments) -> Iterator[Frame]:
+        """Like a call, with its arguments by name, but yields each frame of the batch as soon as it is decoded: a list of
+        B images, `(B, h, w, 3)`, `(B, 3, h, w)` or latents `(B, C, H, W)`. Bit-equal to the call. Inputs are checked at
+        once, not when the first frame is asked for."""
+        generation = self._prepare(output_type=output_type, **arguments)
+
+        def decoded_frames():
+            try:
+                for frame in self._generate(generation):
+                    yield self.decode_frame(frame, output_type)
+            finally:
+                self.maybe_free_model_hooks()
+
+        return decoded_frames()
+
+    def start_session(
+        self,
+        video: Any = None,
+        video_latents: torch.Tensor | None = None,
+        actions: Any = None,
+        class_labels: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        short_cache: str | int = "exact",
+        max_long_frames: int | None = None,
+        num_sink_frames: int = 0,
+        max_history: int | None = None,
+        output_type: str = "pil",
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> FARSession:
+        """Start a rollout that is made frame by frame, see [`FARSession`].
+
+        Args:
+            video, video_latents, class_labels, height, width: As in a call.
+            actions (*optional*): Taken at the frames of the context but the last: `(B, F_context - 1)`.
+            num_inference_steps, guidance_scale, short_cache, max_long_frames, num_sink_frames, attention_kwargs: As in a
+                call; the first two can be changed between steps.
+            generator (`torch.Generator` or a list, one per sample, *optional*): A new one with a random seed by default.
+            max_history (`int`, *optional*): Frames kept for `frames` and `rewind`; all by default.
+            output_type (`str`, defaults to `"pil"`): Of the frames that a step returns.
+        """
+        generation = self._prepare(
+            video=video,
+            video_latents=video_latents,
+            actions=actions,
+            class_labels=class_labels,
+            num_frames=1,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator or seeded_generator(self._execution_device),
+            short_cache=short_cache,
+            max_long_frames=max_long_frames,
+            num_sink_frames=num_sink_frames,
+            output_type=output_type,
+            attention_kwargs=attention_kwargs,
+            is_session=True,
+        )
+        return self._start(generation, generation.inputs.actions, max_history, output_type)
+
+    def _prepare(
+        self,
+        *,
+        use_cache: bool = True,
+        short_cache: str | int = "exact",
+        max_long_frames: int | None = None,
+        num_sink_frames: int = 0,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = CALLBACK_TENSORS,
+        callback_on_frame_end: Callable | None = None,
+        **arguments,
+    ) -> Generation:
+        """Check the arguments of a call, by name."""
+        cache_options = CacheOptions(short_cache, max_long_frames, num_sink_frames)
+        inputs = self.check_inputs(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            use_cache=use_cache,
+            cache_options=cache_options,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            **arguments,
+        )
+        config = RolloutConfig(num_inference_steps, guidance_scale, use_cache, cache_options, attention_kwargs)
+        callbacks = Callbacks(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs), callback_on_frame_end)
+        return Generation(inputs, config, generator, callbacks)
+
+    def check_inputs(
         self,
         video: Any = None,
         video_latents: torch.Tensor | None = None,
@@ -220,121 +325,115 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         num_frames: int = 16,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
         num_videos_per_context: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        use_cache: bool = True,
         output_type: str = "pil",
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        callback_on_frame_end: Callable | None = None,
-    ) -> Iterator[list[PIL.Image.Image] | np.ndarray | torch.Tensor]:
-        """Like a call, but yields each frame of the batch as soon as it is decoded: a list of B images, `(B, h, w, 3)`,
-        `(B, 3, h, w)` or latents `(B, C, H, W)`. Bit-equal to the call. Inputs are checked at once."""
-        inputs = self.check_inputs(
-            video,
-            video_latents,
-            actions,
-            class_labels,
-            num_frames,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            num_videos_per_context,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+        **arguments,
+    ) -> PipelineInputs:
+        """Check all arguments of a call before any work is done; see [`~pipelines.inputs.check_call`]."""
+        return check_call(
+            self.transformer,
+            self.vae,
+            (self.config.height, self.config.width),
+            video=video,
+            video_latents=video_latents,
+            actions=actions,
+            class_labels=class_labels,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_videos_per_context=num_videos_per_context,
+            latents=latents,
+            output_type=output_type,
+            **arguments,
         )
-        config = RolloutConfig(num_inference_steps, guidance_scale, use_cache, attention_kwargs)
-        callbacks = Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback_on_frame_end)
-
-        def decoded_frames():
-            try:
-                for frame in self._generate(inputs, config, generator, callbacks):
-                    yield self._decode(frame, output_type)
-            finally:
-                self.maybe_free_model_hooks()
-
-        return decoded_frames()
 
     @torch.no_grad()
-    def _generate(
+    def _start(
         self,
-        inputs: PipelineInputs,
-        config: RolloutConfig,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callbacks: Callbacks,
-    ) -> Iterator[torch.Tensor]:
-        """Latents of each new frame, `(B * num_videos_per_context, C, H, W)`, as soon as it is finished."""
-        device = self._execution_device
+        generation: Generation,
+        known_actions: torch.Tensor | None,
+        max_history: int | None = None,
+        output_type: str = "latent",
+    ) -> FARSession:
+        """A session that has seen the context but made no frame yet."""
+        inputs, device = generation.inputs, self._execution_device
         repeats = inputs.num_videos_per_context
-        actions, action_mask = None, None
-        if inputs.actions is not None:
-            num_frames = inputs.num_context_frames + inputs.num_frames
-            actions = repeat_samples(inputs.actions.to(device), repeats)
-            actions, action_mask = shift_actions(actions, self.transformer.config.action_shift, num_frames)
-        context = self._encode_context(inputs, device)
 
-        latent_shape = (
-            inputs.batch_size * repeats,
-            self.transformer.config.in_channels,
-            inputs.latent_height,
-            inputs.latent_width,
-        )
+        def on_device(tensor):
+            return None if tensor is None else repeat_samples(tensor.to(device), repeats)
+
         rollout = Rollout(
             self.transformer,
             self.scheduler,
-            latent_shape=latent_shape,
+            latent_shape=(
+                inputs.batch_size * repeats,
+                self.transformer.config.in_channels,
+                inputs.latent_height,
+                inputs.latent_width,
+            ),
             max_frames=inputs.num_context_frames + inputs.num_frames,
             device=device,
-            class_labels=None
-            if inputs.class_labels is None
-            else repeat_samples(inputs.class_labels, repeats).to(device),
-            config=config,
+            class_labels=on_device(inputs.class_labels),
+            config=generation.config,
         )
+        return FARSession(
+            self,
+            rollout,
+            context=on_device(self._encode_context(inputs, device)),
+            actions=on_device(known_actions),
+            generator=generation.generator,
+            max_history=max_history,
+            output_type=output_type,
+        )
+
+    @torch.no_grad()
+    def _generate(self, generation: Generation) -> Iterator[torch.Tensor]:
+        """Latents of each new frame, `(B * num_videos_per_context, C, H, W)`, as soon as it is finished."""
+        inputs, callbacks = generation.inputs, generation.callbacks
+        num_context = inputs.num_context_frames
+        known_actions = None if inputs.actions is None else inputs.actions[:, : max(num_context - 1, 0)]
+        session = self._start(generation, known_actions)
+        num_steps = session.rollout.num_steps
         self._interrupt = False
-        self._guidance_scale = config.guidance_scale
-        self._num_timesteps = inputs.num_frames * rollout.num_steps
+        self._guidance_scale = generation.config.guidance_scale
+        self._num_timesteps = inputs.num_frames * num_steps
 
-        def fed_frames(latents: torch.Tensor, first_frame: int) -> FrameBatch:
-            window = slice(first_frame, first_frame + latents.shape[1])
-            if actions is None:
-                return FrameBatch(latents)
-            return FrameBatch(latents, actions[:, window], action_mask[:, window])
+        def action_at(frame: int) -> torch.Tensor | None:
+            if inputs.actions is None or not 0 <= frame < inputs.actions.shape[1]:
+                return None
+            return repeat_samples(inputs.actions[:, frame], inputs.num_videos_per_context).to(session.rollout.device)
 
-        finished = repeat_samples(context, repeats) if context is not None else None
-        num_finished = 0
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for frame_index in range(inputs.num_frames):
-                if finished is not None:
-                    rollout.write(fed_frames(finished, num_finished))
-                    num_finished += finished.shape[1]
-                if inputs.latents is not None:
-                    noise = inputs.latents[:, frame_index : frame_index + 1].to(device)
-                else:
-                    noise = frame_noise((latent_shape[0], 1, *latent_shape[1:]), generator, device)
 
                 def on_step_end(step_index, timestep, latents):
-                    step = frame_index * rollout.num_steps + step_index
+                    step = frame_index * num_steps + step_index
                     latents = self._call_back(callbacks.on_step_end, callbacks.tensor_inputs, latents, step, timestep)
                     progress_bar.update()
                     if self.interrupt:
                         raise GenerationInterrupted
                     return latents
 
+                def on_frame_end(latents):
+                    return self._call_back(callbacks.on_frame_end, ("latents",), latents, frame_index)
+
+                noise = None
+                if inputs.latents is not None:
+                    noise = inputs.latents[:, frame_index : frame_index + 1].to(session.rollout.device)
+                frame = num_context + frame_index
                 try:
-                    finished = rollout.denoise(fed_frames(noise, num_finished), on_step_end)
+                    yield session.advance(
+                        action_at(frame - 1),
+                        own_action=action_at(frame),
+                        noise=noise,
+                        on_step_end=on_step_end,
+                        on_frame_end=on_frame_end,
+                    )
                 except GenerationInterrupted:
                     return
-                finished = self._call_back(callbacks.on_frame_end, ["latents"], finished, frame_index)
-                yield finished[:, 0]
 
-    def _call_back(self, callback, tensor_inputs: list[str], latents: torch.Tensor, *position) -> torch.Tensor:
+    def _call_back(self, callback, tensor_inputs: tuple[str, ...], latents: torch.Tensor, *position) -> torch.Tensor:
         """Let the user see, and replace, the latents."""
         if callback is None:
             return latents
@@ -352,7 +451,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         return latents.unflatten(0, inputs.video.shape[:2]).float()
 
     @torch.no_grad()
-    def _decode(self, latents: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    def decode_frame(self, latents: torch.Tensor, output_type: str) -> Frame:
         """One frame of every sample, `(B, C, H, W)`, as the user wants it."""
         if output_type == "latent":
             return latents
@@ -363,119 +462,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         images = VaeImageProcessor.pt_to_numpy(images)
         return images if output_type == "np" else VaeImageProcessor.numpy_to_pil(images)
 
-    def check_inputs(
-        self,
-        video: Any,
-        video_latents: torch.Tensor | None,
-        actions: Any,
-        class_labels: Any,
-        num_frames: int,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int,
-        guidance_scale: float,
-        num_videos_per_context: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> PipelineInputs:
-        """Check all arguments before any work is done.
 
-        Raises:
-            ValueError: Names the argument, its value, the rule and the cure.
-        """
-        config = self.transformer.config
-        if not config.frame_causal:
-            raise ValueError(
-                "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
-            )
-        check_count("num_frames", num_frames)
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("num_videos_per_context", num_videos_per_context)
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {self._callback_tensor_inputs}."
-            )
-        if not np.isfinite(guidance_scale) or guidance_scale < 0:
-            raise ValueError(f"`guidance_scale` is {guidance_scale}; it is at least 0, and guides above 1.")
-        if guidance_scale > 1 and not (self.transformer.takes_actions or self.transformer.takes_labels):
-            raise ValueError(
-                f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
-            )
-        if video is not None and video_latents is not None:
-            raise ValueError("`video` and `video_latents` were both given; pass the context in one of the two forms.")
-
-        latent_channels = (config.in_channels, None, None)
-        if video is not None:
-            video = video_to_tensor(video)
-        if video_latents is not None:
-            check_latents("video_latents", video_latents, (None, None, *latent_channels))
-        if latents is not None:
-            check_latents("latents", latents, (None, num_frames, *latent_channels))
-        latent_height, latent_width = self._latent_size(video, video_latents, latents, height, width)
-        context = video if video is not None else video_latents
-
-        batch_size = infer_batch_size(
-            context, latents, actions, class_labels, num_videos_per_context, 3 if config.action_dim else 2
-        )
-        if latents is not None:
-            num_videos = batch_size * num_videos_per_context
-            check_latents(
-                "latents", latents, (num_videos, num_frames, config.in_channels, latent_height, latent_width)
-            )
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size * num_videos_per_context:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)} but the call makes {batch_size * num_videos_per_context} "
-                "videos; pass one generator per video, or a single one."
-            )
-        num_context_frames = 0 if context is None else context.shape[1]
-        return PipelineInputs(
-            video=video,
-            video_latents=video_latents,
-            actions=check_actions(actions, config, batch_size, num_context_frames + num_frames),
-            class_labels=check_class_labels(class_labels, config.num_classes, batch_size),
-            latents=latents,
-            batch_size=batch_size,
-            num_context_frames=num_context_frames,
-            num_frames=num_frames,
-            num_videos_per_context=num_videos_per_context,
-            latent_height=latent_height,
-            latent_width=latent_width,
-        )
-
-    def _latent_size(self, video, video_latents, latents, height, width) -> tuple[int, int]:
-        """Latent height and width: from the video or latents, else as given, else the pipeline's own."""
-        compression = spatial_compression(self.vae)
-        for name, tensor, pixels in (
-            ("video", video, 1),
-            ("video_latents", video_latents, compression),
-            ("latents", latents, compression),
-        ):
-            if tensor is not None:
-                size = (tensor.shape[-2] * pixels, tensor.shape[-1] * pixels)
-                source = f"`{name}`"
-                if (height or size[0], width or size[1]) != size:
-                    raise ValueError(
-                        f"`height` and `width` are {height} and {width} but {source} is of {size[0]}x{size[1]} pixels; "
-                        "leave them out, or resize."
-                    )
-                break
-        else:
-            size, source = (height or self.config.height, width or self.config.width), "`height`x`width`"
-            if None in size:
-                raise ValueError(
-                    f"`height` and `width` are {height} and {width}, without a video, and this pipeline has no size of "
-                    "its own; pass both, in pixels."
-                )
-        config = self.transformer.config
-        unit = compression * (config.long_patch_size or config.patch_size)
-        if size[0] < 1 or size[1] < 1 or size[0] % unit or size[1] % unit:
-            raise ValueError(
-                f"{source} is {size[0]}x{size[1]} pixels; VAE and patches need multiples of {unit}: resize, for example "
-                f"to {max(1, round(size[0] / unit)) * unit}x{max(1, round(size[1] / unit)) * unit}."
-            )
-        return size[0] // compression, size[1] // compression
+def seeded_generator(device: torch.device) -> torch.Generator:
+    """A generator with a random seed, for noise that can be saved and drawn again."""
+    generator = torch.Generator(device)
+    generator.seed()
+    return generator

@@ -6,6 +6,9 @@ import torch
 from diffusers.utils import BaseOutput
 
 
+Frame = list[PIL.Image.Image] | np.ndarray | torch.Tensor  # one frame of every sample of a batch
+
+
 @dataclass
 class FARPipelineOutput(BaseOutput):
     """Output of [`FARPipeline`].

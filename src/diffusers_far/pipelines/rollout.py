@@ -5,12 +5,13 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from diffusers import SchedulerMixin
 
-from ..models.kv_cache import FrameBatch
+from ..models.cache_options import CacheOptions
+from ..models.frame_batch import FrameBatch
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
 
 
@@ -22,12 +23,14 @@ class RolloutConfig:
         num_inference_steps (`int`): Denoising steps of a frame.
         guidance_scale (`float`): Above 1 the model also runs with the null condition, in the same batch.
         use_cache (`bool`): `False` computes the whole context anew at every step.
+        cache_options (`CacheOptions`): How the cache saves time and memory.
         attention_kwargs (`dict`, *optional*): Passed to the transformer.
     """
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     use_cache: bool = True
+    cache_options: CacheOptions = CacheOptions()
     attention_kwargs: dict | None = None
 
 
@@ -39,13 +42,13 @@ class Rollout:
         transformer ([`FARTransformer3DModel`]): The denoiser.
         scheduler: A flow-matching scheduler; copied, so that rollouts do not disturb each other.
         latent_shape (`tuple`): `(B, C, H, W)`.
-        max_frames (`int`): Frames of the whole video, context included.
+        max_frames (`int`): Frames that the cache has room for at first, context included; it grows.
         device (`torch.device`): Where the transformer runs.
         class_labels (`torch.Tensor` of shape `(B,)`, *optional*).
         config (`RolloutConfig`).
 
     Attributes:
-        num_steps (`int`): Denoising steps of a frame.
+        num_steps (`int`): Denoising steps of a frame; some schedulers make more than `num_inference_steps`.
     """
 
     def __init__(
@@ -61,22 +64,53 @@ class Rollout:
     ):
         self.transformer = transformer
         self.scheduler = copy.deepcopy(scheduler)
-        self.config = config
+        self.latent_shape = latent_shape
+        self.max_frames = max_frames
         self.device = device
-        self.scheduler.set_timesteps(config.num_inference_steps, device=device)
-        self.num_steps = len(self.scheduler.timesteps)  # some schedulers make more than `num_inference_steps`
-        self.is_guided = config.guidance_scale > 1
         self.class_labels = class_labels
-        if self.is_guided and class_labels is not None:
-            null_labels = torch.full_like(class_labels, transformer.config.num_classes)
-            self.class_labels = torch.cat([null_labels, class_labels])
+        self.set_config(config)
         self.frames: FrameBatch | None = None  # clean frames, where nothing is cached
         self.kv_cache = None
         if config.use_cache:
             batch_size, _, height, width = latent_shape
             self.kv_cache = transformer.init_kv_cache(
-                batch_size * (2 if self.is_guided else 1), height, width, max_frames, device=device
+                batch_size * (2 if self.is_guided else 1),
+                height,
+                width,
+                max_frames,
+                device=device,
+                **asdict(config.cache_options),
             )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the batch has a null half."""
+        return self.config.guidance_scale > 1
+
+    def set_config(self, config: RolloutConfig) -> None:
+        """Make the next frames another way; what is cached must fit, so guidance must not cross 1."""
+        self.config = config
+        self.scheduler.set_timesteps(config.num_inference_steps, device=self.device)
+        self.num_steps = len(self.scheduler.timesteps)
+
+    def restarted(self, config: RolloutConfig) -> "Rollout":
+        """The same rollout before its first frame, with another config."""
+        return Rollout(
+            self.transformer,
+            self.scheduler,
+            latent_shape=self.latent_shape,
+            max_frames=self.max_frames,
+            device=self.device,
+            class_labels=self.class_labels,
+            config=config,
+        )
+
+    def clone(self) -> "Rollout":
+        """An independent rollout with the same past; copies the cache."""
+        twin = copy.copy(self)
+        twin.scheduler = copy.deepcopy(self.scheduler)
+        twin.kv_cache = None if self.kv_cache is None else self.kv_cache.clone()
+        return twin
 
     def write(self, frames: FrameBatch) -> None:
         """Add clean frames, `latents` (B, F, C, H, W), to the context."""
@@ -84,8 +118,21 @@ class Rollout:
         if self.kv_cache is None:
             self.frames = frames if self.frames is None else self.frames.append(frames)
             return
+        self.kv_cache.make_room(frames.num_frames)
         with self.transformer.cache_context("context"):
             self._predict(frames, CLEAN_TIMESTEP, update_cache=True)
+
+    def rewind(self, num_frames: int, window: FrameBatch) -> None:
+        """Take the last frames out of the context again; a write must follow.
+
+        Args:
+            num_frames (`int`): How many.
+            window (`FrameBatch`): The frames before them, as many as were short then.
+        """
+        if self.kv_cache is None:
+            self.frames = self.frames.between(0, self.frames.num_frames - num_frames)
+        else:
+            self.kv_cache.rewind(self.kv_cache.num_frames - num_frames, self._model_inputs(window))
 
     def denoise(self, frame: FrameBatch, on_step_end: Callable | None = None) -> torch.Tensor:
         """Make the next frame.
@@ -122,12 +169,16 @@ class Rollout:
         return self._predict(context.append(noisy), timesteps)[:, -1:]
 
     def _predict(self, frames: FrameBatch, timestep, update_cache: bool = False) -> torch.Tensor | None:
+        class_labels = self.class_labels
+        if self.is_guided and class_labels is not None:
+            null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
+            class_labels = torch.cat([null_labels, class_labels])
         return self.transformer(
             frames.latents,
             timestep,
             actions=frames.actions,
             action_mask=frames.action_mask,
-            class_labels=self.class_labels,
+            class_labels=class_labels,
             kv_cache=self.kv_cache,
             update_cache=update_cache,
             attention_kwargs=self.config.attention_kwargs,

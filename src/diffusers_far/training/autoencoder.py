@@ -69,8 +69,9 @@ def measure_reconstruction(vae: nn.Module, batches: Iterable[torch.Tensor]) -> d
         vae (`nn.Module`): Any autoencoder that `encode_images` knows.
         batches (iterable of `torch.Tensor` of shape `(B, 3, height, width)`): uint8.
     """
-    psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3)).to(vae.device)
-    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(vae.device)
+    # One process may measure alone, so the metrics must not wait for the others.
+    psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), sync_on_compute=False).to(vae.device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0, sync_on_compute=False).to(vae.device)
     for batch in batches:
         target = batch.to(vae.device) / 255
         images = vae.decode(encode_images(vae, (target * 2 - 1).to(vae.dtype))).sample

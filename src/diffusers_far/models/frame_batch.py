@@ -1,0 +1,56 @@
+"""Frames with what belongs to each of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """Frames as the transformer is fed them: latents with the conditions that belong to each frame.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, F, C, H, W)`).
+        actions (`torch.Tensor` of shape `(B, F)` or `(B, F, action_dim)`, *optional*).
+        action_mask (`torch.Tensor` of shape `(B, F)`, bool, *optional*): `False` marks the null action.
+    """
+
+    latents: torch.Tensor
+    actions: torch.Tensor | None = None
+    action_mask: torch.Tensor | None = None
+
+    @property
+    def num_frames(self) -> int:
+        return self.latents.shape[1]
+
+    def append(self, later: "FrameBatch") -> "FrameBatch":
+        """These frames with `later` ones after them."""
+
+        def join(ours, theirs):
+            return None if theirs is None else torch.cat([ours, theirs], dim=1)
+
+        earlier_mask, later_mask = self.action_mask, later.action_mask
+        if (earlier_mask is None) != (later_mask is None):  # a missing mask means: every action is given
+            earlier_mask, later_mask = self._full_mask(), later._full_mask()
+        return FrameBatch(
+            join(self.latents, later.latents), join(self.actions, later.actions), join(earlier_mask, later_mask)
+        )
+
+    def between(self, start: int, end: int) -> "FrameBatch":
+        """The frames from `start` up to and without `end`, as views."""
+        tensors = (self.latents, self.actions, self.action_mask)
+        return FrameBatch(*(None if tensor is None else tensor[:, start:end] for tensor in tensors))
+
+    def last(self, num_frames: int) -> "FrameBatch":
+        """The last `num_frames` frames, as views."""
+        return self.between(self.num_frames - num_frames, self.num_frames)
+
+    def copy(self) -> "FrameBatch":
+        """Copies that do not change with the caller's tensors."""
+        tensors = (self.latents, self.actions, self.action_mask)
+        return FrameBatch(*(None if tensor is None else tensor.clone() for tensor in tensors))
+
+    def _full_mask(self) -> torch.Tensor:
+        if self.action_mask is not None:
+            return self.action_mask
+        return torch.ones(self.latents.shape[:2], dtype=torch.bool, device=self.latents.device)
