@@ -1,3 +1,4 @@
+from .cache_options import CacheOptions
 from .context_plan import ContextPlan
 from .kv_cache import FARKVCache
 from .presets import PRESETS, preset_config

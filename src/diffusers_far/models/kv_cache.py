@@ -110,6 +110,8 @@ class FARKVCache:
     Source: FAR, arXiv:2503.19325v2, "multi-level KV cache".
     """
 
+    _CLOCK = ("num_frames", "_first_slot_frame", "_window_is_stale", "_has_forgotten")
+
     def __init__(
         self,
         plan_for_frames: Callable[[int], ContextPlan],
@@ -230,6 +232,28 @@ class FARKVCache:
             used = old[:, :, old_boundary - plan.num_long_tokens : old_boundary + plan.num_short_tokens]
             start = self._boundary - plan.num_long_tokens
             new[:, :, start : start + used.shape[2]] = used
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int | bool]]:
+        """All that the cache holds, as tensors and numbers, for [`restore`] in another process."""
+        plan = self.plan
+        used = slice(self._boundary - plan.num_long_tokens, self._boundary + plan.num_short_tokens)
+        tensors = {"keys": self._key_stores[:, :, used], "values": self._value_stores[:, :, used]}
+        if self._kept_frames is not None:
+            for name, tensor in vars(self._kept_frames).items():
+                if tensor is not None:
+                    tensors[f"kept_{name}"] = tensor
+        return tensors, {name: getattr(self, name) for name in self._CLOCK}
+
+    def restore(self, tensors: dict[str, torch.Tensor], clock: dict[str, int | bool]) -> None:
+        """Hold what another cache of the same model, batch and latent size held when its `state` was taken."""
+        self.make_room(clock["num_frames"] - self.num_frames)
+        for name in self._CLOCK:
+            setattr(self, name, clock[name])
+        start = self._boundary - self.plan.num_long_tokens
+        for store, states in ((self._key_stores, tensors["keys"]), (self._value_stores, tensors["values"])):
+            store[:, :, start : start + states.shape[2]] = states
+        kept = {name.removeprefix("kept_"): value for name, value in tensors.items() if name.startswith("kept_")}
+        self._kept_frames = FrameBatch(**kept) if kept else None
 
     def clone(self) -> "FARKVCache":
         """An independent copy of the stores, for another continuation of the same context."""

@@ -3,9 +3,10 @@
 B batch, F frames, C latent channels, H/W latent height/width, A action channels.
 """
 
+import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,21 +14,11 @@ import torch
 from ..models.frame_batch import FrameBatch
 from .inputs import check_step_action, frame_noise
 from .rollout import Rollout, RolloutConfig
+from .session_file import SessionFrame, load_session, save_session
 
 
 if TYPE_CHECKING:
     from .pipeline_far import FARPipeline
-
-
-@dataclass
-class SessionFrame:
-    """A finished frame. `latents` (B, C, H, W); the action that led to it and the one taken at it, `(B,)` or `(B, A)`,
-    `None` where there is none (yet); and the states of the generators that drew its noise, `None` for context."""
-
-    latents: torch.Tensor
-    led_by: torch.Tensor | None = None
-    action: torch.Tensor | None = None
-    generator_states: list[torch.Tensor] | None = None
 
 
 class FARSession:
@@ -184,6 +175,19 @@ class FARSession:
         twin.num_frames, twin._num_unwritten = self.num_frames, self._num_unwritten
         return twin
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the whole state to a new safetensors file: [`load`] goes on bit-exactly, in another process too."""
+        save_session(self, path)
+
+    @classmethod
+    def load(cls, pipe: "FARPipeline", path: str | os.PathLike) -> "FARSession":
+        """A session that was saved, on a pipeline with the same transformer.
+
+        Raises:
+            ValueError: The file is of another version or transformer, truncated, or no session.
+        """
+        return load_session(cls, pipe, path)
+
     def rewind(self, num_frames: int) -> None:
         """Forget the last `num_frames` frames, and their noise with them: the same actions make the same frames again.
 
@@ -204,7 +208,8 @@ class FARSession:
             )
         dropped = self._history[left]
         if dropped.generator_states is not None:
-            self._restore_generators(dropped.generator_states)
+            for generator, state in zip(self.generators, dropped.generator_states):
+                generator.set_state(state)
         self._history = self._history[:left]
         self._history[-1].action = None
         if rewritten < num_written:
@@ -254,14 +259,15 @@ class FARSession:
         mask = torch.tensor([action is not None for action in fed], device=latents.device)
         return FrameBatch(latents, actions, mask.expand(batch_size, -1))
 
-    def _generator_states(self) -> list[torch.Tensor] | None:
-        generators = self.generator if isinstance(self.generator, (list, tuple)) else [self.generator]
-        return None if self.generator is None else [generator.get_state() for generator in generators]
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators of the noise; none where torch's global one draws it."""
+        if self.generator is None:
+            return []
+        return list(self.generator) if isinstance(self.generator, (list, tuple)) else [self.generator]
 
-    def _restore_generators(self, states: list[torch.Tensor]) -> None:
-        generators = self.generator if isinstance(self.generator, (list, tuple)) else [self.generator]
-        for generator, state in zip(generators, states):
-            generator.set_state(state)
+    def _generator_states(self) -> list[torch.Tensor] | None:
+        return [generator.get_state() for generator in self.generators] or None
 
 
 def clone_generator(
