@@ -3,12 +3,13 @@
 The end of the file needs no Hub: folders with incomplete, truncated or pickled weights.
 """
 
+import copy
 import re
 import shutil
 
 import pytest
 import torch
-from local_hub import run_python
+from local_hub import LocalHub, run_python
 from safetensors.torch import load_file, save_file
 from tiny_models import predict, random_clip, tiny_kl, tiny_pipeline, tiny_transformer
 
@@ -27,13 +28,11 @@ PUSH = """
 # What every loading test ends with: the pipeline continues a video as the one that was pushed did.
 ROLL_OUT = """
 import sys, torch
-expected = torch.load(sys.argv[1])
+torch.set_num_threads(1)  # as in the process that made the rollout
+rollout, expected = torch.load(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
-frames = pipe(
-    video_latents=expected["context"], actions=expected["actions"], latents=expected["noise"], num_frames=2,
-    num_inference_steps=2, output_type="latent",
-).frames
-assert torch.equal(frames, expected["frames"])
+frames = pipe(**rollout, num_frames=2, num_inference_steps=2, output_type="latent").frames
+assert torch.equal(frames, expected)
 assert type(pipe).__name__ == "FARPipeline" and type(pipe.transformer).__name__ == "FARTransformer3DModel"
 assert pipe.config.action_names == ["left", "right", "forward"] and pipe.config.flex_rope["slope"] == 0.3
 """
@@ -69,23 +68,34 @@ def maze_pipeline(**overrides):
     return tiny_pipeline(transformer, fps=15, action_names=["left", "right", "forward"], height=8, width=8)
 
 
-@pytest.fixture
-def pushed(hub, tmp_path):
-    """`org/maze` on the Hub, and a file with a rollout of it."""
+@pytest.fixture(scope="module")
+def maze_hub(tmp_path_factory):
+    """A Hub with `org/maze`, and a file with a rollout of it."""
+    folder = tmp_path_factory.mktemp("maze")
     pipe = maze_pipeline()
     pipe.enable_flex_rope(FlexRoPEConfig(0.3, "constant"))
+    pipe.save_pretrained(folder / "pipeline")
+
     generator = torch.Generator().manual_seed(0)
     rollout = {
-        "context": torch.randn(1, 3, 4, 4, 4, generator=generator),
-        "noise": torch.randn(1, 2, 4, 4, 4, generator=generator),
+        "video_latents": torch.randn(1, 3, 4, 4, 4, generator=generator),
+        "latents": torch.randn(1, 2, 4, 4, 4, generator=generator),
         "actions": torch.tensor([[0, 1, 2, 0]]),
     }
-    arguments = {"video_latents": rollout["context"], "latents": rollout["noise"], "actions": rollout["actions"]}
-    rollout["frames"] = pipe(**arguments, num_frames=2, num_inference_steps=2, output_type="latent").frames
-    torch.save(rollout, tmp_path / "rollout.pt")
-    pipe.save_pretrained(tmp_path / "pipeline")
-    run_python(PUSH, hub, tmp_path / "pipeline")
-    return tmp_path / "rollout.pt"
+    frames = pipe(**rollout, num_frames=2, num_inference_steps=2, output_type="latent").frames
+    torch.save((rollout, frames), folder / "rollout.pt")
+    with LocalHub() as hub:
+        run_python(PUSH, hub, folder / "pipeline")
+        yield hub, folder / "rollout.pt"
+
+
+@pytest.fixture
+def pushed(hub, maze_hub):
+    """`org/maze` on the test's own Hub; the path of its rollout."""
+    source, rollout = maze_hub
+    hub.repos.update(copy.deepcopy(source.repos))
+    hub.lfs_objects.update(source.lfs_objects)
+    return rollout
 
 
 @pytest.mark.full

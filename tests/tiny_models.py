@@ -208,7 +208,10 @@ def tiny_taesd() -> AutoencoderTiny:
 def tiny_pipeline(transformer: FARTransformer3DModel | None = None, vae=None, scheduler=None, **kwargs) -> FARPipeline:
     """A quiet pipeline; 2 pixels per latent by default."""
     pipe = FARPipeline(
-        transformer or tiny_transformer(), vae or tiny_taesd(), scheduler or FlowMatchEulerDiscreteScheduler(), **kwargs
+        transformer or tiny_transformer(),
+        vae or tiny_taesd(),
+        scheduler or FlowMatchEulerDiscreteScheduler(),
+        **kwargs,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

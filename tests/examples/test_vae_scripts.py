@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,8 @@ def run_script(name: str, *arguments: str, home: Path, launcher: tuple[str, ...]
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    return subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name), *arguments], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, *launcher, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,11 @@ def test_a_folder_in_use_and_a_changed_run_are_refused(workplace, trained):
 
 def test_a_kl_autoencoder_trains_with_a_gan_in_two_processes(workplace):
     # `accelerate launch --cpu --num_processes 2` starts one process only.
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    address = ("--master_addr", "127.0.0.1", "--master_port", port)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", *address)
     gan = ("--disc_start", "2", "--disc_channels", "8", "--disc_layers", "1")
     result = train(workplace, "kl", *gan, config="kl.json", launcher=launcher)
     assert result.returncode == 0, result.stderr

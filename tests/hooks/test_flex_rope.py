@@ -284,7 +284,10 @@ def compile_counter():
         ({"slope": -0.1}, "`slope` is -0.1; attention decays by a finite slope of 0 or more"),
         ({"slope": float("nan")}, "`slope` is nan; attention decays by a finite slope of 0 or more"),
         ({"slope": float("inf")}, "`slope` is inf; attention decays by a finite slope of 0 or more"),
-        ({"schedule": "linear"}, "`schedule` is 'linear'; choose one of 'constant', 'beyond_training' or pass a function"),
+        (
+            {"schedule": "linear"},
+            "`schedule` is 'linear'; choose one of 'constant', 'beyond_training' or pass a function",
+        ),
         ({"schedule": None}, "`schedule` is None; choose one of"),
         ({"trained_frames": 0}, "`trained_frames` is 0; it counts frames, at least 1"),
     ],

@@ -67,7 +67,9 @@ def test_tokens_are_the_patches_of_all_frames(
 
 @property_test
 @given(
-    num_frames=st.integers(0, 20), short_window=st.integers(1, 10), cuts=st.tuples(st.integers(0, 20), st.integers(0, 20))
+    num_frames=st.integers(0, 20),
+    short_window=st.integers(1, 10),
+    cuts=st.tuples(st.integers(0, 20), st.integers(0, 20)),
 )
 def test_frames_of_a_segment_keep_their_kind_and_their_index(num_frames, short_window, cuts):
     first_frame, end_frame = sorted(min(cut, num_frames) for cut in cuts)

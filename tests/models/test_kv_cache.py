@@ -244,7 +244,9 @@ def test_autocast_to_another_dtype_is_refused(model, clip):
 
 def test_another_model_is_refused_even_an_equal_one(model, clip):
     kv_cache = fill_cache(model, clip.frames(0, 4), max_frames=6)
-    expect_refusal("`kv_cache` was made by another FAR.*Make a cache", copy.deepcopy(model), clip.frames(4, 5), kv_cache)
+    expect_refusal(
+        "`kv_cache` was made by another FAR.*Make a cache", copy.deepcopy(model), clip.frames(4, 5), kv_cache
+    )
 
 
 def test_frames_beyond_the_end_are_refused(model, clip):

@@ -282,9 +282,7 @@ def test_every_weight_has_a_gradient(condition, long_patch_size):
     model = tiny_transformer(long_patch_size=long_patch_size, **condition)
     clip = random_clip(model, 6)
     kwargs = {} if clip.actions is None else {"action_mask": torch.arange(6).expand(2, 6) % 2 == 0}
-    sample = model(
-        clip.latents, clip.timestep, actions=clip.actions, class_labels=clip.class_labels, **kwargs
-    ).sample
+    sample = model(clip.latents, clip.timestep, actions=clip.actions, class_labels=clip.class_labels, **kwargs).sample
     sample.square().mean().backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
@@ -439,7 +437,8 @@ def test_superfluous_conditions_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    "condition, name", [({"num_actions": 3}, "actions"), ({"action_dim": 2}, "actions"), ({"num_classes": 3}, "class_labels")]
+    "condition, name",
+    [({"num_actions": 3}, "actions"), ({"action_dim": 2}, "actions"), ({"num_classes": 3}, "class_labels")],
 )
 def test_missing_conditions_are_refused(condition, name):
     with pytest.raises(ValueError, match=f"`{name}` is None but this model is conditioned on it; pass {name}"):
