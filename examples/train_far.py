@@ -45,7 +45,7 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": tor
 IDENTITY = (
     "num_frames frame_interval train_batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm clean_context_ratio "
-    "clean_prefix_ratio condition_dropout use_ema ema_decay mixed_precision objective seed"
+    "clean_prefix_ratio condition_dropout logit_mean logit_std use_ema ema_decay mixed_precision objective seed"
 ).split()
 
 
@@ -67,6 +67,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clean_context_ratio", type=float, default=0.1, help="Share of frames that are clean.")
     parser.add_argument("--clean_prefix_ratio", type=float, default=0.0, help="Share of clips with a clean start.")
     parser.add_argument("--condition_dropout", type=float, default=0.1)
+    parser.add_argument("--logit_mean", type=float, default=0.0, help="Of the noise levels; above 0: more noise.")
+    parser.add_argument("--logit_std", type=float, default=1.0)
 
     parser.add_argument("--max_train_steps", type=int, default=10_000)
     parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
@@ -235,7 +237,12 @@ def main(args: argparse.Namespace) -> None:
     check_data(latents, transformer)
     config = transformer.config
     objective = TrainingObjective(
-        args.objective, args.clean_context_ratio, args.clean_prefix_ratio, args.condition_dropout
+        args.objective,
+        args.clean_context_ratio,
+        args.clean_prefix_ratio,
+        args.condition_dropout,
+        args.logit_mean,
+        args.logit_std,
     )
     batches = TrainingBatches(
         latents,

@@ -50,6 +50,8 @@ class TrainingObjective:
             context), as inference feeds finished frames. They have no loss. With `"video_dit"` there are none.
         clean_prefix_ratio (`float`): Share of the clips whose first short frames are clean, their number drawn from 1
             to `F_short - 1`, and whose next frame is noisy: exactly what inference asks for.
+        logit_mean (`float`), logit_std (`float`): Of the logit-normal noise levels. The paper's are 0 and 1; a mean above
+            0 spends more of the training on high noise, where a frame is decided by its context.
         condition_dropout (`float`): Share of the actions (per frame) and labels (per clip) that become null. It is drawn
             here, not by the model, so that a clip's draw does not depend on the batch it is in.
 
@@ -60,6 +62,8 @@ class TrainingObjective:
     clean_context_ratio: float = 0.1
     clean_prefix_ratio: float = 0.0
     condition_dropout: float = 0.1
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
@@ -67,6 +71,8 @@ class TrainingObjective:
         for name, highest in (("clean_context_ratio", 1), ("clean_prefix_ratio", 1), ("condition_dropout", 1)):
             if not 0 <= getattr(self, name) <= highest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, from 0 to {highest}.")
+        if not self.logit_std > 0:
+            raise ValueError(f"`logit_std` is {self.logit_std}; a spread is above 0.")
 
     def draw(
         self, num_frames: int, num_long_frames: int, latent_shape: Sequence[int], generator: torch.Generator
@@ -81,7 +87,9 @@ class TrainingObjective:
         """
         num_short_frames = num_frames - num_long_frames
         num_levels = 1 if self.name == "video_dit" else num_short_frames
-        timestep = draw_timesteps(num_levels, generator).repeat(num_short_frames // num_levels)
+        timestep = draw_timesteps(num_levels, generator, self.logit_mean, self.logit_std).repeat(
+            num_short_frames // num_levels
+        )
         is_clean = torch.rand(num_short_frames, generator=generator) < self.clean_context_ratio
         if self.name == "video_dit":
             is_clean[:] = False
@@ -103,13 +111,15 @@ class TrainingObjective:
         )
 
 
-def draw_timesteps(num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """Logit-normal timesteps (mean 0, std 1) as the scheduler's integers.
+def draw_timesteps(
+    num_timesteps: int, generator: torch.Generator, logit_mean: float = 0.0, logit_std: float = 1.0
+) -> torch.Tensor:
+    """Logit-normal timesteps as the scheduler's integers.
 
     Returns:
         `torch.Tensor` of shape `(num_timesteps,)`, float32, whole numbers from 1 to 1000.
     """
-    time = torch.randn(num_timesteps, generator=generator).sigmoid()
+    time = (logit_mean + logit_std * torch.randn(num_timesteps, generator=generator)).sigmoid()
     return (time * NUM_TRAIN_TIMESTEPS).ceil().clamp(1, NUM_TRAIN_TIMESTEPS)
 
 
