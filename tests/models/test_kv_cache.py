@@ -16,8 +16,6 @@ from tiny_models import (
     tiny_transformer,
 )
 
-from diffusers_far.models.frame_batch import FrameBatch
-
 
 @st.composite
 def chunks_of(draw, num_frames: int) -> list[int]:
@@ -293,26 +291,3 @@ def test_a_size_that_patches_do_not_divide_is_refused(model):
 def test_a_model_whose_frames_see_the_future_has_no_cache():
     with pytest.raises(ValueError, match="`frame_causal=False`.*nothing can be cached"):
         tiny_transformer(frame_causal=False).init_kv_cache(1, 4, 4, max_frames=2)
-
-
-# FrameBatch
-
-
-def frame_batch(num_frames: int, *, is_masked: bool) -> FrameBatch:
-    latents = torch.randn(2, num_frames, 1, 1, 1)
-    action_mask = torch.zeros(2, num_frames, dtype=torch.bool) if is_masked else None
-    return FrameBatch(latents, torch.randint(0, 3, (2, num_frames)), action_mask)
-
-
-@pytest.mark.parametrize("masked", [(False, False), (False, True), (True, False), (True, True)])
-def test_appended_frames_follow_the_earlier_ones(masked):
-    earlier, later = (frame_batch(num_frames, is_masked=mask) for num_frames, mask in zip((2, 3), masked))
-    joined = earlier.append(later)
-    assert joined.num_frames == 5
-    assert torch.equal(joined.latents, torch.cat([earlier.latents, later.latents], dim=1))
-    assert torch.equal(joined.actions, torch.cat([earlier.actions, later.actions], dim=1))
-    # A missing mask means that every action is given.
-    given = [[not masked[0]] * 2 + [not masked[1]] * 3] * 2
-    assert joined.action_mask is None if not any(masked) else joined.action_mask.tolist() == given
-    assert torch.equal(joined.last(3).latents, later.latents) and torch.equal(joined.last(3).actions, later.actions)
-    assert joined.last(0).num_frames == 0
