@@ -216,6 +216,19 @@ def is_out_of_time(accelerator: Accelerator, max_hours: float | None, start_time
     return accelerator.check_trigger()
 
 
+def training_facts(args: argparse.Namespace, num_steps: int, objective: TrainingObjective) -> dict[str, str]:
+    """What the model card says of this run."""
+    return {
+        "Data": f"{Path(args.latents_dir).name}, split {args.dataset_split}, encoded by the VAE of this pipeline",
+        "Clips": f"up to {args.num_frames} frames, every {args.frame_interval}",
+        "Steps": f"{num_steps} of {args.train_batch_size * args.gradient_accumulation_steps} clips per process",
+        "Objective": str(objective),
+        "Optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, {args.lr_scheduler}",
+        "EMA": str(args.ema_decay) if args.use_ema else "none",
+        "Seed": str(args.seed),
+    }
+
+
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -379,7 +392,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         transformer.register_to_config(condition_dropout=args.condition_dropout)
         with averaged_weights(transformer, ema):
-            pipeline.save_pretrained(output_dir)
+            pipeline.save_pretrained(output_dir, training_facts=training_facts(args, finished, objective))
         logger.info(f"Saved the pipeline to {output_dir} after step {finished}")
     accelerator.end_training()
 

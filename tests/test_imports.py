@@ -25,12 +25,14 @@ MAY_IMPORT = {
 
 def imported_rooms(path: Path) -> set[str]:
     """The rooms of the package that a module imports from."""
+    here = path.relative_to(PACKAGE.parent).with_suffix("").parts
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 2:
-            rooms.add(node.module.split(".")[0])
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.startswith("diffusers_far."):
-            rooms.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom):
+            base = here[: -node.level] if node.level else ()
+            target = (*base, *(node.module or "").split("."))
+            if target[0] == PACKAGE.name and len(target) > 1:
+                rooms.add(target[1])
     return rooms
 
 

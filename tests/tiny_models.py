@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_far import FARPipeline, FARTransformer3DModel
 from diffusers_far.models import attention_far
@@ -234,6 +235,31 @@ class spy_attention:
 
     def __exit__(self, *exception):
         self._patch.stop()
+
+
+def compiled_rollout(num_frames: int, prepare=lambda model: model, **config) -> tuple[list[int], float]:
+    """A cached rollout with compiled blocks, beside the same one with plain blocks.
+
+    Returns:
+        How many times a block was compiled until the end of each frame, and the largest difference.
+    """
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    models = [prepare(tiny_transformer(**config)) for _ in range(2)]
+    models[0].compile_repeated_blocks(backend=counter)
+    clip = random_clip(models[0], num_frames, 4, 4, batch_size=1)
+    kv_caches = [model.init_kv_cache(1, 4, 4, num_frames) for model in models]
+    counts, error = [], 0.0
+    for frame in range(num_frames):
+        noisy = clip.frames(frame, frame + 1)
+        compiled, plain = (predict(model, noisy, kv_cache=cache) for model, cache in zip(models, kv_caches))
+        error = max(error, (compiled - plain).abs().max().item())
+        for model, kv_cache in zip(models, kv_caches):
+            if frame + 1 < num_frames:
+                predict(model, replace(noisy, timestep=-1), kv_cache=kv_cache, update_cache=True)
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    return counts, error
 
 
 # Model configurations for property tests: base or long, patches, window, conditions.

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import (
+    compiled_rollout,
     fill_cache,
     half_precision_error,
     models_with_clips,
@@ -17,6 +18,7 @@ from tiny_models import (
     spy_attention,
     tiny_transformer,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_far import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 
@@ -271,8 +273,47 @@ def test_a_transformer_saved_alone_does_not_keep_it(tmp_path):
 @pytest.fixture
 def compile_counter():
     torch._dynamo.reset()
-    yield torch._dynamo.testing.CompileCounterWithBackend("eager")
+    yield CompileCounterWithBackend("eager")
     torch._dynamo.reset()
+
+
+@pytest.mark.full
+def test_neither_a_new_frame_nor_a_new_slope_compiles_again():
+    def decaying(model):
+        apply_flex_rope(model, FlexRoPEConfig(0.3, "beyond_training", trained_frames=1))
+        return model
+
+    # The slope grows from frame 1 to frame 2 and then stays; it is there from the second compilation on.
+    counts, error = compiled_rollout(7, prepare=decaying, num_layers=1)
+    assert error < 1e-5
+    assert counts[3:] == [counts[3]] * 4
+
+
+@pytest.mark.full
+def test_another_config_with_another_slope_does_not_compile_again(compile_counter):
+    model = tiny_transformer(num_layers=1)
+    clip = random_clip(model, 4, 2, 2)
+    kv_cache = fill_cache(model, clip.frames(0, 3))
+    model.compile_repeated_blocks(backend=compile_counter)
+    velocities = []
+    for slope in (0.1, 0.2, 0.7):
+        apply_flex_rope(model, FlexRoPEConfig(slope, "constant"))
+        velocities.append(predict(model, clip.frames(3, 4), kv_cache=kv_cache))
+    assert compile_counter.frame_count == 1
+    assert not torch.allclose(velocities[0], velocities[2], atol=1e-3)
+
+
+@pytest.mark.full
+@pytest.mark.xfail(
+    strict=True, reason="a hook is a `forward` of its own in each layer, which `torch.compile` guards by identity"
+)
+def test_a_block_is_compiled_once_for_all_layers():
+    def decaying(model):
+        apply_flex_rope(model, FlexRoPEConfig(0.3, "constant"))
+        return model
+
+    counts, _ = compiled_rollout(4, prepare=decaying, num_layers=4)
+    assert counts[-1] <= 3
 
 
 # Bad input

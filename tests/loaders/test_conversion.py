@@ -32,9 +32,8 @@ from diffusers_far.loaders.conversion import autoencoder_config
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(os.environ.get("FAR_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
-GOLDEN_CASES = sorted(GOLDEN.glob("*.safetensors")) or [
-    pytest.param(None, marks=pytest.mark.skip(f"no reference cases in {GOLDEN}; set FAR_GOLDEN to their folder"))
-]
+ABSENT = pytest.mark.skip(f"no reference cases in {GOLDEN}; set FAR_GOLDEN to their folder")
+GOLDEN_CASES = sorted(GOLDEN.glob("*.safetensors")) or [pytest.param(None, id="absent", marks=ABSENT)]
 
 
 def golden_case(path):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import (
     CONDITIONS,
+    compiled_rollout,
     fill_cache,
     half_precision_error,
     model_configs,
@@ -367,6 +368,38 @@ def test_flex_attention_gets_a_block_mask_and_the_others_a_dense_one(backend, re
     with patch("diffusers_far.models.attention_far.dispatch_attention_fn", record), pytest.raises(Recorded):
         predict(model, random_clip(model, 3))
     assert isinstance(masks[0], BlockMask if backend == "flex" else torch.Tensor)
+
+
+# Compilation
+
+
+@pytest.mark.full
+@base_and_long
+def test_compiled_blocks_are_the_plain_ones_and_not_compiled_for_each_frame(long_patch_size):
+    counts, error = compiled_rollout(8, long_patch_size=long_patch_size, short_window=2, num_layers=1)
+    assert error < 1e-5
+    assert counts[4:] == [counts[4]] * 4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "long_patch_size",
+    [
+        None,
+        pytest.param(
+            2,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="a pass is unrolled over its frames, its places in the cache are guarded as numbers, and the last "
+                "block differs from the others: each of these compiles again",
+            ),
+        ),
+    ],
+    ids=["base", "long"],
+)
+def test_a_rollout_compiles_at_most_3_times(long_patch_size):
+    counts, _ = compiled_rollout(6, long_patch_size=long_patch_size, short_window=2)
+    assert counts[-1] <= 3
 
 
 # What a pass costs

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from huggingface_hub import ModelCard, create_repo
+from huggingface_hub import create_repo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..hooks.flex_rope import FLEX_ROPE_HOOK, attention_modules
@@ -149,7 +149,7 @@ class FARHubMixin:
 def card_on_hub(repo_id: str, token: str | bool | None) -> str | None:
     """The README.md of a repo, `None` where it has none."""
     try:
-        return ModelCard.load(repo_id, token=token).content
+        return Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         return None
 

@@ -84,7 +84,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         transformer: FARTransformer3DModel,
         vae: torch.nn.Module,
         scheduler: SchedulerMixin,
-        fps: float | None = None,
+        fps: int | float | None = None,
         action_names: list[str] | dict[str, str] | None = None,
         height: int | None = None,
         width: int | None = None,

@@ -1,0 +1,298 @@
+"""Turn a folder of your own videos into a dataset to train on: frames as lossless PNG, actions, labels.
+
+    python examples/prepare_dataset.py --source npz --input dmlab/train --output dmlab-train
+    python examples/prepare_dataset.py --source classfolder --input UCF-101 --output ucf-64 --size 64 --frame_interval 3
+    python examples/prepare_dataset.py --source videofolder --input drives --output drives-64 --size 64 --test_share 0.1
+    python examples/prepare_dataset.py --source lerobot --input pusht --output pusht-96 --video_key observation.image
+
+`--source` is the layout of `--input`:
+
+    npz          TECO's trajectories, in any subfolder: `video` uint8 (F, H, W, 3) and `actions` (F,) integers
+    classfolder  `Class/video.avi`, or mp4, mkv, mov, webm, as UCF-101: the folder is the label
+    videofolder  `metadata.jsonl`, a line per video: `file_name`, and `actions` and `label` where there are any
+    lerobot      a LeRobot dataset of version 2 or 3: continuous actions
+
+The result appears under `--output` when it is whole; `load_dataset` opens it, and so do the training scripts.
+"""
+
+import argparse
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
+from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.preparation import Preparation, PreparedTrajectory, RowForm, write_trajectories
+from diffusers_far.data.sources import SOURCES, TrajectorySource
+from diffusers_far.data.splits import choose_split
+
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+SHARES = ("validation_share", "test_share")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", choices=SOURCES, required=True, help="Layout of --input, see above.")
+    parser.add_argument("--input", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="New or empty folder.")
+
+    parser.add_argument("--frame_interval", type=int, default=1, help="Keep one frame in so many.")
+    rules = "; ".join(f"{rule}: {meaning}" for rule, meaning in COMBINATION_RULES.items())
+    parser.add_argument(
+        "--combine_actions",
+        choices=COMBINATION_RULES,
+        help=f"What the actions between two kept frames become; needed if there are any. {rules}.",
+    )
+    parser.add_argument("--num_actions", type=int, help="Number of discrete actions, for --combine_actions joint.")
+    parser.add_argument("--size", type=int, nargs="+", help="Height and width, or one for both: crop and resize.")
+    parser.add_argument("--video_key", help="For lerobot: which camera, if there are several.")
+
+    parser.add_argument("--split", choices=SPLITS, default="train", help="Where trajectories go that no share takes.")
+    parser.add_argument("--validation_share", type=float, default=0.0, help="By a hash of the trajectory's name.")
+    parser.add_argument("--test_share", type=float, default=0.0, help="Likewise: a file never changes its split.")
+
+    parser.add_argument("--license", default="unknown", help="Hub's identifier, such as cc-by-4.0; for the card.")
+    parser.add_argument("--description", default="", help="Where the data come from, for the card.")
+    parser.add_argument("--skip_bad_examples", action="store_true", help="Leave damaged ones out, and list them.")
+    parser.add_argument("--trajectories_per_shard", type=int, default=64)
+    parser.add_argument("--num_processes", type=int, default=1)
+    args = parser.parse_args(arguments)
+    if args.size is not None and len(args.size) > 2:
+        parser.error(f"--size has {len(args.size)} numbers; give height and width, or one for both.")
+    args.size = None if args.size is None else (args.size[0], args.size[-1])
+    return args
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parquet file to be written: its split, its number in it, and the trajectories that go there."""
+
+    split: str
+    number: int
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of a shard: the lengths of its trajectories, and what is wrong with those that were left out."""
+
+    split: str
+    num_frames: list[int]
+    faults: list[str]
+
+
+def open_source(args: argparse.Namespace) -> TrajectorySource:
+    return SOURCES[args.source](args.input, **({"video_key": args.video_key} if args.video_key else {}))
+
+
+def build_preparation(args: argparse.Namespace) -> Preparation:
+    combiner = None if args.combine_actions is None else ActionCombiner(args.combine_actions, args.num_actions)
+    return Preparation(args.frame_interval, args.size, combiner)
+
+
+def check_request(args: argparse.Namespace) -> None:
+    if not args.input.is_dir():
+        raise ValueError(f"`--input` is {str(args.input)!r}, which is not a folder; name the folder of your data.")
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(
+            f"`--output` is {str(args.output)!r}, which exists, and nothing is overwritten; name a new folder."
+        )
+    shares = (args.validation_share, args.test_share)
+    if min(shares) < 0 or sum(shares) > 1:
+        raise ValueError(f"`--validation_share` and `--test_share` are {shares}; they must be in [0, 1] together.")
+    if args.video_key is not None and args.source != "lerobot":
+        raise ValueError(f"`--video_key` is for lerobot only, but `--source` is {args.source!r}; leave it out.")
+    if args.num_actions is not None and args.combine_actions != "joint":
+        raise ValueError(f"`--num_actions` is {args.num_actions}, which only `--combine_actions joint` takes.")
+    if not re.fullmatch(r"[a-z0-9.\-]+", args.license):
+        raise ValueError(f"`--license` is {args.license!r}; give an identifier of the Hub, such as cc-by-4.0.")
+    for name in ("num_processes", "trajectories_per_shard"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
+
+
+def plan_shards(names: list[str], args: argparse.Namespace) -> list[Shard]:
+    indices = {split: [] for split in SPLITS}
+    for index, name in enumerate(names):
+        indices[choose_split(name, args.validation_share, args.test_share, rest=args.split)].append(index)
+    length = args.trajectories_per_shard
+    return [
+        Shard(split, number, indices[split][start : start + length])
+        for split in SPLITS
+        for number, start in enumerate(range(0, len(indices[split]), length))
+    ]
+
+
+def find_form(source: TrajectorySource, args: argparse.Namespace) -> RowForm:
+    """The form of the first trajectory that is not damaged, which all others must have."""
+    preparation = build_preparation(args)
+    class_names = None if source.class_names is None else tuple(source.class_names)
+    for index in range(len(source.names)):
+        try:
+            first = preparation(source[index])
+        except BadExampleError:
+            if not args.skip_bad_examples:
+                raise
+        else:
+            return RowForm(first.frame_size, first.action_shape, class_names)
+    raise ValueError(f"None of the {len(source.names)} trajectories in {str(args.input)!r} can be used.")
+
+
+def prepare_shard(args: argparse.Namespace, form: RowForm, folder: Path, shard: Shard) -> ShardReport:
+    """Write one shard, perhaps in a process of its own. A shard without a good trajectory leaves no file."""
+    source, preparation, report = open_source(args), build_preparation(args), ShardReport(shard.split, [], [])
+
+    def good_trajectories() -> Iterator[PreparedTrajectory]:
+        for index in shard.indices:
+            try:
+                trajectory = preparation(source[index])
+                trajectory.require_form(form)
+            except BadExampleError as error:
+                if not args.skip_bad_examples:
+                    raise
+                report.faults.append(str(error))
+            else:
+                report.num_frames.append(len(trajectory.frames))
+                yield trajectory
+
+    path = folder / "data" / f"{shard.split}-{shard.number:05d}.parquet"
+    write_trajectories(path, good_trajectories(), form.features)
+    if not report.num_frames:
+        path.unlink()
+    return report
+
+
+def prepare_shards(args: argparse.Namespace, form: RowForm, folder: Path, shards: list[Shard]) -> list[ShardReport]:
+    prepare = partial(prepare_shard, args, form, folder)
+    if args.num_processes == 1:
+        return [prepare(shard) for shard in tqdm(shards, desc="shards")]
+    pool = ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn"))
+    try:
+        futures = [pool.submit(prepare, shard) for shard in shards]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="shards"):
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def describe_columns(args: argparse.Namespace, form: RowForm) -> str:
+    height, width = form.frame_size
+    kept = "every frame" if args.frame_interval == 1 else f"one frame in {args.frame_interval}"
+    lines = [f"- `video`: {kept} of the source, {height}x{width} RGB, lossless PNG."]
+    if form.action_shape is not None:
+        kind = "an integer" if form.action_shape == () else f"a list of {form.action_shape[0]} numbers"
+        lines.append(
+            f"- `actions`: {kind} per frame; `actions[t]` leads from frame `t` to frame `t + 1`, so the last one leads "
+            "out of the video. Where the source lacks that one, the one before is repeated."
+        )
+        if args.frame_interval > 1:
+            rule = COMBINATION_RULES[args.combine_actions]
+            lines[-1] += f" Each is made of {args.frame_interval} of the source: {rule}."
+    if form.class_names is not None:
+        lines.append(f"- `label`: one of {len(form.class_names)} classes.")
+    return "\n".join(lines)
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """What made the dataset, but for the folders, which are the maker's own."""
+    command = f"python examples/prepare_dataset.py --source {args.source} --input DIR --output DIR"
+    for name in ("frame_interval", "combine_actions", "num_actions", "size", "video_key", "split", *SHARES):
+        value = getattr(args, name)
+        if value:
+            command += f" --{name} {' '.join(map(str, value)) if name == 'size' else value}"
+    return command
+
+
+def dataset_card(args: argparse.Namespace, form: RowForm, reports: list[ShardReport]) -> str:
+    """The README.md of the dataset: what its splits hold, what a row means, where it comes from.
+
+    It names no files: `datasets` knows a split by the names of its files, and with a list of them in the card it would
+    take what it cached of another dataset of the same name.
+    """
+    lengths = {split: sum((report.num_frames for report in reports if report.split == split), []) for split in SPLITS}
+    lengths = {split: each for split, each in lengths.items() if each}
+    counts = "\n".join(f"| {split} | {len(each):,} | {sum(each):,} |" for split, each in lengths.items())
+    num_faults = sum(len(report.faults) for report in reports)
+    skipped = f"\n{num_faults} damaged trajectories of the source were left out.\n" if num_faults else ""
+    return f"""---
+license: {args.license}
+pretty_name: {json.dumps(args.output.name)}
+tags:
+- video
+- world-model
+---
+
+# {args.output.name}
+
+{args.description or "No description was given."}
+
+```python
+from datasets import load_dataset
+
+trajectories = load_dataset("path/to/this/folder", split="{next(iter(lengths))}")
+```
+
+| split | trajectories | frames |
+|---|---|---|
+{counts}
+{skipped}
+## Columns
+
+{describe_columns(args, form)}
+
+## Provenance and licence
+
+Licence as given by who made this folder: {args.license}. Converted by `examples/prepare_dataset.py` of diffusers-far:
+
+```
+{command_line(args)}
+```
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+
+    # 1. Open
+    check_request(args)
+    source = open_source(args)
+    shards = plan_shards(source.names, args)
+    unfinished = args.output.with_name("unfinished-" + args.output.name)
+    if unfinished.exists():
+        raise ValueError(f"{str(unfinished)!r} exists: a run writes to it or was killed; in that case delete it.")
+
+    # 2. Write under another name, and rename when all is there
+    (unfinished / "data").mkdir(parents=True)
+    try:
+        form = find_form(source, args)
+        reports = prepare_shards(args, form, unfinished, shards)
+        (unfinished / "README.md").write_text(dataset_card(args, form, reports))
+        unfinished.rename(args.output)
+    except BadExampleError as error:
+        raise ValueError(f"{error} With `--skip_bad_examples` such trajectories are left out and listed.") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+    # 3. Say what became of it
+    num_saved = sum(len(report.num_frames) for report in reports)
+    logger.info(f"Saved {num_saved} of {len(source.names)} trajectories to {args.output}")
+    faults = [fault for report in reports for fault in report.faults]
+    if faults:
+        logger.warning("\n  ".join([f"Left out {len(faults)} damaged trajectories:", *faults]))
+
+
+if __name__ == "__main__":
+    main(parse_args())

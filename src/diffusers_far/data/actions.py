@@ -1,0 +1,148 @@
+"""From actions as people store them to one per frame, and to one per kept frame when frames are skipped.
+
+`actions[t]` leads from frame t to frame t + 1. With every k-th frame kept, the actions `j * k` to `j * k + k - 1` lead
+from kept frame j to kept frame j + 1, and become one: none is lost without the user saying so.
+
+F frames, K kept frames, k interval, A action channels. Discrete actions are (F,) int64, continuous ones (F, A) float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+# A joint action needs a row of the model's action table for every sequence of actions.
+MAX_JOINT_ACTIONS = 65_536
+
+COMBINATION_RULES = {
+    "first": "the first of them",
+    "last": "the last of them, as for actions that are target positions",
+    "joint": "one index for the whole sequence of them",
+    "sum": "their sum, as for actions that are displacements",
+    "mean": "their mean, as for actions that are velocities",
+    "stack": "all of them, as channels",
+}
+DISCRETE_RULES = ("joint", "first", "last")
+CONTINUOUS_RULES = ("sum", "mean", "first", "last", "stack")
+
+
+def align_actions(actions: np.ndarray | Sequence, num_frames: int) -> np.ndarray:
+    """Check the actions of a trajectory and bring them to one per frame.
+
+    Args:
+        actions (`np.ndarray` or sequence): `(F,)` integers, which are discrete, or `(F, A)` numbers, which are
+            continuous; or one fewer: the action that leads out of the video is unknown, so the last one is repeated.
+        num_frames (`int`): F.
+
+    Returns:
+        `np.ndarray` of shape `(F,)`, int64, or `(F, A)`, float32.
+
+    Raises:
+        ValueError: If their shape, their number or their values do not fit.
+    """
+    try:
+        actions = np.asarray(actions)
+    except ValueError as error:
+        raise ValueError("`actions` differ in their number of channels; give each as many.") from error
+    discrete = actions.ndim == 1 and actions.dtype.kind in "iu"
+    continuous = actions.ndim == 2 and actions.dtype.kind in "iuf" and actions.shape[1] > 0
+    if not (discrete or continuous):
+        raise ValueError(
+            f"`actions` has shape {actions.shape} and type {actions.dtype}; give (F,) integers for discrete actions or "
+            "(F, A) numbers for continuous ones."
+        )
+    if len(actions) not in (num_frames, num_frames - 1) or len(actions) == 0:
+        raise ValueError(
+            f"`actions` has {len(actions)} for {num_frames} frames; give one per frame, or one fewer, without the one "
+            "that leads out of the video."
+        )
+    actions = actions.astype(np.int64 if discrete else np.float32)
+    wrong = actions < 0 if discrete else ~np.isfinite(actions).all(axis=1)
+    if wrong.any():
+        first = int(wrong.argmax())
+        rule = "indices from 0" if discrete else "finite numbers"
+        raise ValueError(f"`actions[{first}]` is {actions[first].tolist()}; actions must be {rule}.")
+    return actions if len(actions) == num_frames else np.concatenate([actions, actions[-1:]])
+
+
+def group_actions(actions: np.ndarray, interval: int) -> np.ndarray:
+    """Group actions by the kept frame that they follow: `(F, ...)` -> `(K, interval, ...)`, `K = ceil(F / interval)`.
+
+    The last group may be incomplete; it leads out of the video, and the last action fills it.
+    """
+    missing = -len(actions) % interval
+    actions = np.concatenate([actions, np.repeat(actions[-1:], missing, axis=0)])
+    return actions.reshape(-1, interval, *actions.shape[1:])
+
+
+def join_actions(actions: np.ndarray, num_actions: int) -> np.ndarray:
+    """One index per sequence of discrete actions: `(K, k)` -> `(K,)`, digits to base `num_actions`, first one highest.
+
+    Raises:
+        ValueError: If an action is not in `range(num_actions)`, or there are more sequences than `MAX_JOINT_ACTIONS`.
+    """
+    interval = actions.shape[1]
+    if num_actions**interval > MAX_JOINT_ACTIONS:
+        raise ValueError(
+            f"`num_actions` {num_actions} over {interval} frames gives {num_actions**interval} joint actions, above "
+            f"{MAX_JOINT_ACTIONS}; choose a smaller interval or another rule."
+        )
+    if actions.size and not 0 <= actions.min() <= actions.max() < num_actions:
+        raise ValueError(
+            f"`actions` has {actions.min()} to {actions.max()}, but `num_actions` is {num_actions}; they must be below."
+        )
+    return actions @ num_actions ** np.arange(interval)[::-1]
+
+
+def split_joint_actions(joint_actions: np.ndarray, num_actions: int, interval: int) -> np.ndarray:
+    """The inverse of [`join_actions`]: `(K,)` -> `(K, interval)`."""
+    return joint_actions[:, None] // num_actions ** np.arange(interval)[::-1] % num_actions
+
+
+@dataclass(frozen=True)
+class ActionCombiner:
+    """Makes one action of those between two kept frames; with an interval of 1 every rule leaves them as they are.
+
+    Args:
+        rule (`str`): A key of `COMBINATION_RULES`.
+        num_actions (`int`, *optional*): Number of discrete actions, for the rule `"joint"` alone.
+    """
+
+    rule: str
+    num_actions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in COMBINATION_RULES:
+            raise ValueError(f"`rule` is {self.rule!r}; it must be one of {list(COMBINATION_RULES)}.")
+        if (self.rule == "joint") != (self.num_actions is not None):
+            raise ValueError(
+                f"`num_actions` is {self.num_actions} with the rule {self.rule!r}; 'joint' needs the number of discrete "
+                "actions and no other rule takes it."
+            )
+        if self.num_actions is not None and self.num_actions < 1:
+            raise ValueError(f"`num_actions` is {self.num_actions}; it must be at least 1.")
+
+    def __call__(self, actions: np.ndarray) -> np.ndarray:
+        """Combine along the second axis.
+
+        Args:
+            actions (`np.ndarray` of shape `(K, k)`, integers, or `(K, k, A)`, floating): What [`group_actions`] gives.
+
+        Returns:
+            `np.ndarray` of shape `(K,)` or `(K, A)`, of the same type; `(K, k * A)` for `"stack"`, in order of time.
+
+        Raises:
+            ValueError: If the rule does not suit such actions.
+        """
+        allowed = DISCRETE_RULES if actions.ndim == 2 else CONTINUOUS_RULES
+        if self.rule not in allowed:
+            kind = "discrete" if actions.ndim == 2 else "continuous"
+            raise ValueError(f"`rule` is {self.rule!r}, but the actions are {kind}; choose one of {list(allowed)}.")
+        if self.rule == "joint":
+            return join_actions(actions, self.num_actions)
+        if self.rule == "stack":
+            return actions.reshape(len(actions), -1)
+        if self.rule in ("first", "last"):
+            return actions[:, 0 if self.rule == "first" else -1]
+        return actions.sum(axis=1) if self.rule == "sum" else actions.mean(axis=1)

@@ -1,0 +1,154 @@
+"""From a trajectory as people have it to a row of our schema: frames as PNG files, one action per frame, a label."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features, Image, List, Value
+
+from .actions import CONTINUOUS_RULES, DISCRETE_RULES, ActionCombiner, align_actions, group_actions
+from .faults import BadExampleError
+from .images import encode_png, fit_frame
+from .sources.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """What all rows of a dataset have in common.
+
+    Args:
+        frame_size (`tuple`): `(height, width)`.
+        action_shape (`tuple`, *optional*): Of one action: `()` if discrete, `(A,)` if continuous, `None` without any.
+        class_names (`tuple`, *optional*): Names of the labels; `None` without any.
+    """
+
+    frame_size: tuple[int, int]
+    action_shape: tuple[int, ...] | None
+    class_names: tuple[str, ...] | None
+
+    @property
+    def features(self) -> Features:
+        features = {"video": List(Image())}
+        if self.action_shape is not None:
+            features["actions"] = List(Value("int64") if self.action_shape == () else List(Value("float32")))
+        if self.class_names is not None:
+            features["label"] = ClassLabel(names=list(self.class_names))
+        return Features(features)
+
+
+@dataclass(frozen=True)
+class PreparedTrajectory:
+    """A row to be written.
+
+    Args:
+        name (`str`): The trajectory's.
+        frames (`list` of `bytes`): PNG files.
+        frame_size (`tuple`): `(height, width)` of all of them.
+        actions (`np.ndarray` of shape `(F,)`, int64, or `(F, A)`, float32, *optional*): As many as frames.
+        label (`str`, *optional*): Name of its class.
+    """
+
+    name: str
+    frames: list[bytes]
+    frame_size: tuple[int, int]
+    actions: np.ndarray | None
+    label: str | None
+
+    @property
+    def action_shape(self) -> tuple[int, ...] | None:
+        return None if self.actions is None else self.actions.shape[1:]
+
+    def require_form(self, form: RowForm) -> None:
+        """Raise a `BadExampleError` unless this row is like the others."""
+        if self.frame_size != form.frame_size:
+            raise BadExampleError(
+                f"{self.name!r} has frames of {self.frame_size}, but the first trajectory's are {form.frame_size} "
+                "(height, width); give `size` to make them one."
+            )
+        if self.action_shape != form.action_shape:
+            raise BadExampleError(
+                f"{self.name!r} has actions of shape {self.action_shape}, but the first trajectory's are "
+                f"{form.action_shape} (`None`: no actions); all trajectories must be alike."
+            )
+        if (self.label is None) != (form.class_names is None):
+            raise BadExampleError(f"{self.name!r} has the label {self.label!r}; all trajectories need one, or none.")
+
+    def to_row(self, features: Features) -> dict:
+        row = {"video": [{"bytes": frame, "path": None} for frame in self.frames]}
+        if self.actions is not None:
+            row["actions"] = self.actions.tolist()
+        if self.label is not None:
+            row["label"] = features["label"].str2int(self.label)
+        return row
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to each trajectory.
+
+    Args:
+        frame_interval (`int`): Every so many frames one is kept, the first one among them.
+        size (`tuple`, *optional*): `(height, width)` that frames are cropped and resized to.
+        combine_actions (`ActionCombiner`, *optional*): Makes one action of those between two kept frames; needed if
+            there are actions and `frame_interval` is above 1.
+    """
+
+    frame_interval: int = 1
+    size: tuple[int, int] | None = None
+    combine_actions: ActionCombiner | None = None
+
+    def __post_init__(self) -> None:
+        if self.frame_interval < 1:
+            raise ValueError(f"`frame_interval` is {self.frame_interval}; it must be at least 1, for every frame.")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"`size` is {self.size}; height and width must be at least 1.")
+
+    def __call__(self, trajectory: Trajectory) -> PreparedTrajectory:
+        """Decode, skip, resize and encode.
+
+        Raises:
+            BadExampleError: If the trajectory is damaged; the message names it.
+            ValueError: If the request does not suit its actions.
+        """
+        frames, frame_sizes, num_frames = [], set(), 0
+        for num_frames, frame in enumerate(trajectory.frames, 1):
+            if (num_frames - 1) % self.frame_interval == 0:
+                frame = fit_frame(frame, self.size)
+                frame_sizes.add(frame.shape[:2])
+                frames.append(encode_png(frame))
+        if len(frame_sizes) != 1:
+            raise BadExampleError(
+                f"{trajectory.name!r} has {num_frames} frames of sizes {sorted(frame_sizes)}; give a video of one size, "
+                "or `size` to make them one."
+            )
+        actions = None if trajectory.actions is None else self._prepare_actions(trajectory, num_frames)
+        return PreparedTrajectory(trajectory.name, frames, frame_sizes.pop(), actions, trajectory.label)
+
+    def _prepare_actions(self, trajectory: Trajectory, num_frames: int) -> np.ndarray:
+        try:
+            actions = align_actions(trajectory.actions, num_frames)
+        except ValueError as error:
+            raise BadExampleError(f"{trajectory.name!r}: {error}") from error
+        if self.frame_interval == 1:
+            return actions
+        if self.combine_actions is None:
+            rules = DISCRETE_RULES if actions.ndim == 1 else CONTINUOUS_RULES
+            raise ValueError(
+                f"`frame_interval` is {self.frame_interval}, and the actions of skipped frames would be lost; give "
+                f"`combine_actions`, one of {list(rules)}."
+            )
+        try:
+            return self.combine_actions(group_actions(actions, self.frame_interval))
+        except ValueError as error:
+            raise ValueError(f"{trajectory.name!r}: {error}") from error
+
+
+def write_trajectories(path: Path, trajectories: Iterable[PreparedTrajectory], features: Features) -> None:
+    """Write a parquet file that `datasets` opens, a row group per trajectory, so that reading one row reads no other."""
+    schema = features.arrow_schema
+    with pq.ParquetWriter(path, schema) as writer:
+        for trajectory in trajectories:
+            writer.write_table(pa.Table.from_pylist([trajectory.to_row(features)], schema=schema))

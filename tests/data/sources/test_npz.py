@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+from video_files import frame_numbers, gray_frames, truncate, write_video
+
+from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.sources import NpzSource
+
+
+VIDEO = gray_frames(5, 8, 8)
+ACTIONS = np.array([0, 1, 2, 1, 0])
+
+
+def test_trajectories_of_all_subfolders_come_in_the_order_of_their_names(tmp_path):
+    for name in ("1/b.npz", "0/c.npz", "a.npz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.savez_compressed(tmp_path / name, video=VIDEO, actions=ACTIONS)
+    source = NpzSource(tmp_path)
+    assert source.names == ["0/c.npz", "1/b.npz", "a.npz"]
+    trajectory = source[1]
+    assert trajectory.name == "1/b.npz"
+    assert np.array_equal(trajectory.frames, VIDEO)
+    assert np.array_equal(trajectory.actions, ACTIONS)
+
+
+def test_actions_alone_belong_to_the_mp4_of_the_same_name(tmp_path):
+    np.savez(tmp_path / "a.npz", actions=ACTIONS)
+    write_video(tmp_path / "a.mp4", gray_frames(5))
+    trajectory = NpzSource(tmp_path)[0]
+    assert frame_numbers(list(trajectory.frames)) == [0, 1, 2, 3, 4]
+    assert np.array_equal(trajectory.actions, ACTIONS)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"video": VIDEO}, "lacks `actions`"),
+        ({"actions": ACTIONS}, "lacks `video`.*a.mp4"),
+        ({"video": VIDEO[0], "actions": ACTIONS}, r"`video` of shape \(8, 8, 3\)"),
+        ({"video": VIDEO.transpose(0, 3, 1, 2), "actions": ACTIONS}, r"\(5, 3, 8, 8\)"),
+        ({"video": VIDEO[:0], "actions": ACTIONS}, r"\(0, 8, 8, 3\)"),
+        ({"video": VIDEO / 255, "actions": ACTIONS}, "type float64"),
+        ({"video": np.array([object()]), "actions": ACTIONS}, "no readable `.npz`"),
+    ],
+)
+def test_a_file_of_the_wrong_content_is_named(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(BadExampleError, match=f"a.npz.*{message}"):
+        NpzSource(tmp_path)[0]
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+def test_a_truncated_file_is_named(tmp_path, share):
+    np.savez_compressed(tmp_path / "a.npz", video=VIDEO, actions=ACTIONS)
+    truncate(tmp_path / "a.npz", share)
+    with pytest.raises(BadExampleError, match="a.npz"):
+        NpzSource(tmp_path)[0]
+
+
+def test_a_file_that_only_has_the_suffix_is_named(tmp_path):
+    (tmp_path / "a.npz").write_text("no archive at all")
+    with open(tmp_path / "b.npz", "wb") as file:
+        np.save(file, VIDEO)
+    for index, name in enumerate(("a.npz", "b.npz")):
+        with pytest.raises(BadExampleError, match=name):
+            NpzSource(tmp_path)[index]
+
+
+def test_a_folder_without_trajectories_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no `.npz`"):
+        NpzSource(tmp_path)

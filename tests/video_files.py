@@ -1,0 +1,51 @@
+"""Small videos for tests, whose frames can be told apart after lossy compression."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+LEVEL = 10
+
+
+def gray_frames(num_frames: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """`(F, height, width, 3)` uint8, frame t all of the level `10 * t`; at most 25 frames."""
+    return np.broadcast_to(
+        (LEVEL * np.arange(num_frames, dtype=np.uint8))[:, None, None, None], (num_frames, height, width, 3)
+    )
+
+
+def frame_numbers(frames: np.ndarray) -> list[int]:
+    """Which of [`gray_frames`] they are."""
+    return np.round(np.asarray(frames, dtype=float).mean(axis=(1, 2, 3)) / LEVEL).astype(int).tolist()
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    rotation: int = 0,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    """Encode at 25 frames a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixel_format
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for frame in frames:
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    return path
+
+
+def truncate(path: Path, share: float) -> Path:
+    """Leave only the first `share` of a file's bytes."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    return path
