@@ -4,11 +4,13 @@ B batch, F frames, C latent channels, H/W latent height/width.
 """
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -235,6 +237,18 @@ class spy_attention:
 
     def __exit__(self, *exception):
         self._patch.stop()
+
+
+@contextmanager
+def using_backend(model: FARTransformer3DModel, backend: str):
+    """Sets an attention backend for a while; diffusers keeps the last one as the default of all other models too."""
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    model.set_attention_backend(backend)
+    try:
+        yield
+    finally:
+        model.reset_attention_backend()
+        _AttentionBackendRegistry.set_active_backend(default)
 
 
 def compiled_rollout(num_frames: int, prepare=lambda model: model, **config) -> tuple[list[int], float]:

@@ -236,7 +236,7 @@ def launch(npz_folder: Path, output: Path, *arguments: str) -> subprocess.Popen:
 @pytest.mark.full
 def test_two_processes_write_what_one_writes(npz_folder, tmp_path):
     arguments = ("--trajectories_per_shard", "3", "--test_share", "0.3")
-    assert launch(npz_folder, tmp_path / "two", *arguments, "--num_processes", "2").wait(timeout=300) == 0
+    assert launch(npz_folder, tmp_path / "two", *arguments, "--num_processes", "2").wait(timeout=600) == 0
     one = prepare("npz", npz_folder, *arguments)
     files = sorted(path.relative_to(one) for path in one.glob("data/*"))
     assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").glob("data/*"))

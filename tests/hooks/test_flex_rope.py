@@ -14,9 +14,11 @@ from tiny_models import (
     predict_cached,
     property_test,
     random_clip,
+    randomize,
     sharpened,
     spy_attention,
     tiny_transformer,
+    using_backend,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -166,6 +168,19 @@ def test_other_models_do_not_decay():
     assert torch.equal(predict(other, clip), expected)
 
 
+@pytest.mark.xfail(
+    strict=True, reason="diffusers binds a hook to the attention of the original, whose weights the copy uses"
+)
+def test_a_copy_of_a_model_that_decays_has_weights_of_its_own():
+    model = tiny_transformer()
+    apply_flex_rope(model, FlexRoPEConfig(0.3, "constant"))
+    copied = copy.deepcopy(model)
+    clip = random_clip(model, 4)
+    expected = predict(model, clip)
+    randomize(model, seed=1)
+    assert torch.equal(predict(copied, clip), expected)
+
+
 # Cached equals uncached
 
 
@@ -246,12 +261,9 @@ def test_half_precision_is_as_exact_at_frame_700_as_at_frame_100(long_patch_size
         apply_flex_rope(model, FlexRoPEConfig(0.02, "constant"))
         return model
 
-    near = far = 0.0
-    for seed in range(2):
-        model = sharpened(tiny_transformer(seed, patch_size=2, long_patch_size=long_patch_size, short_window=4))
-        clip = random_clip(model, 701, 2, 2, batch_size=6, seed=seed)
-        near += half_precision_error(model, clip, 100, prepare=decaying)
-        far += half_precision_error(model, clip, 700, prepare=decaying)
+    model = sharpened(tiny_transformer(1, patch_size=2, long_patch_size=long_patch_size, short_window=4))
+    clip = random_clip(model, 701, 2, 2, batch_size=12, seed=1)
+    near, far = (half_precision_error(model, clip, frame, prepare=decaying) for frame in (100, 700))
     assert far < 1.3 * near
 
 
@@ -265,6 +277,21 @@ def test_a_transformer_saved_alone_does_not_keep_it(tmp_path):
     apply_flex_rope(model, FlexRoPEConfig(0.3, "constant"))
     model.save_pretrained(tmp_path)
     assert torch.equal(predict(type(model).from_pretrained(tmp_path), clip), expected)
+
+
+# Backends
+
+
+@pytest.mark.full
+@base_and_long
+def test_flex_attention_equals_native_attention(long_patch_size):
+    model = tiny_transformer(num_layers=1, long_patch_size=long_patch_size)
+    clip = random_clip(model, 5)
+    apply_flex_rope(model, FlexRoPEConfig(0.3, "beyond_training", trained_frames=2))
+    expected, cached = predict(model, clip), predict_cached(model, clip)
+    with using_backend(model, "flex"):
+        torch.testing.assert_close(predict(model, clip), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(predict_cached(model, clip), cached, atol=1e-5, rtol=1e-5)
 
 
 # Compilation

@@ -2,7 +2,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tiny_models import fill_cache, predict, random_clip, randomize, spy_attention, tiny_transformer
+from tiny_models import fill_cache, predict, random_clip, randomize, spy_attention, tiny_transformer, using_backend
 
 from diffusers_far.models import attention_far
 from diffusers_far.models.attention_far import FARAttention, FARAttnProcessor
@@ -183,9 +183,8 @@ def test_processors_are_listed_and_replaced_by_name():
     assert all(value is processor for value in model.attn_processors.values())
 
 
-def test_the_attention_backend_is_set_for_every_layer_and_reset(restored_backend):
+def test_the_attention_backend_is_set_for_every_layer():
     model = tiny_transformer()
-    model.set_attention_backend("flex")
-    assert {processor._attention_backend for processor in model.attn_processors.values()} == {"flex"}
-    model.reset_attention_backend()
+    with using_backend(model, "flex"):
+        assert {processor._attention_backend for processor in model.attn_processors.values()} == {"flex"}
     assert {processor._attention_backend for processor in model.attn_processors.values()} == {None}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     CONDITIONS,
     compiled_rollout,
@@ -21,7 +22,9 @@ from tiny_models import (
     sharpened,
     tensors_of,
     tiny_transformer,
+    using_backend,
 )
+from torch.nn.attention.flex_attention import BlockMask
 
 from diffusers_far import FARTransformer3DModel
 from diffusers_far.models import transformer_far
@@ -336,38 +339,42 @@ def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
         FARTransformer3DModel.from_pretrained(tmp_path)
 
 
+def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(tmp_path):
+    tiny_transformer().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["proj_out.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks proj_out.bias"):
+        FARTransformer3DModel.from_pretrained(tmp_path)
+
+
 # Backends
 
 
 @pytest.mark.full
 @base_and_long
-def test_flex_attention_equals_native_attention(long_patch_size, restored_backend):
+def test_flex_attention_equals_native_attention(long_patch_size):
     model = tiny_transformer(num_layers=1, long_patch_size=long_patch_size, num_actions=3)
     clip = random_clip(model, 6)
     expected, cached = predict(model, clip), predict_cached(model, clip)
-    model.set_attention_backend("flex")
-    torch.testing.assert_close(predict(model, clip), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(predict_cached(model, clip), cached, atol=1e-5, rtol=1e-5)
+    with using_backend(model, "flex"):
+        torch.testing.assert_close(predict(model, clip), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(predict_cached(model, clip), cached, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["flex", "native"])
-def test_flex_attention_gets_a_block_mask_and_the_others_a_dense_one(backend, restored_backend):
-    from torch.nn.attention.flex_attention import BlockMask
-
+def test_flex_attention_gets_a_block_mask_and_the_others_a_dense_one(backend):
     model = tiny_transformer(num_layers=1)
-    model.set_attention_backend(backend)
-    masks = []
-
-    class Recorded(Exception):
-        pass
-
-    def record(query, key, value, attn_mask=None, **kwargs):
-        masks.append(attn_mask)
-        raise Recorded
-
-    with patch("diffusers_far.models.attention_far.dispatch_attention_fn", record), pytest.raises(Recorded):
+    recorded = RuntimeError("recorded")
+    with (
+        using_backend(model, backend),
+        patch("diffusers_far.models.attention_far.dispatch_attention_fn", side_effect=recorded) as dispatch,
+        pytest.raises(RuntimeError) as error,
+    ):
         predict(model, random_clip(model, 3))
-    assert isinstance(masks[0], BlockMask if backend == "flex" else torch.Tensor)
+    assert error.value is recorded
+    assert isinstance(dispatch.call_args.kwargs["attn_mask"], BlockMask if backend == "flex" else torch.Tensor)
 
 
 # Compilation
@@ -433,12 +440,9 @@ def test_the_mask_of_a_whole_clip_is_built_once():
 
 @base_and_long
 def test_half_precision_is_as_exact_at_frame_700_as_at_frame_100(long_patch_size):
-    near = far = 0.0
-    for seed in range(2):
-        model = sharpened(tiny_transformer(seed, patch_size=2, long_patch_size=long_patch_size, short_window=4))
-        clip = random_clip(model, 701, 2, 2, batch_size=6, seed=seed)
-        near += half_precision_error(model, clip, 100)
-        far += half_precision_error(model, clip, 700)
+    model = sharpened(tiny_transformer(1, patch_size=2, long_patch_size=long_patch_size, short_window=4))
+    clip = random_clip(model, 701, 2, 2, batch_size=12, seed=1)
+    near, far = (half_precision_error(model, clip, frame) for frame in (100, 700))
     assert far < 1.3 * near
 
 
