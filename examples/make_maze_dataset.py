@@ -154,8 +154,8 @@ def write_shards(shards, num_workers):
 
 
 def dataset_card(seeds_by_split, settings):
-    """The README.md of the data set: which files are which split, and what a row means."""
-    data_files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in seeds_by_split)
+    """The README.md of the data set: what a row means, and where it comes from. It names no data files: `datasets` finds
+    them by their names, and would take another folder of the same name for this one if the card listed them."""
     counts = "\n".join(
         f"| {split} | {len(seeds):,} | {len(seeds) * settings.num_frames:,} | {seeds[0]:,} to {seeds[-1]:,} |"
         for split, seeds in seeds_by_split.items()
@@ -167,10 +167,6 @@ pretty_name: First-person mazes ({settings.look}, {settings.cells}x{settings.cel
 tags:
 - video
 - world-model
-configs:
-- config_name: default
-  data_files:
-{data_files}
 ---
 
 # First-person mazes ({settings.look}, {settings.cells}x{settings.cells})

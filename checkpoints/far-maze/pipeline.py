@@ -1,6 +1,6 @@
 """Loads this repo without importing diffusers_far first:
 
-    DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)
+DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)
 """
 
 try:

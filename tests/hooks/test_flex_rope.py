@@ -168,9 +168,6 @@ def test_other_models_do_not_decay():
     assert torch.equal(predict(other, clip), expected)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="diffusers binds a hook to the attention of the original, whose weights the copy uses"
-)
 def test_a_copy_of_a_model_that_decays_has_weights_of_its_own():
     model = tiny_transformer()
     apply_flex_rope(model, FlexRoPEConfig(0.3, "constant"))
@@ -331,9 +328,6 @@ def test_another_config_with_another_slope_does_not_compile_again(compile_counte
 
 
 @pytest.mark.full
-@pytest.mark.xfail(
-    strict=True, reason="a hook is a `forward` of its own in each layer, which `torch.compile` guards by identity"
-)
 def test_a_block_is_compiled_once_for_all_layers():
     def decaying(model):
         apply_flex_rope(model, FlexRoPEConfig(0.3, "constant"))

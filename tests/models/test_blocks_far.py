@@ -2,7 +2,6 @@ import pytest
 import torch
 from tiny_models import randomize
 
-from diffusers_far.models.attention_far import AttentionFrames
 from diffusers_far.models.blocks_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
 from diffusers_far.models.functional import rotary_embedding
 
@@ -39,7 +38,6 @@ def test_a_block_is_its_formula(num_long_frames):
         long_states, long_temb = torch.randn(2, num_long_frames, 1, DIM), embeddings(num_long_frames)
     num_tokens = 12 + num_long_frames
     rotary_emb = rotary_embedding(torch.randint(0, 9, (num_tokens, 3)), (4, 2, 2))
-    frames = AttentionFrames(torch.zeros(num_tokens).long(), torch.zeros(num_tokens).long(), 0, 0)
 
     def modulated(norm, states, temb):
         shift, scale, gate = norm.modulation(temb)
@@ -50,8 +48,8 @@ def test_a_block_is_its_formula(num_long_frames):
     if num_long_frames:
         long_attn_input, long_gate = modulated(block.norm1, long_states, long_temb)
         long_attn_input = long_attn_input.flatten(1, 2)
-    attn_outputs = block.attn(attn_input.flatten(1, 2), long_attn_input, rotary_emb=rotary_emb, frames=frames)
-    outputs = block(states, long_states, temb, long_temb, rotary_emb, None, frames, None)
+    attn_outputs = block.attn(attn_input.flatten(1, 2), long_attn_input, rotary_emb=rotary_emb)
+    outputs = block(states, long_states, temb, long_temb, rotary_emb, None, None)
 
     kinds = [(states, temb, gate, attn_outputs[0], outputs[0])]
     if num_long_frames:

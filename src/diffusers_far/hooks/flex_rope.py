@@ -1,4 +1,4 @@
-"""FlexRoPE: test-time temporal decay on top of 3D RoPE, as a hook on the attention modules.
+"""FlexRoPE: test-time temporal decay on top of 3D RoPE, as a hook on the attention mask.
 
 `logit(i, j) += slope_i * (frame_j - frame_i)`: zero inside a frame, ever more negative for remote frames. The slope
 belongs to the query frame i, so that what is cached equals what is computed anew.
@@ -13,7 +13,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
-from ..models.attention_far import AttentionFrames, FARAttention
+from ..models.attention_far import AttentionFrames, FARAttentionBias
 
 
 FLEX_ROPE_HOOK = "flex_rope"
@@ -62,7 +62,7 @@ class FlexRoPEState(BaseState):
 
 
 class FlexRoPEHook(ModelHook):
-    """Adds the decay to the attention mask of one [`FARAttention`].
+    """Adds the decay to the attention mask of a pass.
 
     Args:
         config (`FlexRoPEConfig`): `trained_frames` is set where the schedule needs it.
@@ -84,14 +84,12 @@ class FlexRoPEHook(ModelHook):
         self.first_decaying_frame = config.trained_frames if config.schedule == "beyond_training" else 0
         self.is_on = callable(config.schedule) or config.slope > 0
 
-    def pre_forward(self, module: FARAttention, *args, **kwargs):
-        frames = kwargs["frames"]
+    def pre_forward(self, module: FARAttentionBias, attention_mask, frames: AttentionFrames):
         if self.is_on and frames.last_query_frame >= self.first_decaying_frame:
             slopes = self.slopes(frames)
             if slopes is not None:
-                has_mask = kwargs["attention_mask"] is not None
-                kwargs["attention_mask"] = temporal_decay(frames, slopes, frame_causal=has_mask)
-        return args, kwargs
+                attention_mask = temporal_decay(frames, slopes, frame_causal=attention_mask is not None)
+        return (attention_mask, frames), {}
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.state_manager.reset()
@@ -109,7 +107,6 @@ class FlexRoPEHook(ModelHook):
         frames_beyond = (frames.query_frames + 1 - trained_frames).float()
         return self.slope * (frames_beyond / trained_frames).clamp(0, 1)
 
-    @torch.compiler.disable
     def _scheduled_slopes(self, frames: AttentionFrames) -> torch.Tensor | None:
         context = self.state_manager._context  # None in a call outside of `cache_context`
         step_index = None if context is None else context.step_index
@@ -157,22 +154,26 @@ def apply_flex_rope(transformer: torch.nn.Module, config: FlexRoPEConfig | None 
             see the future.
     """
     config = resolve_config(transformer, config or FlexRoPEConfig())
-    for attention in attention_modules(transformer):
-        registry = HookRegistry.check_if_exists_or_initialize(attention)
-        hook = registry.get_hook(FLEX_ROPE_HOOK)
-        if hook is None:
-            registry.register_hook(FlexRoPEHook(config), FLEX_ROPE_HOOK)
-        else:
-            hook.set_config(config)
+    registry = HookRegistry.check_if_exists_or_initialize(transformer.attention_bias)
+    hook = registry.get_hook(FLEX_ROPE_HOOK)
+    if hook is None:
+        registry.register_hook(FlexRoPEHook(config), FLEX_ROPE_HOOK)
+    else:
+        hook.set_config(config)
     HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
     return config
 
 
 def remove_flex_rope(transformer: torch.nn.Module) -> None:
     """Back to plain RoPE. Does nothing where FlexRoPE is not applied."""
-    for attention in attention_modules(transformer):
-        HookRegistry.check_if_exists_or_initialize(attention).remove_hook(FLEX_ROPE_HOOK)
+    HookRegistry.check_if_exists_or_initialize(transformer.attention_bias).remove_hook(FLEX_ROPE_HOOK)
     HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
+
+
+def applied_config(transformer: torch.nn.Module) -> FlexRoPEConfig | None:
+    """The config in force on a transformer; `None` where FlexRoPE is not applied."""
+    hook = HookRegistry.check_if_exists_or_initialize(transformer.attention_bias).get_hook(FLEX_ROPE_HOOK)
+    return None if hook is None else hook.config
 
 
 def resolve_config(transformer: torch.nn.Module, config: FlexRoPEConfig) -> FlexRoPEConfig:
@@ -187,8 +188,3 @@ def resolve_config(transformer: torch.nn.Module, config: FlexRoPEConfig) -> Flex
             "`FlexRoPEConfig(trained_frames=...)`, the longest clip that the model was trained on."
         )
     return FlexRoPEConfig(config.slope, config.schedule, transformer.config.trained_frames)
-
-
-def attention_modules(transformer: torch.nn.Module) -> list[FARAttention]:
-    """The modules that FlexRoPE hooks: never the root, whose hooks `enable_model_cpu_offload` would disturb."""
-    return [module for module in transformer.modules() if isinstance(module, FARAttention)]

@@ -31,6 +31,17 @@ class AttentionFrames:
     last_query_frame: int
 
 
+class FARAttentionBias(nn.Module):
+    """The attention mask of a pass as it is: a place where hooks, such as FlexRoPE's, change it, once for all layers.
+
+    It has no weights and is not compiled with the blocks, so a hook on it neither binds nor recompiles anything.
+    """
+
+    def forward(self, attention_mask, frames: AttentionFrames):
+        """Return `attention_mask`: `None` (against a cache, or where all see all), a dense mask or a `BlockMask`."""
+        return attention_mask
+
+
 class FARAttnProcessor:
     """Default processor of [`FARAttention`]; runs on any backend of `dispatch_attention_fn`."""
 
@@ -154,7 +165,6 @@ class FARAttention(nn.Module, AttentionModuleMixin):
         long_hidden_states: torch.Tensor | None = None,
         rotary_emb: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        frames: AttentionFrames | None = None,
         kv_cache: LayerKVCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
@@ -165,7 +175,6 @@ class FARAttention(nn.Module, AttentionModuleMixin):
             rotary_emb (`torch.Tensor` of shape `(L, D / 2)`): Rotations of the pass's tokens, long ones first.
             attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)` or a `BlockMask`, *optional*): With a
                 cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
-            frames (`AttentionFrames`, *optional*): Not used here; hooks on this module read it.
             kv_cache (`LayerKVCache`, *optional*): Stores the pass's keys and values and adds the cached ones.
 
         Returns:

@@ -8,7 +8,7 @@ import torch.nn as nn
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding
 
-from .attention_far import AttentionFrames, FARAttention
+from .attention_far import FARAttention
 from .kv_cache import LayerKVCache
 
 
@@ -89,7 +89,6 @@ class FARTransformerBlock(nn.Module):
         long_temb: torch.Tensor | None,
         rotary_emb: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        frames: AttentionFrames,
         kv_cache: LayerKVCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` (B, F_short, T_short, dim) with `temb` (B, F_short, dim), and likewise for the long frames."""
@@ -103,7 +102,6 @@ class FARTransformerBlock(nn.Module):
             long_attn_input,
             rotary_emb=rotary_emb,
             attention_mask=attention_mask,
-            frames=frames,
             kv_cache=kv_cache,
         )
 

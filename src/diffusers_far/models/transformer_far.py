@@ -19,7 +19,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 
-from .attention_far import AttentionFrames
+from .attention_far import AttentionFrames, FARAttentionBias
 from .blocks_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
 from .cache_options import CacheOptions
 from .context_plan import ContextPlan
@@ -132,7 +132,10 @@ class FARTransformer3DModel(
         if num_classes is not None:
             self.label_embedder = nn.Embedding(num_classes + 1, self.inner_dim)
 
-        # 3. Blocks. After the last one nobody reads the long tokens, so there they have no output projection.
+        # 3. Attention mask, where hooks change it
+        self.attention_bias = FARAttentionBias()
+
+        # 4. Blocks. After the last one nobody reads the long tokens, so there they have no output projection.
         self.transformer_blocks = nn.ModuleList(
             FARTransformerBlock(
                 self.inner_dim,
@@ -145,7 +148,7 @@ class FARTransformer3DModel(
             for layer in range(num_layers)
         )
 
-        # 4. Output
+        # 5. Output
         self.norm_out = FARAdaLayerNorm(self.inner_dim, num_chunks=2)
         self.proj_out = nn.Linear(self.inner_dim, self.out_channels * patch_size**2)
 
@@ -305,10 +308,11 @@ class FARTransformer3DModel(
             layers = kv_cache.layers(cache_pass)
             attention_frames = attention_frames_of(plan, kv_cache.key_frames(cache_pass), device)
             attention_mask = None
+        attention_mask = self.attention_bias(attention_mask, attention_frames)
 
         # 4. Blocks
         for block, layer in zip(self.transformer_blocks, layers):
-            inputs = (short_states, long_states, temb, long_temb, rotary_emb, attention_mask, attention_frames, layer)
+            inputs = (short_states, long_states, temb, long_temb, rotary_emb, attention_mask, layer)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
             else:

@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from huggingface_hub import create_repo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..hooks.flex_rope import FLEX_ROPE_HOOK, attention_modules
+from ..hooks.flex_rope import applied_config
 from ..models.loading import explained_loading_errors, name_some, require_safetensors
 from .model_card import model_card
 
@@ -172,7 +172,5 @@ def check_components_complete(**components: torch.nn.Module) -> None:
 
 def applied_flex_rope(transformer: torch.nn.Module | None) -> dict[str, Any] | None:
     """The FlexRoPE of a transformer that came with one, as a pipeline's config keeps it."""
-    attentions = attention_modules(transformer) if transformer is not None else []
-    registry = getattr(attentions[0], "_diffusers_hook", None) if attentions else None
-    hook = registry.get_hook(FLEX_ROPE_HOOK) if registry is not None else None
-    return None if hook is None or callable(hook.config.schedule) else asdict(hook.config)
+    config = None if transformer is None else applied_config(transformer)
+    return None if config is None or callable(config.schedule) else asdict(config)

@@ -110,9 +110,14 @@ def check_call(
     batch_size = infer_batch_size(
         context, latents, actions, class_labels, num_videos_per_context, 3 if config.action_dim else 2
     )
+    if batch_size < 1:
+        raise ValueError(f"`actions` or `class_labels` are of {batch_size} samples; pass at least one.")
     if latents is not None:
         num_videos = batch_size * num_videos_per_context
         check_latents("latents", latents, (num_videos, num_frames, config.in_channels, latent_height, latent_width))
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    if not all(each is None or isinstance(each, torch.Generator) for each in generators):
+        raise ValueError(f"`generator` is {generator!r}; pass a `torch.Generator`, or a list of one per video.")
     if isinstance(generator, (list, tuple)) and len(generator) != batch_size * num_videos_per_context:
         raise ValueError(
             f"`generator` is a list of {len(generator)} but the call makes {batch_size * num_videos_per_context} "
@@ -193,6 +198,8 @@ def video_to_tensor(video: Any) -> torch.Tensor:
                 f"`video` is an array of shape {video.shape}; pass (frames, height, width, 3) or "
                 "(batch, frames, height, width, 3)."
             )
+        if video.dtype.kind not in "fui":
+            raise ValueError(f"`video` is an array of dtype {video.dtype}; pass uint8, or floats in [0, 1].")
         video = torch.from_numpy(np.ascontiguousarray(np.moveaxis(video, -1, -3)))
     if not isinstance(video, torch.Tensor):
         raise ValueError(f"`video` is a {type(video).__name__}; pass a list of PIL images, an array or a tensor.")
@@ -201,7 +208,7 @@ def video_to_tensor(video: Any) -> torch.Tensor:
             f"`video` is a tensor of shape {tuple(video.shape)}; pass (batch, frames, 3, height, width) in [0, 1]."
         )
     video = video if video.ndim == 5 else video[None]
-    if video.shape[0] == 0 or video.shape[1] == 0:
+    if 0 in video.shape:
         raise ValueError(f"`video` has shape {tuple(video.shape)}: no frames; leave it out to start from nothing.")
     if video.dtype == torch.uint8:
         return video.float() / 255
@@ -223,6 +230,9 @@ def stack_frames(video: list) -> np.ndarray | torch.Tensor:
     if len(video) == 0:
         raise ValueError("`video` is an empty list; leave it out to start from nothing.")
     if isinstance(video[0], PIL.Image.Image):
+        others = {type(frame).__name__ for frame in video if not isinstance(frame, PIL.Image.Image)}
+        if others:
+            raise ValueError(f"`video` mixes PIL images and {', '.join(sorted(others))}; pass frames of one kind.")
         sizes = {frame.size for frame in video if isinstance(frame, PIL.Image.Image)}
         if len(sizes) > 1:
             raise ValueError(f"`video` has frames of sizes {sorted(sizes)}; resize them to one size.")
@@ -262,7 +272,7 @@ def check_actions(actions: Any, config, batch_size: int, lengths: tuple[int, ...
         raise ValueError("`actions` was given but this model takes no actions; leave it out.")
     try:
         actions = torch.as_tensor(np.asarray(actions) if isinstance(actions, (list, tuple)) else actions)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"`actions` cannot be read as a tensor ({error}); pass rows of equal length.") from error
 
     num_dims = 1 if config.num_actions is not None else 2
@@ -316,9 +326,17 @@ def check_class_labels(class_labels: Any, num_classes: int | None, batch_size: i
         return None
     if num_classes is None:
         raise ValueError("`class_labels` was given but this model takes no classes; leave it out.")
-    class_labels = torch.as_tensor(class_labels)
+    try:
+        class_labels = torch.as_tensor(class_labels)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"`class_labels` cannot be read as a tensor ({error}); pass integers.") from error
     class_labels = class_labels[None] if class_labels.ndim == 0 else class_labels
-    if class_labels.is_floating_point() or class_labels.dtype == torch.bool or class_labels.ndim != 1:
+    if (
+        class_labels.is_floating_point()
+        or class_labels.dtype == torch.bool
+        or class_labels.ndim != 1
+        or not len(class_labels)
+    ):
         raise ValueError(
             f"`class_labels` has dtype {class_labels.dtype} and shape {tuple(class_labels.shape)}; pass one integer per "
             "sample."
@@ -346,6 +364,8 @@ def check_latents(name: str, latents: Any, expected: tuple[int | None, ...]) -> 
         raise ValueError(
             f"`{name}` has shape {tuple(latents.shape)}; it must be {wanted}: batch, frames, channels, height, width."
         )
+    if 0 in latents.shape:
+        raise ValueError(f"`{name}` has shape {tuple(latents.shape)}: no frames; leave it out to start from nothing.")
     if not torch.isfinite(latents).all():
         raise ValueError(f"`{name}` contains NaN or infinite values; pass finite latents.")
 
@@ -383,7 +403,11 @@ def infer_batch_size(context, latents, actions, class_labels, num_videos_per_con
 
 def num_dims(value: Any) -> int:
     """Dimensions of a tensor, an array or a nested list."""
-    return value.ndim if hasattr(value, "ndim") else 1 + num_dims(value[0]) if isinstance(value, (list, tuple)) else 0
+    if hasattr(value, "ndim"):
+        return value.ndim
+    if not isinstance(value, (list, tuple)):
+        return 0
+    return 1 + num_dims(value[0]) if len(value) else 1
 
 
 def repeat_samples(tensor: torch.Tensor, repeats: int) -> torch.Tensor:

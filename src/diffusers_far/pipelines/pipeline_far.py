@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 
@@ -82,7 +82,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     def __init__(
         self,
         transformer: FARTransformer3DModel,
-        vae: torch.nn.Module,
+        vae: AutoencoderDC | AutoencoderKL | AutoencoderTiny,
         scheduler: SchedulerMixin,
         fps: int | float | None = None,
         action_names: list[str] | dict[str, str] | None = None,
@@ -357,6 +357,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         output_type: str = "latent",
     ) -> FARSession:
         """A session that has seen the context but made no frame yet."""
+        if self.transformer.training:
+            logger.warning("The transformer is in training mode and drops conditions; call `pipe.transformer.eval()`.")
         inputs, device = generation.inputs, self._execution_device
         repeats = inputs.num_videos_per_context
 

@@ -4,6 +4,7 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -78,9 +79,17 @@ class Rollout:
                 height,
                 width,
                 max_frames,
+                dtype=self._computing_dtype,
                 device=device,
                 **asdict(config.cache_options),
             )
+
+    @property
+    def _computing_dtype(self) -> torch.dtype:
+        device_type = torch.device(self.device).type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.transformer.dtype
 
     @property
     def is_guided(self) -> bool:
@@ -134,17 +143,25 @@ class Rollout:
         else:
             self.kv_cache.rewind(self.kv_cache.num_frames - num_frames, self._model_inputs(window))
 
-    def denoise(self, frame: FrameBatch, on_step_end: Callable | None = None) -> torch.Tensor:
+    def denoise(
+        self,
+        frame: FrameBatch,
+        on_step_end: Callable | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
         """Make the next frame.
 
         Args:
             frame (`FrameBatch`): Noise as `latents`, (B, 1, C, H, W), and the action that the frame is fed.
             on_step_end (callable, *optional*): `(step_index, timestep, latents) -> latents`, after each step.
+            generator (`torch.Generator` or a list, *optional*): For schedulers that draw noise of their own.
 
         Returns:
             `torch.Tensor` of shape `(B, 1, C, H, W)`, float32.
         """
         self.scheduler.set_timesteps(self.config.num_inference_steps, device=self.device)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if takes_generator else {}
         latents = frame.latents.float()
         for step_index, timestep in enumerate(self.scheduler.timesteps):
             inputs = self._model_inputs(FrameBatch(latents, frame.actions, frame.action_mask))
@@ -153,7 +170,7 @@ class Rollout:
             if self.is_guided:
                 null_velocity, velocity = velocity.chunk(2)
                 velocity = null_velocity + self.config.guidance_scale * (velocity - null_velocity)
-            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False, **step_arguments)[0]
             if on_step_end is not None:
                 latents = on_step_end(step_index, timestep, latents)
         return latents

@@ -152,7 +152,7 @@ class FARSession:
                 batch_size, *frame_shape = self.rollout.latent_shape
                 noise = frame_noise((batch_size, 1, *frame_shape), self.generator, self.rollout.device)
             new = SessionFrame(noise[:, 0], led_by=action, action=own_action, generator_states=states)
-            latents = self.rollout.denoise(self._as_fed([new]), on_step_end)
+            latents = self.rollout.denoise(self._as_fed([new]), on_step_end, self.generator)
             if on_frame_end is not None:
                 latents = on_frame_end(latents)
             new.latents = latents[:, 0]
