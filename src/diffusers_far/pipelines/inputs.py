@@ -68,30 +68,17 @@ def check_call(
         ValueError: Names the argument, its value, the rule and the cure.
     """
     config = transformer.config
-    if not config.frame_causal:
-        raise ValueError(
-            "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
-        )
+    check_options(
+        transformer,
+        num_inference_steps,
+        guidance_scale,
+        use_cache,
+        cache_options,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    )
     check_count("num_frames", num_frames)
-    check_count("num_inference_steps", num_inference_steps)
     check_count("num_videos_per_context", num_videos_per_context)
-    cache_options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
-    if not use_cache and cache_options != CacheOptions():
-        raise ValueError(
-            f"`use_cache` is False but {cache_options} was asked for; leave `short_cache`, `max_long_frames` and "
-            "`num_sink_frames` at their defaults, or use the cache."
-        )
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
-    unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
-    if unknown:
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {CALLBACK_TENSORS}.")
-    if not np.isfinite(guidance_scale) or guidance_scale < 0:
-        raise ValueError(f"`guidance_scale` is {guidance_scale}; it is at least 0, and guides above 1.")
-    if guidance_scale > 1 and not (transformer.takes_actions or transformer.takes_labels):
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
-        )
     if video is not None and video_latents is not None:
         raise ValueError("`video` and `video_latents` were both given; pass the context in one of the two forms.")
 
@@ -115,14 +102,7 @@ def check_call(
     if latents is not None:
         num_videos = batch_size * num_videos_per_context
         check_latents("latents", latents, (num_videos, num_frames, config.in_channels, latent_height, latent_width))
-    generators = generator if isinstance(generator, (list, tuple)) else [generator]
-    if not all(each is None or isinstance(each, torch.Generator) for each in generators):
-        raise ValueError(f"`generator` is {generator!r}; pass a `torch.Generator`, or a list of one per video.")
-    if isinstance(generator, (list, tuple)) and len(generator) != batch_size * num_videos_per_context:
-        raise ValueError(
-            f"`generator` is a list of {len(generator)} but the call makes {batch_size * num_videos_per_context} "
-            "videos; pass one generator per video, or a single one."
-        )
+    check_generator(generator, batch_size * num_videos_per_context)
     num_context_frames = 0 if context is None else context.shape[1]
     num_all_frames = num_context_frames + num_frames
     lengths = (num_all_frames, num_all_frames - config.action_shift) if config.action_shift else (num_all_frames,)
@@ -141,6 +121,53 @@ def check_call(
         latent_height=latent_height,
         latent_width=latent_width,
     )
+
+
+def check_options(
+    transformer: FARTransformer3DModel,
+    num_inference_steps: int,
+    guidance_scale: float,
+    use_cache: bool,
+    cache_options: CacheOptions,
+    output_type: str,
+    callback_on_step_end_tensor_inputs: list[str],
+) -> None:
+    """Refuse ways of generating that this model does not know or that contradict each other."""
+    config = transformer.config
+    if not config.frame_causal:
+        raise ValueError(
+            "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
+        )
+    check_count("num_inference_steps", num_inference_steps)
+    cache_options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
+    if not use_cache and cache_options != CacheOptions():
+        raise ValueError(
+            f"`use_cache` is False but {cache_options} was asked for; leave `short_cache`, `max_long_frames` and "
+            "`num_sink_frames` at their defaults, or use the cache."
+        )
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
+    unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {CALLBACK_TENSORS}.")
+    if not np.isfinite(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"`guidance_scale` is {guidance_scale}; it is at least 0, and guides above 1.")
+    if guidance_scale > 1 and not (transformer.takes_actions or transformer.takes_labels):
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
+        )
+
+
+def check_generator(generator: Any, num_videos: int) -> None:
+    """Refuse what is neither a generator nor one per video."""
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    if not all(each is None or isinstance(each, torch.Generator) for each in generators):
+        raise ValueError(f"`generator` is {generator!r}; pass a `torch.Generator`, or a list of one per video.")
+    if isinstance(generator, (list, tuple)) and len(generator) != num_videos:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)} but the call makes {num_videos} "
+            "videos; pass one generator per video, or a single one."
+        )
 
 
 def latent_size(
