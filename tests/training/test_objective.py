@@ -42,6 +42,14 @@ def test_timesteps_are_the_integers_of_a_logit_normal_distribution():
         assert abs(timestep.quantile(share) - expected) < 6
 
 
+def test_a_shifted_mean_draws_more_noise():
+    median = draw_timesteps(20_000, seeded(), logit_mean=1.0, logit_std=0.5).median()
+    assert abs(median - 1000 * torch.tensor(1.0).sigmoid()) < 6
+    objective = TrainingObjective(logit_mean=1.0)
+    timestep = draw_batch(objective, 200, 8).timestep
+    assert timestep[timestep > 0].median() > 650
+
+
 def test_every_number_of_long_frames_is_drawn_equally_often():
     generator = seeded()
     counts = torch.bincount(torch.tensor([draw_num_long_frames(12, 8, generator) for _ in range(5000)]))
