@@ -328,13 +328,14 @@ def test_another_config_with_another_slope_does_not_compile_again(compile_counte
 
 
 @pytest.mark.full
-def test_a_block_is_compiled_once_for_all_layers():
+@pytest.mark.parametrize("long_patch_size, most", [(None, 3), (2, 5)])
+def test_a_block_is_compiled_for_all_layers_at_once(long_patch_size, most):
     def decaying(model):
         apply_flex_rope(model, FlexRoPEConfig(0.3, "constant"))
         return model
 
-    counts, _ = compiled_rollout(4, prepare=decaying, num_layers=4)
-    assert counts[-1] <= 3
+    counts, _ = compiled_rollout(6, prepare=decaying, num_layers=4, long_patch_size=long_patch_size)
+    assert counts[-1] <= most
 
 
 # Bad input

@@ -389,23 +389,9 @@ def test_compiled_blocks_are_the_plain_ones_and_not_compiled_for_each_frame(long
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "long_patch_size",
-    [
-        None,
-        pytest.param(
-            2,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="a pass is unrolled over its frames, its places in the cache are guarded as numbers, and the last "
-                "block differs from the others: each of these compiles again",
-            ),
-        ),
-    ],
-    ids=["base", "long"],
-)
+@base_and_long
 def test_a_rollout_compiles_at_most_3_times(long_patch_size):
-    counts, _ = compiled_rollout(6, long_patch_size=long_patch_size, short_window=2)
+    counts, _ = compiled_rollout(7, long_patch_size=long_patch_size, short_window=3)
     assert counts[-1] <= 3
 
 
