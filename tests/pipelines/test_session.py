@@ -194,12 +194,10 @@ def test_a_session_can_start_from_nothing():
 
 
 @pytest.mark.parametrize(
-    "action, message", [(None, "`actions` is None"), (3, "0 to 2"), (0.5, "dtype"), ([0], "rows")]
+    "action, message", [(None, "`actions` is None"), (3, "0 to 2"), (0.5, "dtype"), ([0, 1, 2], "3 rows")]
 )
 def test_a_bad_action_is_refused_and_the_session_stays_as_it_was(action, message):
     session = start(pipeline())
-    if action == [0]:
-        action, message = [0, 1, 2], "3 rows"
     with pytest.raises(ValueError, match=message):
         session.step(action)
     assert session.num_frames == NUM_CONTEXT

@@ -282,8 +282,8 @@ class FARTransformer3DModel(
         class_labels: torch.Tensor | None,
         kv_cache: FARKVCache | None = None,
         cache_pass: CachePass | None = None,
-    ) -> torch.Tensor:
-        """One pass of the network over the frames of a plan: the velocity of its short frames."""
+    ) -> torch.Tensor | None:
+        """One pass of the network over the frames of a plan: the velocity of its short frames, `None` for a write."""
         device = frames.latents.device
 
         # 1. Patches
@@ -317,6 +317,9 @@ class FARTransformer3DModel(
                 short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
             else:
                 short_states, long_states = block(*inputs)
+
+        if cache_pass is not None and not cache_pass.is_noisy:
+            return None  # a write: nobody reads the velocity of clean frames
 
         # 5. Velocity
         scale, shift = self.norm_out.modulation(temb)
