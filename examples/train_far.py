@@ -45,7 +45,7 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": tor
 IDENTITY = (
     "num_frames frame_interval train_batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm clean_context_ratio "
-    "clean_prefix_ratio condition_dropout logit_mean logit_std use_ema ema_decay mixed_precision objective seed"
+    "clean_prefix_ratio teacher_forcing condition_dropout logit_mean logit_std use_ema ema_decay mixed_precision objective seed"
 ).split()
 
 
@@ -66,6 +66,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frame_interval", type=int, default=1)
     parser.add_argument("--clean_context_ratio", type=float, default=0.1, help="Share of frames that are clean.")
     parser.add_argument("--clean_prefix_ratio", type=float, default=0.0, help="Share of clips with a clean start.")
+    parser.add_argument("--teacher_forcing", action="store_true", help="All frames noisy, all context clean.")
     parser.add_argument("--condition_dropout", type=float, default=0.1)
     parser.add_argument("--logit_mean", type=float, default=0.0, help="Of the noise levels; above 0: more noise.")
     parser.add_argument("--logit_std", type=float, default=1.0)
@@ -190,7 +191,8 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator, model, optimizer
         start_time = time.perf_counter()
         for accumulated in range(args.gradient_accumulation_steps):
             clips, draw = batches.batch(step, accumulated, num_long_frames)
-            loss = clip_loss(model, transformer.config, clips.to(accelerator.device), draw.to(accelerator.device))
+            clips, draw = clips.to(accelerator.device), draw.to(accelerator.device)
+            loss = clip_loss(model, transformer.config, clips, draw, teacher_forcing=args.teacher_forcing)
             accelerator.backward(loss / args.gradient_accumulation_steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -253,6 +255,7 @@ def main(args: argparse.Namespace) -> None:
         args.objective,
         args.clean_context_ratio,
         args.clean_prefix_ratio,
+        args.teacher_forcing,
         args.condition_dropout,
         args.logit_mean,
         args.logit_std,
@@ -346,7 +349,7 @@ def main(args: argparse.Namespace) -> None:
             clips, draw = (part.to(accelerator.device) for part in next(loaded))
             is_last = accumulated == num_accumulated - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
-                loss = clip_loss(model, config, clips, draw) / num_accumulated
+                loss = clip_loss(model, config, clips, draw, teacher_forcing=args.teacher_forcing) / num_accumulated
                 accelerator.backward(loss)
             step_loss += loss.detach()
         step_loss = accelerator.reduce(step_loss, reduction="mean").item()

@@ -148,3 +148,12 @@ def test_the_loss_reaches_every_parameter_that_can_matter():
     assert without == {
         f"transformer_blocks.1.attn.{name}" for name in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")
     }
+
+
+def test_teacher_forcing_feeds_the_transformer_the_clean_latents():
+    transformer = make_transformer()
+    clips, draw = make_batches().batch(0, 0, num_long_frames=2)
+    fed = {}
+    transformer.register_forward_pre_hook(lambda module, args, kwargs: fed.update(kwargs), with_kwargs=True)
+    clip_loss(transformer, transformer.config, clips, draw, teacher_forcing=True)
+    assert torch.equal(fed["clean_hidden_states"], clips.latents)

@@ -88,6 +88,17 @@ def test_video_dit_has_one_noise_level_and_no_clean_context():
     assert draw.timestep.unique().numel() > 10
 
 
+def test_with_teacher_forcing_every_short_frame_is_noisy():
+    objective = TrainingObjective(teacher_forcing=True, clean_context_ratio=0.5, clean_prefix_ratio=0.5)
+    timestep = draw_batch(objective, 50, 6, num_long_frames=2).timestep
+    assert (timestep[:, :2] == -1).all() and (timestep[:, 2:] >= 1).all()
+
+
+def test_teacher_forcing_of_a_video_dit_is_refused():
+    with pytest.raises(ValueError, match="`teacher_forcing` needs frames in an order"):
+        TrainingObjective("video_dit", teacher_forcing=True)
+
+
 def test_conditions_are_dropped_at_their_share():
     draw = draw_batch(TrainingObjective(condition_dropout=0.3), 1000, 8)
     assert abs(draw.keeps_action.float().mean() - 0.7) < 0.02

@@ -14,6 +14,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
 from ..models.attention_far import AttentionFrames, FARAttentionBias
+from ..models.functional import frame_causal_mask
 
 
 FLEX_ROPE_HOOK = "flex_rope"
@@ -135,7 +136,8 @@ def temporal_decay(frames: AttentionFrames, slopes: torch.Tensor, *, frame_causa
     distance = frames.key_frames[None, :] - frames.query_frames[:, None]
     decay = slopes[:, None] * distance
     if frame_causal:
-        decay = decay.masked_fill(distance > 0, float("-inf"))
+        is_seen = frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)
+        decay = decay.masked_fill(~is_seen, float("-inf"))
     return decay[None, None]
 
 

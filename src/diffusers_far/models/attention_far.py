@@ -10,7 +10,8 @@ import torch.nn as nn
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from .functional import apply_rotary_embedding
+from .context_plan import ContextPlan
+from .functional import apply_rotary_embedding, frame_ids
 from .kv_cache import LayerKVCache
 
 
@@ -23,12 +24,36 @@ class AttentionFrames:
             queries attend frame by frame, of each frame of the pass: `(F,)`.
         key_frames (`torch.Tensor` of shape `(L_key,)`): Same clock, in the order of the keys.
         first_query_frame (`int`), last_query_frame (`int`): Known on the host, so that no decision waits for a device.
+        is_twin (`torch.Tensor` of shape `(L,)`, bool, *optional*): Marks the noisy twins of clean frames, where a pass
+            has such.
     """
 
     query_frames: torch.Tensor
     key_frames: torch.Tensor
     first_query_frame: int
     last_query_frame: int
+    is_twin: torch.Tensor | None = None
+
+
+def attention_frames_of(
+    plan: ContextPlan,
+    key_frames: torch.Tensor | None,
+    device: torch.device | None = None,
+    *,
+    has_twins: bool = False,
+) -> AttentionFrames:
+    """When the queries and keys of a pass are; without a cache the keys are those of the pass itself."""
+    is_twin = None
+    if has_twins:
+        query_frames = frame_ids(plan, device)
+        is_twin = torch.arange(plan.num_tokens + plan.num_short_tokens, device=device) >= plan.num_tokens
+        query_frames = key_frames = torch.cat([query_frames, query_frames[plan.num_long_tokens :]])
+    elif key_frames is None:
+        query_frames = key_frames = frame_ids(plan, device)
+    else:
+        long_frames = torch.arange(plan.first_frame, plan.end_long_frame, device=device)
+        query_frames = torch.cat([long_frames, torch.arange(plan.first_short_frame, plan.end_frame, device=device)])
+    return AttentionFrames(query_frames, key_frames, plan.first_frame, plan.end_frame - 1, is_twin)
 
 
 class FARAttentionBias(nn.Module):

@@ -40,3 +40,13 @@ def shift_actions(actions: torch.Tensor, action_shift: int, num_frames: int) -> 
     # Zeros only fill the place of the null action: the mask makes the model ignore them.
     filler = actions.new_zeros(actions.shape[0], 1, *actions.shape[2:])
     return torch.cat([filler, actions[:, : num_frames - 1]], dim=1), action_mask
+
+
+def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError where a condition is missing, superfluous or of the wrong shape."""
+    if value is None and is_taken:
+        raise ValueError(f"`{name}` is None but this model is conditioned on it; pass {name} of shape {shape}.")
+    if value is not None and not is_taken:
+        raise ValueError(f"`{name}` was given but this model is not conditioned on it; leave it out.")
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"`{name}` has shape {tuple(value.shape)}; with these latents it must be {shape}.")

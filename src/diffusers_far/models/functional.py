@@ -109,27 +109,38 @@ def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: torch.Tensor
     return rotated.to(hidden_states.dtype)
 
 
-def frame_causal_mask(query_frames: torch.Tensor, key_frames: torch.Tensor) -> torch.Tensor:
+def frame_causal_mask(
+    query_frames: torch.Tensor, key_frames: torch.Tensor, is_twin: torch.Tensor | None = None
+) -> torch.Tensor:
     """Let each token see its own frame and every earlier one.
 
     Args:
         query_frames (`torch.Tensor` of shape `(L_query,)`): Absolute frame index of each query, from 0.
         key_frames (`torch.Tensor` of shape `(L_key,)`): Same clock, cached keys included.
+        is_twin (`torch.Tensor` of shape `(L_query,)`, bool, *optional*): Where the queries are the keys too, marks the
+            noisy twins of clean frames. A twin sees itself and the clean frames before it, and nobody else sees it.
 
     Returns:
         `torch.Tensor` of shape `(L_query, L_key)`, bool, `True` where attention is allowed.
 
-    Source: FAR, arXiv:2503.19325, figure 3.
+    Source: FAR, arXiv:2503.19325, figure 3; the twins, ACDiT, arXiv:2412.07720.
     """
-    return key_frames[None, :] <= query_frames[:, None]
+    distance = key_frames[None, :] - query_frames[:, None]
+    if is_twin is None:
+        return distance <= 0
+    same_kind = is_twin[None, :] == is_twin[:, None]
+    return torch.where(distance == 0, same_kind, (distance < 0) & ~is_twin[None, :])
 
 
-def frame_causal_block_mask(query_frames: torch.Tensor, key_frames: torch.Tensor):
+def frame_causal_block_mask(query_frames: torch.Tensor, key_frames: torch.Tensor, is_twin: torch.Tensor | None = None):
     """[`frame_causal_mask`] as the `BlockMask` of flex attention, which skips the blocks where nothing is allowed."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(batch, head, query, key):
-        return key_frames[key] <= query_frames[query]
+        if is_twin is None:
+            return key_frames[key] <= query_frames[query]
+        same_frame = (key_frames[key] == query_frames[query]) & (is_twin[key] == is_twin[query])
+        return same_frame | ((key_frames[key] < query_frames[query]) & ~is_twin[key])
 
     return create_block_mask(
         sees, None, None, query_frames.shape[0], key_frames.shape[0], device=str(query_frames.device)

@@ -19,15 +19,15 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 
-from .attention_far import AttentionFrames, FARAttentionBias
+from .attention_far import AttentionFrames, FARAttentionBias, attention_frames_of
 from .blocks_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
 from .cache_options import CacheOptions
+from .conditions import check_condition
 from .context_plan import ContextPlan
 from .frame_batch import FrameBatch
 from .functional import (
     frame_causal_block_mask,
     frame_causal_mask,
-    frame_ids,
     patchify,
     position_ids,
     rotary_embedding,
@@ -35,6 +35,7 @@ from .functional import (
 )
 from .kv_cache import CachePass, FARKVCache
 from .loading import CompleteWeightsMixin
+from .twins import pair_with_clean
 
 
 CLEAN_TIMESTEP = -1.0  # outside the schedule: a finished frame
@@ -234,6 +235,7 @@ class FARTransformer3DModel(
         update_cache: bool = False,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        clean_hidden_states: torch.Tensor | None = None,
     ) -> FARTransformerOutput | tuple[torch.Tensor | None]:
         """Predict velocities, of a whole clip or of one frame against a cache; or write clean frames to the cache.
 
@@ -248,6 +250,9 @@ class FARTransformer3DModel(
                 time. `False` denoises exactly one frame and leaves the cache as it is.
             attention_kwargs (`dict`, *optional*): `scale` scales LoRA layers.
             return_dict (`bool`): `False` returns a tuple.
+            clean_hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): For training without a cache:
+                what the noisy frames were made of. Each short frame then attends to the clean frames before it instead
+                of the noisy ones, as at inference, and so a clip trains every length of clean context at once.
 
         Returns:
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
@@ -256,9 +261,12 @@ class FARTransformer3DModel(
         frames = FrameBatch(hidden_states, actions, action_mask)
         timestep = self._timestep_per_frame(timestep, frames)
         self._check_inputs(frames, class_labels, timestep, kv_cache, update_cache)
+        self._check_clean(clean_hidden_states, frames, kv_cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
                 plan = self.context_plan(frames.num_frames, *hidden_states.shape[-2:])
+                if clean_hidden_states is not None:
+                    frames, timestep = pair_with_clean(frames, timestep, clean_hidden_states, plan, CLEAN_TIMESTEP)
                 sample = self._run_pass(frames, plan, timestep, class_labels)
             elif update_cache:
                 sample = None
@@ -283,8 +291,12 @@ class FARTransformer3DModel(
         kv_cache: FARKVCache | None = None,
         cache_pass: CachePass | None = None,
     ) -> torch.Tensor | None:
-        """One pass of the network over the frames of a plan: the velocity of its short frames, `None` for a write."""
+        """One pass of the network over the frames of a plan: the velocity of its short frames, `None` for a write.
+
+        `frames` may go on with noisy twins of the short frames; then it is their velocity that is returned.
+        """
         device = frames.latents.device
+        has_twins = frames.num_frames > plan.num_frames
 
         # 1. Patches
         num_long = plan.num_long_frames
@@ -299,10 +311,13 @@ class FARTransformer3DModel(
 
         # 3. Positions, and who sees whom: against a cache each frame sees a view of it, so nothing is masked
         config = self.config
-        rotary_emb = rotary_embedding(position_ids(plan, device), config.axes_dims_rope, config.rope_theta)
+        positions = position_ids(plan, device)
+        if has_twins:
+            positions = torch.cat([positions, positions[plan.num_long_tokens :]])
+        rotary_emb = rotary_embedding(positions, config.axes_dims_rope, config.rope_theta)
         if kv_cache is None:
             layers = [None] * config.num_layers
-            attention_frames = attention_frames_of(plan, None, device)
+            attention_frames = attention_frames_of(plan, None, device, has_twins=has_twins)
             attention_mask = self._attention_mask(plan, attention_frames)
         else:
             layers = kv_cache.layers(cache_pass)
@@ -321,9 +336,9 @@ class FARTransformer3DModel(
         if cache_pass is not None and not cache_pass.is_noisy:
             return None  # a write: nobody reads the velocity of clean frames
 
-        # 5. Velocity
-        scale, shift = self.norm_out.modulation(temb)
-        patches = self.proj_out(self.norm_out.norm(short_states) * (1 + scale) + shift)
+        # 5. Velocity, of the twins where there are any
+        scale, shift = self.norm_out.modulation(temb[:, -plan.num_short_frames :])
+        patches = self.proj_out(self.norm_out.norm(short_states[:, -plan.num_short_frames :]) * (1 + scale) + shift)
         return unpatchify(patches, plan.patch_size, plan.height, plan.width)
 
     def _time_rotation(self, num_frames: int) -> torch.Tensor:
@@ -371,14 +386,14 @@ class FARTransformer3DModel(
 
     def _attention_mask(self, plan: ContextPlan, frames: AttentionFrames):
         """`None` where every query sees every key; else a `BlockMask` for flex attention, a dense mask for others."""
-        if plan.num_frames == 1 or not self.config.frame_causal:
+        if (plan.num_frames == 1 and frames.is_twin is None) or not self.config.frame_causal:
             return None
         backend = self.transformer_blocks[0].attn.processor._attention_backend
         if backend is None:
             backend, _ = _AttentionBackendRegistry.get_active_backend()
         if backend == AttentionBackendName.FLEX:
-            return frame_causal_block_mask(frames.query_frames, frames.key_frames)
-        return frame_causal_mask(frames.query_frames, frames.key_frames)[None, None]
+            return frame_causal_block_mask(frames.query_frames, frames.key_frames, frames.is_twin)
+        return frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)[None, None]
 
     def _check_inputs(
         self,
@@ -415,27 +430,15 @@ class FARTransformer3DModel(
                 "and their timestep is -1."
             )
 
-
-def attention_frames_of(
-    plan: ContextPlan, key_frames: torch.Tensor | None, device: torch.device | None = None
-) -> AttentionFrames:
-    """When the queries and keys of a pass are; without a cache the keys are those of the pass itself."""
-    if key_frames is None:
-        query_frames = key_frames = frame_ids(plan, device)
-    else:
-        long_frames = torch.arange(plan.first_frame, plan.end_long_frame, device=device)
-        query_frames = torch.cat([long_frames, torch.arange(plan.first_short_frame, plan.end_frame, device=device)])
-    return AttentionFrames(query_frames, key_frames, plan.first_frame, plan.end_frame - 1)
-
-
-def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError where a condition is missing, superfluous or of the wrong shape."""
-    if value is None and is_taken:
-        raise ValueError(f"`{name}` is None but this model is conditioned on it; pass {name} of shape {shape}.")
-    if value is not None and not is_taken:
-        raise ValueError(f"`{name}` was given but this model is not conditioned on it; leave it out.")
-    if value is not None and tuple(value.shape) != shape:
-        raise ValueError(f"`{name}` has shape {tuple(value.shape)}; with these latents it must be {shape}.")
+    def _check_clean(
+        self, clean_hidden_states: torch.Tensor | None, frames: FrameBatch, kv_cache: FARKVCache | None
+    ) -> None:
+        if clean_hidden_states is None:
+            return
+        if kv_cache is not None or not self.config.frame_causal:
+            reason = "`kv_cache` holds the clean frames" if kv_cache is not None else "no frame is causal"
+            raise ValueError(f"`clean_hidden_states` was given but {reason}; leave it out.")
+        check_condition("clean_hidden_states", clean_hidden_states, True, tuple(frames.latents.shape))
 
 
 def check_config(config) -> None:

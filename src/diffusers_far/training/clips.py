@@ -191,8 +191,18 @@ class TrainingBatches(torch.utils.data.Dataset):
         return clips, ObjectiveDraw.stack(draws)
 
 
-def clip_loss(model: torch.nn.Module, transformer_config, clips: ClipBatch, draw: ObjectiveDraw) -> torch.Tensor:
+def clip_loss(
+    model: torch.nn.Module,
+    transformer_config,
+    clips: ClipBatch,
+    draw: ObjectiveDraw,
+    *,
+    teacher_forcing: bool = False,
+) -> torch.Tensor:
     """The loss of one pass. `model` is the transformer, or what wraps it for training on several devices."""
     noisy_latents = add_noise(clips.latents, draw.noise, draw.timestep)
-    velocity = model(noisy_latents, draw.timestep, **clips.conditions(transformer_config, draw)).sample
+    conditions = clips.conditions(transformer_config, draw)
+    if teacher_forcing:
+        conditions["clean_hidden_states"] = clips.latents
+    velocity = model(noisy_latents, draw.timestep, **conditions).sample
     return velocity_loss(velocity, clips.latents, draw.noise, draw.timestep)

@@ -50,17 +50,21 @@ class TrainingObjective:
             context), as inference feeds finished frames. They have no loss. With `"video_dit"` there are none.
         clean_prefix_ratio (`float`): Share of the clips whose first short frames are clean, their number drawn from 1
             to `F_short - 1`, and whose next frame is noisy: exactly what inference asks for.
+        teacher_forcing (`bool`): Every short frame is noisy and attends to clean frames alone, which the transformer is
+            fed beside the noisy ones (`clean_hidden_states`): all frames of a clip train what inference asks for, at
+            about twice the tokens. The two ratios have no say then.
         logit_mean (`float`), logit_std (`float`): Of the logit-normal noise levels. The paper's are 0 and 1; a mean above
             0 spends more of the training on high noise, where a frame is decided by its context.
         condition_dropout (`float`): Share of the actions (per frame) and labels (per clip) that become null. It is drawn
             here, not by the model, so that a clip's draw does not depend on the batch it is in.
 
-    Source: FAR, arXiv:2503.19325; the clean prefix is ours.
+    Source: FAR, arXiv:2503.19325; teacher forcing, ACDiT, arXiv:2412.07720; the clean prefix is ours.
     """
 
     name: str = "far"
     clean_context_ratio: float = 0.1
     clean_prefix_ratio: float = 0.0
+    teacher_forcing: bool = False
     condition_dropout: float = 0.1
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -71,6 +75,8 @@ class TrainingObjective:
         for name, highest in (("clean_context_ratio", 1), ("clean_prefix_ratio", 1), ("condition_dropout", 1)):
             if not 0 <= getattr(self, name) <= highest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, from 0 to {highest}.")
+        if self.teacher_forcing and self.name != "far":
+            raise ValueError(f"`teacher_forcing` needs frames in an order, but `name` is {self.name!r}; leave it out.")
         if not self.logit_std > 0:
             raise ValueError(f"`logit_std` is {self.logit_std}; a spread is above 0.")
 
@@ -91,11 +97,11 @@ class TrainingObjective:
             num_short_frames // num_levels
         )
         is_clean = torch.rand(num_short_frames, generator=generator) < self.clean_context_ratio
-        if self.name == "video_dit":
+        if self.name == "video_dit" or self.teacher_forcing:
             is_clean[:] = False
         has_prefix = torch.rand((), generator=generator) < self.clean_prefix_ratio
         prefix_place = torch.rand((), generator=generator).item()
-        if has_prefix and num_short_frames > 1:
+        if has_prefix and num_short_frames > 1 and not self.teacher_forcing:
             num_prefix_frames = 1 + int(prefix_place * (num_short_frames - 1))
             is_clean[:num_prefix_frames] = True
             is_clean[num_prefix_frames] = False
