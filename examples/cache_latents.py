@@ -19,7 +19,7 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 
 from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
-from diffusers_far.data.frames import FrameDataset
+from diffusers_far.data.frames import VideoFrames
 from diffusers_far.data.latents import LatentSource, read_source, write_shard
 from diffusers_far.data.loading import load_split
 from diffusers_far.models.codec import encode_video
@@ -49,16 +49,15 @@ def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> 
     dataset = open_dataset(args)
     vae = AutoModel.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
     trajectories = dataset.select(source.shard_rows(shard))
-    frames = FrameDataset(trajectories, args.video_column)
+    frames = VideoFrames(trajectories, args.video_column)
     latents = []
-    for trajectory in range(len(trajectories)):
-        first, end = frames.first_frame[trajectory : trajectory + 2]
-        video = torch.stack([frames[index] for index in range(first, end)])
+    for trajectory, num_frames in enumerate(frames.num_frames):
+        video = frames.clip(trajectory, 0, int(num_frames))
         latents.append(encode_video(vae, video, args.batch_size).cpu().numpy().astype(np.float16))
     carried = trajectories.remove_columns(args.video_column)
     path = source.shard_path(Path(args.output_dir) / args.dataset_split, shard)
     write_shard(path, latents, carried.with_format("arrow")[:], carried.features, source)
-    return len(frames)
+    return int(frames.num_frames.sum())
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,8 +1,16 @@
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Video
+from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data.frames import FrameDataset, evenly_spaced
+from diffusers_far.data.fingerprint import dataset_fingerprint
+from diffusers_far.data.frames import FrameDataset, VideoFrames, evenly_spaced
+from diffusers_far.data.loading import load_split
 
 
 def test_the_flat_frames_are_those_of_the_trajectories_in_order(trajectories, videos):
@@ -18,8 +26,6 @@ def test_a_selection_of_rows_is_respected(trajectories, videos):
 
 
 def test_frames_survive_parquet_and_back(trajectories, videos, tmp_path):
-    from diffusers_far.data.loading import load_split
-
     (tmp_path / "dataset" / "data").mkdir(parents=True)
     trajectories.to_parquet(tmp_path / "dataset" / "data" / "train-00000-of-00001.parquet")
     frames = FrameDataset(load_split(str(tmp_path / "dataset"), "train"))
@@ -39,3 +45,49 @@ def test_a_dataset_without_frames_is_refused(trajectories):
 def test_evenly_spaced_covers_both_ends_without_repeats():
     assert evenly_spaced(10, 4) == [0, 3, 6, 9]
     assert evenly_spaced(3, 100) == [0, 1, 2]
+
+
+# Runs of frames
+
+
+@pytest.fixture
+def video_folder(tmp_path):
+    """Two mp4 files of 12 and 9 frames, with actions: a `videofolder`."""
+    lines = []
+    for name, num_frames in (("a.mp4", 12), ("b.mp4", 9)):
+        write_video(tmp_path / "videos" / name, gray_frames(num_frames))
+        lines.append(json.dumps({"file_name": name, "actions": [frame % 3 for frame in range(num_frames)]}))
+    (tmp_path / "videos" / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path / "videos"
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_run_of_images_is_cut_from_its_trajectory(trajectories, videos, interval):
+    frames = VideoFrames(trajectories)
+    assert frames.num_frames.tolist() == [5, 3, 4, 6, 2]
+    clip = frames.clip(3, 1, 2, interval)
+    assert np.array_equal(clip.permute(0, 2, 3, 1).numpy(), videos[3][1 : 2 + interval : interval])
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["files", "bytes in the dataset"])
+def test_a_run_is_decoded_from_video_files_wherever_they_are(video_folder, embedded):
+    dataset = load_split(str(video_folder), "train")
+    if embedded:
+        table = [{"path": None, "bytes": Path(row["video"]["path"]).read_bytes()} for row in dataset]
+        dataset = Dataset.from_dict({"video": table}, features=Features({"video": Video(decode=False)}))
+    frames = VideoFrames(dataset)
+    assert frames.num_frames.tolist() == [12, 9]
+    assert frame_numbers(frames.clip(0, 3, 4, 2).permute(0, 2, 3, 1).numpy()) == [3, 5, 7, 9]
+
+
+def test_the_fingerprint_of_video_files_is_of_their_content(video_folder, tmp_path):
+    expected = dataset_fingerprint(load_split(str(video_folder), "train"))
+    shutil.copytree(video_folder, tmp_path / "moved")
+    assert dataset_fingerprint(load_split(str(tmp_path / "moved"), "train")) == expected
+    write_video(tmp_path / "moved" / "b.mp4", gray_frames(9)[::-1])
+    assert dataset_fingerprint(load_split(str(tmp_path / "moved"), "train")) != expected
+
+
+def test_a_column_of_another_type_is_refused(trajectories):
+    with pytest.raises(ValueError, match="`column` is 'actions'"):
+        VideoFrames(trajectories, "actions")

@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 
 import pytest
 import torch
@@ -91,3 +93,26 @@ def test_a_changed_run_is_refused_with_the_difference_named(run, tmp_path):
 def test_changes_name_what_was_added_and_removed():
     assert describe_changes({"a": 1}, {"b": 2}) == ["`a` was 1 and is None", "`b` was None and is 2"]
     assert describe_changes(IDENTITY, json.loads(json.dumps(IDENTITY))) == []
+
+
+@pytest.mark.full
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        accelerator = Accelerator(cpu=True)
+        model = accelerator.prepare(torch.nn.Linear(256, 512))  # half a MiB
+        first = save_checkpoint(accelerator, disk, 1, IDENTITY, 1)
+        expected = {path.name: path.read_bytes() for path in first.iterdir()}
+        with pytest.raises(RuntimeError, match="step 2 could not be written .* 'checkpoint-1' is intact. Make room"):
+            save_checkpoint(accelerator, disk, 2, IDENTITY, 1)
+        assert {path.name: path.read_bytes() for path in first.iterdir()} == expected
+        assert [path.name for path in disk.iterdir()] == ["checkpoint-1"]
+        assert load_checkpoint(accelerator, first, IDENTITY) == 1
+        assert model.weight.isfinite().all()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -6,10 +6,12 @@ from kept frame j to kept frame j + 1, and become one: none is lost without the 
 F frames, K kept frames, k interval, A action channels. Discrete actions are (F,) int64, continuous ones (F, A) float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 
 # A joint action needs a row of the model's action table for every sequence of actions.
@@ -74,6 +76,49 @@ def group_actions(actions: np.ndarray, interval: int) -> np.ndarray:
     missing = -len(actions) % interval
     actions = np.concatenate([actions, np.repeat(actions[-1:], missing, axis=0)])
     return actions.reshape(-1, interval, *actions.shape[1:])
+
+
+def clip_actions(
+    actions: np.ndarray,
+    length: int,
+    interval: int = 1,
+    combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """The actions of a clip of `length` frames that are `interval` apart.
+
+    Args:
+        actions (`np.ndarray` of shape `(F,)` or `(F, A)`): Of the trajectory, from the clip's first frame on. The last
+            kept frame leads out of the clip; where the trajectory ends first, its last action stands in.
+        length (`int`): Frames of the clip.
+        interval (`int`): Distance between them.
+        combine_actions (callable, *optional*): Such as an [`ActionCombiner`]; needed when `interval` is above 1.
+
+    Returns:
+        `np.ndarray` of shape `(length,)`, int64, or `(length, A)`, float32.
+
+    Raises:
+        ValueError: If actions would be lost.
+    """
+    if interval > 1 and combine_actions is None:
+        raise ValueError(
+            f"`interval` is {interval}: the actions of skipped frames would be lost; give `combine_actions`."
+        )
+    actions = actions[: length * interval]
+    if interval > 1:
+        missing = length * interval - len(actions)
+        actions = np.concatenate([actions, np.repeat(actions[-1:], missing, axis=0)]) if missing else actions
+        actions = combine_actions(actions.reshape(length, interval, *actions.shape[1:]))
+    return actions.astype(np.int64 if actions.dtype.kind in "iu" else np.float32)
+
+
+def count_actions(actions: pa.ChunkedArray | None) -> int | None:
+    """One above the highest discrete action of a column of trajectories; `None` without discrete actions."""
+    values = actions
+    while values is not None and pa.types.is_nested(values.type):
+        values = pc.list_flatten(values)
+    if values is None or not pa.types.is_integer(values.type) or len(values) == 0:
+        return None
+    return pc.max(values).as_py() + 1
 
 
 def join_actions(actions: np.ndarray, num_actions: int) -> np.ndarray:

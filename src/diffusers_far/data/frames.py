@@ -1,10 +1,14 @@
-"""Single frames of trajectories, for training and measuring autoencoders."""
+"""Frames of trajectories: single ones, for autoencoders, and runs of them, whether stored as images or as video files."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image, Video
+
+from .faults import BadExampleError
+from .video import count_frames, iter_video
 
 
 class FrameDataset(torch.utils.data.Dataset):
@@ -48,6 +52,69 @@ class FrameDataset(torch.utils.data.Dataset):
         encoded = self.rows[trajectory][self.column][0].values[frame].as_py()
         image = np.array(self.decoder.decode_example(encoded))
         return torch.from_numpy(image).permute(2, 0, 1)
+
+
+class VideoFrames:
+    """Runs of consecutive frames of the trajectories of a dataset.
+
+    Args:
+        trajectories (`datasets.Dataset`): A row per trajectory.
+        column (`str`): Of type `List(Image())`, or `Video`: files that PyAV decodes.
+
+    Attributes:
+        num_frames (`np.ndarray` of shape `(num_trajectories,)`, int64): Frames of each trajectory.
+
+    Raises:
+        ValueError: If `column` is missing or of another type.
+    """
+
+    def __init__(self, trajectories: Dataset, column: str = "video") -> None:
+        self.holds_files = holds_video_files(trajectories.features, column)
+        self.column = column
+        if self.holds_files:
+            self.rows = trajectories.select_columns([column]).cast_column(column, Video(decode=False))
+            self.num_frames = np.array([count_frames(self._file(row)) for row in range(len(self.rows))], dtype=np.int64)
+        else:
+            frames = FrameDataset(trajectories, column)
+            self.rows, self.decoder = frames.rows, frames.decoder
+            self.num_frames = np.diff(frames.first_frame)
+
+    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> torch.Tensor:
+        """`length` frames from frame `start` on, `interval` apart: `(length, 3, height, width)`, uint8.
+
+        Raises:
+            BadExampleError: If the trajectory's file is damaged, or shorter than it says.
+        """
+        end = start + (length - 1) * interval + 1
+        if self.holds_files:
+            frames = list(islice(iter_video(self._file(trajectory)), start, end, interval))
+            if len(frames) < length:
+                raise BadExampleError(f"Trajectory {trajectory} ends before frame {end}; copy or encode it again.")
+        else:
+            encoded = self.rows[trajectory][self.column][0].values.slice(start, end - start).to_pylist()
+            frames = [np.array(self.decoder.decode_example(image)) for image in encoded[::interval]]
+        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+    def _file(self, trajectory: int) -> str | bytes:
+        file = self.rows[trajectory][self.column]
+        return file["path"] if file["bytes"] is None else file["bytes"]
+
+
+def holds_video_files(features: Features, column: str) -> bool:
+    """Whether a column holds video files rather than lists of images.
+
+    Raises:
+        ValueError: If it is missing, or neither of the two.
+    """
+    feature = features.get(column)
+    if isinstance(feature, Video):
+        return True
+    if not isinstance(getattr(feature, "feature", None), Image):
+        raise ValueError(
+            f"`column` is {column!r}, but the dataset has {dict(features)}; name a column of type `List(Image())` or "
+            "`Video`, or prepare the dataset with prepare_dataset.py."
+        )
+    return False
 
 
 def evenly_spaced(num_samples: int, num_wanted: int) -> Sequence[int]:

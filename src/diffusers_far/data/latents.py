@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
 
+from .actions import clip_actions, count_actions
 from .fingerprint import vae_hash
 
 
@@ -115,6 +116,8 @@ class LatentDataset:
     Args:
         latents_dir (`str` or `Path`): Folder that `cache_latents.py` wrote.
         split (`str`): Its subfolder.
+        combine_actions (callable, *optional*): Such as an [`ActionCombiner`]: what becomes of the actions between two
+            frames of a clip whose frames lie more than one apart.
 
     Attributes:
         source (`LatentSource`): What it was made of.
@@ -126,8 +129,13 @@ class LatentDataset:
         ValueError: If the folder is missing, incomplete, mixed or damaged.
     """
 
-    def __init__(self, latents_dir: str | Path, split: str = "train") -> None:
-        self.latents_dir, self.split = latents_dir, split
+    def __init__(
+        self,
+        latents_dir: str | Path,
+        split: str = "train",
+        combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        self.latents_dir, self.split, self.combine_actions = latents_dir, split, combine_actions
         folder = Path(latents_dir) / split
         paths = sorted(folder.glob("latents-*-of-*.arrow"))
         if not paths:
@@ -164,7 +172,20 @@ class LatentDataset:
 
     def __reduce__(self):
         # Worker processes open the files again instead of being sent what is mapped.
-        return type(self), (self.latents_dir, self.split)
+        return type(self), (self.latents_dir, self.split, self.combine_actions)
+
+    @property
+    def dataset_fingerprint(self) -> str:
+        return self.source.dataset_fingerprint
+
+    @property
+    def vae_hash(self) -> str:
+        return self.source.vae_hash
+
+    @property
+    def num_actions(self) -> int | None:
+        """One above the highest discrete action in the data; `None` without discrete actions."""
+        return count_actions(self._actions)
 
     def require_vae(self, vae: torch.nn.Module) -> None:
         """Raise a `ValueError` unless these latents were made with `vae`."""
@@ -192,8 +213,8 @@ class LatentDataset:
             length (`int`): Number of frames, at least 1.
             interval (`int`): Distance between them in frames, at least 1.
             combine_actions (callable, *optional*): Actions (length, interval) or (length, interval, A) to (length,) or
-                (length, A): what becomes of the actions between two kept frames. Needed when `interval` is above 1 and
-                the dataset has actions.
+                (length, A): what becomes of the actions between two kept frames; the dataset's own by default. Needed
+                when `interval` is above 1 and the dataset has actions.
 
         Raises:
             ValueError: If the trajectory is shorter than that, or actions would be lost.
@@ -210,7 +231,7 @@ class LatentDataset:
         frames = self._views[self._shard[trajectory]][first : first + span : interval]
         return LatentClip(
             latents=torch.from_numpy(frames.astype(np.float32)),
-            actions=self._clip_actions(trajectory, start, length, interval, combine_actions),
+            actions=self._clip_actions(trajectory, start, length, interval, combine_actions or self.combine_actions),
             label=None if self._labels is None else self._labels[trajectory].as_py(),
         )
 
@@ -218,16 +239,7 @@ class LatentDataset:
         if self._actions is None:
             return None
         actions = np.asarray(self._actions[trajectory].values.slice(start, length * interval).to_pylist())
-        if interval > 1:
-            if combine_actions is None:
-                raise ValueError(
-                    f"`interval` is {interval}: the actions of skipped frames would be lost; give `combine_actions`."
-                )
-            # The last kept frame leads out of the clip; where the trajectory ends first, its last action stands in.
-            missing = length * interval - len(actions)
-            actions = np.concatenate([actions, np.repeat(actions[-1:], missing, axis=0)]) if missing else actions
-            actions = combine_actions(actions.reshape(length, interval, *actions.shape[1:]))
-        return torch.from_numpy(actions.astype(np.int64 if actions.dtype.kind in "iu" else np.float32))
+        return torch.from_numpy(clip_actions(actions, length, interval, combine_actions))
 
 
 def _latents_feature(channels: int, height: int, width: int) -> List:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets import Dataset, Video, get_dataset_split_names, load_dataset
 
 
 def load_split(dataset_name: str, split: str) -> Dataset:
@@ -25,4 +25,8 @@ def load_split(dataset_name: str, split: str) -> Dataset:
     available = get_dataset_split_names(dataset_name)
     if name not in available:
         raise ValueError(f"`split` is {split!r}, but {dataset_name!r} has {available}; pass one of these.")
-    return load_dataset(dataset_name, split=split)
+    dataset = load_dataset(dataset_name, split=split)
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Video):  # decoded by PyAV, so that no other decoder need be installed
+            dataset = dataset.cast_column(column, Video(decode=False))
+    return dataset

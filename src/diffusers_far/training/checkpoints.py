@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 RUN_FILE = "run.json"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -74,17 +76,27 @@ def save_checkpoint(
         step (`int`): Number of finished optimizer steps.
         identity (`dict`): What must be the same when the run resumes; JSON values.
         checkpoints_total_limit (`int`, *optional*): How many checkpoints to keep, at least 1; `None` keeps all.
+
+    Raises:
+        RuntimeError: The checkpoint could not be written, as on a full disk; names the last one that is whole.
     """
     checkpoint = Path(output_dir) / f"checkpoint-{step}"
     unfinished = Path(output_dir) / f"unfinished-checkpoint-{step}"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
+    # Safetensors reports a failed write as an error of its own, torch as a RuntimeError.
+    try:
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            run = json.dumps({"step": step, "identity": identity}, indent=2, sort_keys=True)
+            (unfinished / RUN_FILE).write_text(run)
+            _flush_to_disk(unfinished)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RuntimeError(_explain_failed_write(Path(output_dir), step, error)) from error
     if accelerator.is_main_process:
-        (unfinished / RUN_FILE).write_text(json.dumps({"step": step, "identity": identity}, indent=2, sort_keys=True))
-        _flush_to_disk(unfinished)
         shutil.rmtree(checkpoint, ignore_errors=True)
         unfinished.rename(checkpoint)
         _flush_to_disk(checkpoint.parent, recurse=False)
@@ -123,6 +135,16 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str
         for name in names
         if saved.get(name) != current.get(name)
     ]
+
+
+def _explain_failed_write(output_dir: Path, step: int, error: Exception) -> str:
+    checkpoints = list_checkpoints(output_dir)
+    last = f"{checkpoints[-1].name!r} is intact" if checkpoints else "there is no earlier one"
+    free = shutil.disk_usage(output_dir).free / 2**20
+    return (
+        f"The checkpoint of step {step} could not be written to {str(output_dir)!r} ({error}); {free:.0f} MiB are free "
+        f"there, and {last}. Make room and go on with `--resume_from_checkpoint latest`."
+    )
 
 
 def _flush_to_disk(path: Path, *, recurse: bool = True) -> None:

@@ -1,0 +1,54 @@
+"""A pretrained transformer made ready for other conditions."""
+
+import logging
+
+import torch
+
+from ..models.transformer_far import FARTransformer3DModel
+
+
+logger = logging.getLogger(__name__)
+
+CONDITIONS = ("num_actions", "action_dim", "num_classes")
+CONDITION_EMBEDDERS = ("action_embedder.", "label_embedder.")
+
+
+def with_conditions(transformer: FARTransformer3DModel, **conditions: int | None) -> FARTransformer3DModel:
+    """The same weights under other conditions; the embeddings of conditions that change are made anew, and it is said.
+
+    Args:
+        transformer ([`FARTransformer3DModel`]): Stays as it is.
+        conditions: `num_actions`, `action_dim` or `num_classes` of the new model.
+
+    Returns:
+        `transformer` itself where nothing changes.
+    """
+    unknown = conditions.keys() - set(CONDITIONS)
+    if unknown:
+        raise ValueError(f"`conditions` has {sorted(unknown)}; what can change is {', '.join(CONDITIONS)}.")
+    changed = {name: value for name, value in conditions.items() if transformer.config[name] != value}
+    if not changed:
+        return transformer
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    renewed = FARTransformer3DModel(**(config | changed)).to(transformer.dtype)
+    weights, fresh = transformer.state_dict(), renewed.state_dict()
+    is_renewed = {
+        name: name.startswith(CONDITION_EMBEDDERS) and (name not in weights or weights[name].shape != tensor.shape)
+        for name, tensor in fresh.items()
+    }
+    renewed.load_state_dict({name: fresh[name] if is_renewed[name] else weights[name] for name in fresh})
+    _keep_null_rows(transformer, renewed)
+    for name, value in changed.items():
+        logger.warning(f"`{name}` was {transformer.config[name]} and is {value}: its embedding starts anew.")
+    return renewed
+
+
+@torch.no_grad()
+def _keep_null_rows(transformer: FARTransformer3DModel, renewed: FARTransformer3DModel) -> None:
+    """The last row of a table stands for "none given", which means the same in both models."""
+    for name in ("action_embedder.embedding_table", "label_embedder"):
+        try:
+            old, new = transformer.get_submodule(name), renewed.get_submodule(name)
+        except AttributeError:
+            continue
+        new.weight[-1] = old.weight[-1]

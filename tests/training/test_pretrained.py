@@ -1,0 +1,40 @@
+import logging
+
+import pytest
+import torch
+from tiny_models import random_clip, tiny_transformer
+
+from diffusers_far.training.pretrained import with_conditions
+
+
+def test_another_number_of_actions_renews_that_table_and_says_so(caplog):
+    transformer = tiny_transformer(num_actions=3)
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    with caplog.at_level(logging.WARNING):
+        renewed = with_conditions(transformer, num_actions=5)
+    assert "`num_actions` was 3 and is 5" in caplog.text
+    assert renewed.config.num_actions == 5
+    for name, tensor in renewed.state_dict().items():
+        if "action_embedder" not in name:
+            assert torch.equal(tensor, before[name])
+    table, old_table = renewed.action_embedder.embedding_table.weight, before["action_embedder.embedding_table.weight"]
+    assert table.shape[0] == 6 and torch.equal(table[-1], old_table[-1])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+
+
+def test_without_actions_the_rest_of_the_model_is_as_it_was():
+    transformer = tiny_transformer(num_actions=3)
+    free = with_conditions(transformer, num_actions=None)
+    assert not free.takes_actions
+    clip = random_clip(free, 3)
+    assert free(clip.latents, clip.timestep).sample.isfinite().all()
+
+
+def test_equal_conditions_change_nothing():
+    transformer = tiny_transformer(num_actions=3)
+    assert with_conditions(transformer, num_actions=3) is transformer
+
+
+def test_what_is_no_condition_is_refused():
+    with pytest.raises(ValueError, match="`conditions` has \\['num_layers'\\]"):
+        with_conditions(tiny_transformer(), num_layers=1)
