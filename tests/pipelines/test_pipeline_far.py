@@ -553,6 +553,22 @@ def test_steps_are_counted_over_all_frames():
         assert pipe.num_timesteps == 2 * steps_per_frame
 
 
+@pytest.mark.parametrize(
+    "own, steps, guidance", [({}, 50, 1.0), ({"num_inference_steps": 3, "guidance_scale": 1.5}, 3, 1.5)]
+)
+def test_a_call_takes_the_steps_and_the_guidance_that_the_pipeline_is_shipped_with(own, steps, guidance, tmp_path):
+    tiny_pipeline(tiny_transformer(num_classes=3), **own).save_pretrained(tmp_path)
+    pipe = FARPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    context = {"video_latents": random_latents(1, batch_size=1), "class_labels": [1]}
+    pipe(**context, num_frames=1, output_type="latent")
+    assert (pipe.num_timesteps, pipe.guidance_scale) == (steps, guidance)
+    pipe(**context, num_frames=1, num_inference_steps=2, guidance_scale=2.0, output_type="latent")
+    assert (pipe.num_timesteps, pipe.guidance_scale) == (2, 2.0)
+    config = pipe.start_session(**context).config
+    assert (config.num_inference_steps, config.guidance_scale) == (steps, guidance)
+
+
 def test_noise_that_a_scheduler_adds_comes_from_the_generator():
     pipe, context = tiny_pipeline(scheduler=FlowMatchLCMScheduler()), random_latents(2)
     first, again = (

@@ -1,70 +1,64 @@
-import subprocess
-import sys
-import threading
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import property_test, tiny_pipeline, tiny_transformer
+from PIL.Image import Image
+from session_walks import (
+    MODELS,
+    NUM_CONTEXT,
+    NUM_NEW,
+    SETTINGS,
+    call,
+    generators,
+    go_on,
+    led_along,
+    pipeline,
+    start,
+    walk,
+)
+from tiny_models import property_test, tensors_of
 
 from diffusers_far import FARSession
 
 
-NUM_CONTEXT, NUM_NEW = 3, 6
-
-
-def pipeline(**overrides):
-    config = {"long_patch_size": 2, "num_actions": 3, "action_shift": 1, **overrides}
-    return tiny_pipeline(tiny_transformer(**config))
-
-
-def generators():
-    return [torch.Generator().manual_seed(seed) for seed in (4, 5)]
-
-
-def walk(pipe):
-    """A context of two samples, and the actions taken at all frames but the last."""
-    generator = torch.Generator().manual_seed(0)
-    video = torch.rand(2, NUM_CONTEXT, 3, 8, 12, generator=generator)
-    shape = (2, NUM_CONTEXT + NUM_NEW - 1)
-    if pipe.transformer.config.action_dim is not None:
-        return video, torch.randn(*shape, pipe.transformer.config.action_dim, generator=generator)
-    return video, torch.randint(0, 3, shape, generator=generator)
-
-
-SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.5, "output_type": "pt"}
-
-
-def start(pipe, **overrides):
-    video, actions = walk(pipe)
-    arguments = {"generator": generators(), **SETTINGS, **overrides}
-    return pipe.start_session(video=video, actions=actions[:, : NUM_CONTEXT - 1], **arguments)
-
-
-def go_on(session, actions, first=0, end=NUM_NEW):
-    """Frames of the steps from `first` up to and without `end`, `(B, F, 3, h, w)`."""
-    return torch.stack([session.step(actions[:, NUM_CONTEXT - 1 + step]) for step in range(first, end)], dim=1)
-
-
-def call(pipe, **overrides):
-    video, actions = walk(pipe)
-    arguments = {"generator": generators(), **SETTINGS, **overrides}
-    return pipe(video=video, actions=actions, num_frames=NUM_NEW, **arguments).frames
-
-
-MODELS = [{}, {"long_patch_size": None}, {"num_actions": None, "action_dim": 2}]
-
-
 @pytest.mark.parametrize("config", MODELS)
-@pytest.mark.parametrize("options", [{}, {"short_cache": "rolling"}, {"short_cache": 2}])
-def test_steps_are_bit_equal_to_the_call(config, options):
-    if config.get("long_patch_size", 2) is None and options:
+@pytest.mark.parametrize("options", [{}, {"short_cache": "rolling"}, {"short_cache": 2}, {"max_history": 3}])
+def test_steps_are_bit_equal_to_the_call_and_the_stream(config, options):
+    if config.get("long_patch_size", 2) is None and "short_cache" in options:
         pytest.skip("no frame is long")
     pipe = pipeline(**config)
+    video, actions = walk(pipe)
+    steps = go_on(start(pipe, **options), actions)
+    options = {name: value for name, value in options.items() if name != "max_history"}
+    assert torch.equal(steps, call(pipe, **options))
+    stream = pipe.stream(
+        video=video, actions=actions, num_frames=NUM_NEW, generator=generators(), **SETTINGS, **options
+    )
+    assert torch.equal(steps, torch.stack(list(stream), dim=1))
+
+
+@pytest.mark.parametrize(
+    "output_type, kind, shape",
+    [("pil", list, (2,)), ("np", np.ndarray, (2, 8, 12, 3)), ("pt", torch.Tensor, (2, 3, 8, 12))],
+)
+def test_frames_are_what_the_steps_returned(output_type, kind, shape):
+    pipe = pipeline()
+    session = start(pipe, output_type=output_type)
+    frame = session.step(0)
+    assert isinstance(frame, kind) and np.shape(frame)[: len(shape)] == shape
+    assert output_type != "pil" or all(isinstance(image, Image) for image in frame)
+    assert len(session.frames) == session.num_frames == NUM_CONTEXT + 1
+    assert np.array_equal(np.stack(session.frames[-1]), np.stack(frame))
+
+
+def test_actions_are_those_taken_at_the_frames_that_are_remembered():
+    pipe = pipeline()
     _, actions = walk(pipe)
-    assert torch.equal(go_on(start(pipe, **options), actions), call(pipe, **options))
+    session = start(pipe, max_history=5)
+    go_on(session, actions)
+    assert len(session.actions) == 5 and session.actions[-1] is None
+    assert torch.equal(torch.stack(session.actions[:-1], dim=1), actions[:, -4:])
 
 
 @pytest.mark.parametrize("config", MODELS)
@@ -83,6 +77,25 @@ def test_a_fork_and_its_origin_each_go_their_own_way(config):
     assert torch.equal(other, go_on(straight, other_actions, 2))
 
 
+def test_a_fork_costs_a_copy_of_the_cache_and_shares_the_latents():
+    pipe = pipeline()
+    session = start(pipe)
+    session.step(0)
+    fork = session.fork()
+    cache = session.rollout.kv_cache
+    stores = cache._key_stores.nbytes + cache._value_stores.nbytes
+    assert session.rollout.num_bytes == fork.rollout.num_bytes == stores
+    assert fork.rollout.kv_cache._key_stores.data_ptr() != cache._key_stores.data_ptr()
+    for ours, theirs in zip(session.history.frames, fork.history.frames):
+        assert ours is not theirs and ours.latents is theirs.latents
+    remembered = sum(
+        tensor.nbytes
+        for frame in session.history.frames
+        for tensor in tensors_of(frame.latents, frame.led_by, frame.action, getattr(frame.noise, "states", None))
+    )
+    assert session.num_bytes == stores + remembered
+
+
 @property_test
 @given(num_steps=st.integers(1, NUM_NEW), num_back=st.integers(1, NUM_NEW), config=st.sampled_from(MODELS))
 def test_going_back_and_acting_the_same_makes_the_same_frames(num_steps, num_back, config):
@@ -93,104 +106,117 @@ def test_going_back_and_acting_the_same_makes_the_same_frames(num_steps, num_bac
     expected = go_on(session, actions, 0, num_steps)
     session.rewind(num_back)
     assert session.num_frames == NUM_CONTEXT + num_steps - num_back
+    assert session.actions[-1] is None
     again = go_on(session, actions, num_steps - num_back, num_steps)
     torch.testing.assert_close(again, expected[:, num_steps - num_back :], atol=1e-5, rtol=1e-5)
 
 
-def test_going_back_further_than_is_remembered_is_refused():
+def test_going_back_into_the_context_draws_the_noise_from_its_start():
     pipe = pipeline()
-    _, actions = walk(pipe)
-    session = start(pipe, max_history=4)
-    go_on(session, actions)
-    with pytest.raises(ValueError, match="`num_frames` is 4 but 4 of 9 frames are remembered"):
-        session.rewind(4)
-    assert session.num_frames == NUM_CONTEXT + NUM_NEW
-
-
-@pytest.mark.parametrize("config", MODELS)
-@pytest.mark.parametrize("options", [{}, {"max_long_frames": 3, "num_sink_frames": 1}, {"short_cache": "rolling"}])
-def test_a_loaded_session_goes_on_bit_equal(config, options, tmp_path):
-    if config.get("long_patch_size", 2) is None and options:
-        pytest.skip("no frame is long")
-    pipe = pipeline(**config)
-    _, actions = walk(pipe)
-    session = start(pipe, **options)
-    go_on(session, actions, 0, 3)
-    session.save(tmp_path / "session.safetensors")
-    expected = go_on(session, actions, 3)
-    loaded = FARSession.load(pipe, tmp_path / "session.safetensors")
-    assert torch.equal(go_on(loaded, actions, 3), expected)
-    assert loaded.num_frames == session.num_frames and torch.equal(loaded.latents, session.latents)
-
-
-@pytest.mark.full
-def test_a_session_goes_on_bit_equal_in_another_process(tmp_path):
-    pipe = pipeline()
-    _, actions = walk(pipe)
-    session = start(pipe)
-    go_on(session, actions, 0, 3)
-    session.save(tmp_path / "session.safetensors")
-    pipe.save_pretrained(tmp_path / "pipe")
-    torch.save(actions, tmp_path / "actions.pt")
-    code = f"""
-        import sys, torch
-        sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        from diffusers_far import FARPipeline, FARSession
-        from test_session import go_on
-        torch.set_num_threads(1)
-        pipe = FARPipeline.from_pretrained({str(tmp_path / "pipe")!r})
-        session = FARSession.load(pipe, {str(tmp_path / "session.safetensors")!r})
-        torch.save(go_on(session, torch.load({str(tmp_path / "actions.pt")!r}), 3), {str(tmp_path / "frames.pt")!r})
-    """
-    code = "\n".join(line.strip() for line in code.splitlines())
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert torch.equal(torch.load(tmp_path / "frames.pt"), go_on(session, actions, 3))
-
-
-def test_a_session_is_never_written_over(tmp_path):
-    session = start(pipeline())
-    session.save(tmp_path / "session.safetensors")
-    with pytest.raises(ValueError, match="exists and would be overwritten"):
-        session.save(tmp_path / "session.safetensors")
-
-
-def test_files_that_are_no_session_of_this_model_are_refused(tmp_path):
-    pipe = pipeline()
-    start(pipe).save(tmp_path / "session.safetensors")
-    with pytest.raises(ValueError, match="of another transformer: num_layers differ"):
-        FARSession.load(pipeline(num_layers=1), tmp_path / "session.safetensors")
-    content = (tmp_path / "session.safetensors").read_bytes()
-    (tmp_path / "truncated.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="truncated or not safetensors"):
-        FARSession.load(pipe, tmp_path / "truncated.safetensors")
-
-
-def test_settings_change_between_steps():
-    pipe = pipeline()
-    _, actions = walk(pipe)
+    video, actions = walk(pipe)
     session = start(pipe)
     go_on(session, actions, 0, 2)
-    session.set_config(num_inference_steps=3)
-    assert session.rollout.num_steps == 3
-    session.set_config(guidance_scale=1.0)  # the null half goes: the past is encoded anew
-    expected = start(pipe, guidance_scale=1.0, num_inference_steps=3)
-    expected._history = list(session._history)
-    expected.num_frames = expected._num_unwritten = session.num_frames
-    for ours, theirs in zip(session.generator, expected.generator):
-        theirs.set_state(ours.get_state())
-    frame = session.step(actions[:, NUM_CONTEXT + 1])
-    assert session.rollout.kv_cache.batch_size == 2
-    assert torch.equal(frame, expected.step(actions[:, NUM_CONTEXT + 1]))
+    session.rewind(3)
+    shorter = pipe.start_session(
+        video_latents=session.latents, actions=actions[:, : NUM_CONTEXT - 2], generator=generators(), **SETTINGS
+    )
+    action = actions[:, NUM_CONTEXT - 2]
+    torch.testing.assert_close(session.step(action), shorter.step(action), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config, max_history, num_rewindable",
+    [({}, 4, 1), ({}, 3, 0), ({}, None, 8), ({"long_patch_size": None}, 4, 3), ({"long_patch_size": None}, 1, 0)],
+)
+def test_a_session_goes_back_as_far_as_it_says_and_no_further(config, max_history, num_rewindable):
+    pipe = pipeline(**config)
+    _, actions = walk(pipe)
+    session = start(pipe, max_history=max_history)
+    go_on(session, actions)
+    assert session.num_rewindable == num_rewindable
+    before = session.latents
+    for too_many in (num_rewindable + 1, -1, 1.0, True):
+        with pytest.raises(
+            ValueError, match=f"`num_frames` is {too_many} but this session can go back {num_rewindable}"
+        ):
+            session.rewind(too_many)
+    assert torch.equal(session.latents, before) and session.num_frames == NUM_CONTEXT + NUM_NEW
+    session.rewind(num_rewindable)
+    assert session.num_frames == NUM_CONTEXT + NUM_NEW - num_rewindable
+    assert session.step(0).isfinite().all()
+
+
+def test_where_the_cache_has_forgotten_the_sinks_and_the_short_window_stay():
+    pipe = pipeline()
+    session = start(pipe, max_long_frames=4, num_sink_frames=1)
+    for _ in range(6):
+        session.step(0)
+    cached = session.rollout.kv_cache.num_frames
+    assert session.num_frames == NUM_CONTEXT + 6 and cached < session.rollout.num_frames
+    assert (
+        session.num_rewindable == cached - 3
+    )  # one sink and a window of two clean frames stay; the last is unwritten
+    session.rewind(session.num_rewindable)
+    assert session.step(0).isfinite().all()
+
+
+@st.composite
+def verbs(draw):
+    """A random sequence of what a player does."""
+    verb = st.one_of(
+        st.tuples(st.just("step"), st.integers(0, 2)),
+        st.tuples(st.just("rewind"), st.integers(0, 4)),
+        st.tuples(st.sampled_from(["fork", "reload"]), st.none()),
+    )
+    return draw(st.lists(verb, min_size=4, max_size=10))
+
+
+@property_test
+@given(
+    sequence=verbs(),
+    config=st.sampled_from([{}, {"long_patch_size": None}, {"action_shift": 0}]),
+    options=st.sampled_from([{}, {"max_history": 5}, {"short_cache": 2}]),
+)
+def test_whatever_a_player_does_equals_a_straight_run(sequence, config, options, tmp_path_factory):
+    if config.get("long_patch_size", 2) is None:
+        options = {name: value for name, value in options.items() if name != "short_cache"}
+    pipe = pipeline(**config)
+    session, taken = start(pipe, **options), []
+    for verb, value in sequence:
+        if verb == "step":
+            session.step(value)
+            taken.append(value)
+        elif verb == "rewind":
+            num_back = min(value, session.num_rewindable, len(taken))
+            session.rewind(num_back)
+            taken = taken[: len(taken) - num_back]
+        elif verb == "fork":
+            origin, session = session, session.fork()
+            origin.step(1)
+        else:
+            path = tmp_path_factory.mktemp("sessions") / "session.safetensors"
+            session.save(path)
+            session = FARSession.load(pipe, path)
+    straight = start(pipe, **options)
+    for action in taken:
+        straight.step(action)
+    num_common = min(len(session.frames), len(straight.frames))
+    torch.testing.assert_close(
+        session.latents[:, -num_common:], straight.latents[:, -num_common:], atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(session.step(2), straight.step(2), atol=1e-5, rtol=1e-5)
 
 
 def test_a_session_can_start_from_nothing():
     pipe = pipeline()
     session = pipe.start_session(height=8, width=12, num_inference_steps=1, output_type="pt")
+    assert session.latents.shape == (1, 0, 4, 4, 6) and session.frames == session.actions == []
     with pytest.raises(ValueError, match="there is no frame yet"):
         session.step(1)
     assert session.step().shape == (1, 3, 8, 12)
     assert session.step(1).shape == (1, 3, 8, 12)
     assert [action if action is None else action.item() for action in session.actions] == [1, None]
+    assert session.num_rewindable == 1
 
 
 @pytest.mark.parametrize(
@@ -201,6 +227,7 @@ def test_a_bad_action_is_refused_and_the_session_stays_as_it_was(action, message
     with pytest.raises(ValueError, match=message):
         session.step(action)
     assert session.num_frames == NUM_CONTEXT
+    session.step(0)
 
 
 def test_the_actions_of_the_context_are_one_fewer_than_its_frames():
@@ -208,6 +235,23 @@ def test_the_actions_of_the_context_are_one_fewer_than_its_frames():
     video, actions = walk(pipe)
     with pytest.raises(ValueError, match="`actions` has 3 frames but"):
         pipe.start_session(video=video, actions=actions[:, :NUM_CONTEXT])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"max_history": 2}, "`max_history` is 2 but the short window alone has 3 frames"),
+        ({"max_history": 0}, "`max_history` is 0"),
+        ({"max_seconds_per_frame": 0}, "`max_seconds_per_frame` is 0"),
+        ({"max_seconds_per_frame": float("nan")}, "`max_seconds_per_frame` is nan"),
+        ({"min_inference_steps": 0}, "`min_inference_steps` is 0"),
+    ],
+)
+def test_a_session_that_could_not_go_on_is_refused_before_the_context_is_encoded(arguments, message, monkeypatch):
+    pipe = pipeline()
+    monkeypatch.setattr(pipe, "_encode_context", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match=message):
+        start(pipe, **arguments)
 
 
 def test_without_an_action_shift_the_new_frame_is_fed_the_null_action():
@@ -226,31 +270,40 @@ def test_without_an_action_shift_the_new_frame_is_fed_the_null_action():
     assert torch.equal(writes[1].actions, actions[:, NUM_CONTEXT : NUM_CONTEXT + 1])
 
 
-def test_history_is_bounded():
+def test_what_the_caller_does_with_its_tensors_is_not_done_to_the_session():
+    pipe = pipeline()
+    video, actions = walk(pipe)
+    latents = torch.randn(2, NUM_CONTEXT, 4, 4, 6, generator=torch.Generator().manual_seed(1))
+    runs = []
+    for scribble in (False, True):
+        context, context_actions = latents.clone(), actions[:, : NUM_CONTEXT - 1].clone()
+        session = pipe.start_session(
+            video_latents=context, actions=context_actions, generator=generators(), **SETTINGS
+        )
+        if scribble:
+            context.zero_(), context_actions.zero_()
+        for step in range(2):
+            action = actions[:, NUM_CONTEXT - 1 + step].clone()
+            frame = session.step(action)
+            if scribble:
+                frame.zero_(), action.zero_(), session.frames[-1].zero_(), session.actions[-2].zero_()
+        runs.append(session.step(actions[:, NUM_CONTEXT + 1]))
+    assert torch.equal(*runs)
+
+
+def test_a_callback_may_use_its_memory_again():
     pipe = pipeline()
     _, actions = walk(pipe)
-    session = start(pipe, max_history=4, max_long_frames=2)
-    go_on(session, actions)
-    assert len(session.frames) == 4 and session.num_frames == NUM_CONTEXT + NUM_NEW
-    assert session.rollout.kv_cache.plan.num_long_frames <= 2
+    memory = torch.zeros(2, 1, 4, 4, 6)
+    session = start(pipe)
+    for step in range(2):
+        session.advance(actions[:, 2], on_frame_end=lambda latents, step=step: memory.fill_(step))
+    assert session.latents[:, -2].eq(0).all() and session.latents[:, -1].eq(1).all()
 
 
-def test_two_callers_cannot_step_one_session_at_once():
-    session = start(pipeline())
-    is_inside, may_leave = threading.Event(), threading.Event()
-    denoise = session.rollout.denoise
-
-    def wait(*arguments):
-        is_inside.set()
-        may_leave.wait(10)
-        return denoise(*arguments)
-
-    session.rollout.denoise = wait
-    first = threading.Thread(target=session.step, args=(0,))
-    first.start()
-    is_inside.wait(10)
-    with pytest.raises(RuntimeError, match="in the middle of a step"):
-        session.step(0)
-    may_leave.set()
-    first.join()
-    assert session.num_frames == NUM_CONTEXT + 1
+def test_a_session_led_along_frames_goes_on_from_these():
+    pipe = pipeline()
+    _, actions = walk(pipe)
+    frames = go_on(start(pipe, guidance_scale=1.0), actions, 0, 3)
+    session = led_along(start(pipe), actions, frames)
+    assert torch.equal(session.latents[:, NUM_CONTEXT:], frames)

@@ -92,6 +92,7 @@ def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, 
         "Conditions": describe_conditions(config, pipe.config.action_names),
         "FlexRoPE": describe_flex_rope(pipe.config.flex_rope),
         "Scheduler": f"`{type(pipe.scheduler).__name__}`",
+        "By default": f"{pipe.default_inference_steps} steps a frame, guidance {pipe.default_guidance_scale:g}",
     }
     training = {"Longest clip": f"{config.trained_frames} frames" if config.trained_frames else "not recorded"}
     training.update(training_facts or {"Data": "not recorded"})

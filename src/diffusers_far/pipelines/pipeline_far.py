@@ -19,12 +19,17 @@ from ..models.codec import decode_video, encode_video
 from ..models.transformer_far import FARTransformer3DModel
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
 from .inputs import CALLBACK_TENSORS, PipelineInputs, check_call, repeat_samples
+from .latency import LatencyBudget
+from .noise import NoiseSource, new_generator
 from .pipeline_output import FARPipelineOutput, Frame, join_frames
 from .rollout import Rollout, RolloutConfig
 from .session import FARSession
+from .session_history import SessionHistory, check_max_history, smallest_history
 
 
 logger = logging.get_logger(__name__)
+
+DEFAULT_INFERENCE_STEPS = 50
 
 ENCODED_FRAMES = 32  # frames that the VAE encodes at once; one at a time with `vae.enable_slicing()`
 
@@ -74,6 +79,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             `dict`.
         height (`int`, *optional*), width (`int`, *optional*): The model's own size in pixels.
         flex_rope (`dict`, *optional*): Fields of a [`FlexRoPEConfig`] to apply; written by `enable_flex_rope`.
+        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): Of a call that does not say; 50
+            and 1, no guidance, where these do not say either.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -89,6 +96,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         height: int | None = None,
         width: int | None = None,
         flex_rope: dict | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ):
         super().__init__()
         check_components_complete(transformer=transformer, vae=vae)
@@ -96,6 +105,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         if isinstance(action_names, dict):
             action_names = list(action_names.values())
         self.register_to_config(fps=fps, action_names=action_names, height=height, width=width)
+        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         self.register_to_config(flex_rope=applied_flex_rope(transformer))
         if flex_rope is not None:
             self.enable_flex_rope(FlexRoPEConfig(**flex_rope))
@@ -104,6 +114,16 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     def num_timesteps(self) -> int:
         """Denoising steps of all frames of the last call."""
         return self._num_timesteps
+
+    @property
+    def default_inference_steps(self) -> int:
+        """Denoising steps of a frame where a call does not say."""
+        return self.config.num_inference_steps or DEFAULT_INFERENCE_STEPS
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """Guidance where a call does not say; 1 is none."""
+        return 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
 
     @property
     def guidance_scale(self) -> float:
@@ -134,8 +154,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         num_frames: int = 16,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_videos_per_context: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -165,8 +185,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             num_frames (`int`, defaults to 16): New frames.
             height (`int`, *optional*), width (`int`, *optional*): In pixels, where neither context nor `latents` give
                 it; the pipeline's own by default.
-            num_inference_steps (`int`, defaults to 50): Denoising steps of each frame.
-            guidance_scale (`float`, defaults to 1.0): Above 1: away from the null condition, `null + scale * (condition
+            num_inference_steps (`int`, *optional*): Denoising steps of each frame; by default the pipeline's own, else 50.
+            guidance_scale (`float`, *optional*): The pipeline's own by default, else 1. Above 1: away from the null condition, `null + scale * (condition
                 - null)`; the null half has null actions for the context too.
             num_videos_per_context (`int`, defaults to 1): Continuations of each context; they follow each other in the
                 batch of the output.
@@ -244,13 +264,15 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         class_labels: Any = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         short_cache: str | int = "exact",
         max_long_frames: int | None = None,
         num_sink_frames: int = 0,
         max_history: int | None = None,
+        max_seconds_per_frame: float | None = None,
+        min_inference_steps: int = 4,
         output_type: str = "pil",
         attention_kwargs: dict[str, Any] | None = None,
     ) -> FARSession:
@@ -262,9 +284,16 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             num_inference_steps, guidance_scale, short_cache, max_long_frames, num_sink_frames, attention_kwargs: As in a
                 call; the first two can be changed between steps.
             generator (`torch.Generator` or a list, one per sample, *optional*): A new one with a random seed by default.
-            max_history (`int`, *optional*): Frames kept for `frames` and `rewind`; all by default.
+            max_history (`int`, *optional*): Frames kept for `frames` and `rewind`; all by default. At least the short
+                window of a long model.
+            max_seconds_per_frame (`float`, *optional*), min_inference_steps (`int`, defaults to 4): Lower the number of
+                steps, but not below the minimum, so that frames come in time, see [`LatencyBudget`]; what is made then
+                depends on the machine.
             output_type (`str`, defaults to `"pil"`): Of the frames that a step returns.
         """
+        check_max_history(max_history, self.transformer)
+        device = self._execution_device
+        latency = LatencyBudget(max_seconds_per_frame, min_inference_steps, device=device)
         generation = self._prepare(
             video=video,
             video_latents=video_latents,
@@ -275,7 +304,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=generator or seeded_generator(self._execution_device),
+            generator=new_generator(device) if generator is None else generator,
             short_cache=short_cache,
             max_long_frames=max_long_frames,
             num_sink_frames=num_sink_frames,
@@ -283,7 +312,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             attention_kwargs=attention_kwargs,
             is_session=True,
         )
-        return self._start(generation, generation.inputs.actions, max_history, output_type)
+        return self._start(
+            generation, generation.inputs.actions, max_history, latency=latency, output_type=output_type
+        )
 
     def _prepare(
         self,
@@ -292,8 +323,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         short_cache: str | int = "exact",
         max_long_frames: int | None = None,
         num_sink_frames: int = 0,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
@@ -302,6 +333,10 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         **arguments,
     ) -> Generation:
         """Check the arguments of a call, by name."""
+        if num_inference_steps is None:
+            num_inference_steps = self.default_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.default_guidance_scale
         cache_options = CacheOptions(short_cache, max_long_frames, num_sink_frames)
         inputs = self.check_inputs(
             num_inference_steps=num_inference_steps,
@@ -353,10 +388,10 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         self,
         generation: Generation,
         known_actions: torch.Tensor | None,
-        max_history: int | None = None,
-        output_type: str = "latent",
+        max_history: int | None,
+        **arguments,
     ) -> FARSession:
-        """A session that has seen the context but made no frame yet."""
+        """A session that has seen the context but made no frame yet; `arguments` are its own."""
         if self.transformer.training:
             logger.warning("The transformer is in training mode and drops conditions; call `pipe.transformer.eval()`.")
         inputs, device = generation.inputs, self._execution_device
@@ -379,15 +414,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             class_labels=on_device(inputs.class_labels),
             config=generation.config,
         )
-        return FARSession(
-            self,
-            rollout,
-            context=on_device(self._encode_context(inputs, device)),
-            actions=on_device(known_actions),
-            generator=generation.generator,
-            max_history=max_history,
-            output_type=output_type,
-        )
+        context = on_device(self._encode_context(inputs, device))
+        history = SessionHistory.of_context(context, on_device(known_actions), max_history)
+        return FARSession(self, rollout, history=history, noise=NoiseSource(generation.generator), **arguments)
 
     @torch.no_grad()
     def _generate(self, generation: Generation) -> Iterator[torch.Tensor]:
@@ -395,7 +424,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         inputs, callbacks = generation.inputs, generation.callbacks
         num_context = inputs.num_context_frames
         known_actions = None if inputs.actions is None else inputs.actions[:, : max(num_context - 1, 0)]
-        session = self._start(generation, known_actions)
+        session = self._start(generation, known_actions, max_history=smallest_history(self.transformer))
         num_steps = session.rollout.num_steps
         self._interrupt = False
         self._guidance_scale = generation.config.guidance_scale
@@ -456,17 +485,10 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     def decode_frame(self, latents: torch.Tensor, output_type: str) -> Frame:
         """One frame of every sample, `(B, C, H, W)`, as the user wants it."""
         if output_type == "latent":
-            return latents
+            return latents.clone()  # what the user does with it is not done to the context
         batch_size = 1 if getattr(self.vae, "use_slicing", False) else len(latents)
         images = decode_video(self.vae, latents, batch_size, self._execution_device).float()
         if output_type == "pt":
             return images
         images = VaeImageProcessor.pt_to_numpy(images)
         return images if output_type == "np" else VaeImageProcessor.numpy_to_pil(images)
-
-
-def seeded_generator(device: torch.device) -> torch.Generator:
-    """A generator with a random seed, for noise that can be saved and drawn again."""
-    generator = torch.Generator(device)
-    generator.seed()
-    return generator

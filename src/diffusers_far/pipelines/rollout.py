@@ -50,6 +50,8 @@ class Rollout:
 
     Attributes:
         num_steps (`int`): Denoising steps of a frame; some schedulers make more than `num_inference_steps`.
+        num_frames (`int`): Clean frames that were written, those that the cache has forgotten since included.
+        is_intact (`bool`): `False` after a write that failed midway: the cache holds parts of it.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Rollout:
         self.device = device
         self.class_labels = class_labels
         self.set_config(config)
+        self.num_frames = 0
+        self.is_intact = True
         self.frames: FrameBatch | None = None  # clean frames, where nothing is cached
         self.kv_cache = None
         if config.use_cache:
@@ -96,6 +100,25 @@ class Rollout:
         """Whether the batch has a null half."""
         return self.config.guidance_scale > 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the cache, which a `clone` copies: 2 x layers x batch x width x tokens x bytes per element, where the
+        tokens are those that it has room for, and guidance doubles the batch."""
+        return 0 if self.kv_cache is None else self.kv_cache.num_bytes
+
+    @property
+    def num_rewindable(self) -> int:
+        """Frames that `rewind` can take out again. Where old ones are forgotten, the sinks and the short window stay."""
+        if self.kv_cache is None or self.kv_cache.num_frames == self.num_frames:
+            return self.num_frames
+        num_kept = self.config.cache_options.num_sink_frames + self.transformer.config.short_window - 1
+        return max(0, self.kv_cache.num_frames - num_kept)
+
+    @property
+    def order_matters(self) -> bool:
+        """Whether frames that are written at once leave another cache than frames that are written one by one."""
+        return self.config.cache_options.is_rolling or self.config.cache_options.max_long_frames is not None
+
     def set_config(self, config: RolloutConfig) -> None:
         """Make the next frames another way; what is cached must fit, so guidance must not cross 1."""
         self.config = config
@@ -114,6 +137,16 @@ class Rollout:
             config=config,
         )
 
+    def without_null_half(self, config: RolloutConfig) -> "Rollout":
+        """The same rollout with the same past, but unguided from here on, as `config` has it: nothing is encoded anew."""
+        twin = self.restarted(config)
+        tensors, clock = self.state()
+        halves = {
+            name: tensor.chunk(2, dim=1 if name in ("keys", "values") else 0)[1] for name, tensor in tensors.items()
+        }
+        twin.restore(halves, clock)
+        return twin
+
     def clone(self) -> "Rollout":
         """An independent rollout with the same past; copies the cache."""
         twin = copy.copy(self)
@@ -121,15 +154,43 @@ class Rollout:
         twin.kv_cache = None if self.kv_cache is None else self.kv_cache.clone()
         return twin
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """The past, as tensors (views) and JSON values, for [`restore`] in another process."""
+        if self.kv_cache is not None:
+            tensors, clock = self.kv_cache.state()
+            return tensors, {"num_frames": self.num_frames, "cache": clock}
+        tensors = {} if self.frames is None else {**vars(self.frames)}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return tensors, {"num_frames": self.num_frames}
+
+    def restore(self, tensors: dict[str, torch.Tensor], clock: dict) -> None:
+        """Take over the past of another rollout of the same model and shape; this one has seen no frame yet."""
+        self.num_frames = clock["num_frames"]
+        if self.kv_cache is not None:
+            self.kv_cache.restore(tensors, clock["cache"])
+        elif tensors:
+            self.frames = FrameBatch(**tensors)
+
     def write(self, frames: FrameBatch) -> None:
         """Add clean frames, `latents` (B, F, C, H, W), to the context."""
-        frames = self._model_inputs(frames)
+        num_new_frames, frames = frames.num_frames, self._model_inputs(frames)
         if self.kv_cache is None:
             self.frames = frames if self.frames is None else self.frames.append(frames)
-            return
-        self.kv_cache.make_room(frames.num_frames)
-        with self.transformer.cache_context("context"):
-            self._predict(frames, CLEAN_TIMESTEP, update_cache=True)
+        else:
+            self._write_to_cache(frames)
+        self.num_frames += num_new_frames
+
+    def _write_to_cache(self, frames: FrameBatch) -> None:
+        num_cached = self.kv_cache.num_frames
+        self.is_intact = False
+        try:
+            self.kv_cache.make_room(frames.num_frames)
+            with self.transformer.cache_context("context"):
+                self._predict(frames, CLEAN_TIMESTEP, update_cache=True)
+            self.is_intact = True
+        except ValueError:  # refused before anything was written
+            self.is_intact = self.kv_cache.num_frames == num_cached
+            raise
 
     def rewind(self, num_frames: int, window: FrameBatch) -> None:
         """Take the last frames out of the context again; a write must follow.
@@ -142,12 +203,14 @@ class Rollout:
             self.frames = self.frames.between(0, self.frames.num_frames - num_frames)
         else:
             self.kv_cache.rewind(self.kv_cache.num_frames - num_frames, self._model_inputs(window))
+        self.num_frames -= num_frames
 
     def denoise(
         self,
         frame: FrameBatch,
         on_step_end: Callable | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
     ) -> torch.Tensor:
         """Make the next frame.
 
@@ -155,17 +218,19 @@ class Rollout:
             frame (`FrameBatch`): Noise as `latents`, (B, 1, C, H, W), and the action that the frame is fed.
             on_step_end (callable, *optional*): `(step_index, timestep, latents) -> latents`, after each step.
             generator (`torch.Generator` or a list, *optional*): For schedulers that draw noise of their own.
+            num_inference_steps (`int`, *optional*): Of this frame; the config's by default.
 
         Returns:
             `torch.Tensor` of shape `(B, 1, C, H, W)`, float32.
         """
-        self.scheduler.set_timesteps(self.config.num_inference_steps, device=self.device)
+        self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=self.device)
+        num_steps = len(self.scheduler.timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
         latents = frame.latents.float()
         for step_index, timestep in enumerate(self.scheduler.timesteps):
             inputs = self._model_inputs(FrameBatch(latents, frame.actions, frame.action_mask))
-            with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=self.num_steps):
+            with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=num_steps):
                 velocity = self._velocity(inputs, timestep).float()
             if self.is_guided:
                 null_velocity, velocity = velocity.chunk(2)

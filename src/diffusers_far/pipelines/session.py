@@ -3,18 +3,24 @@
 B batch, F frames, C latent channels, H/W latent height/width, A action channels.
 """
 
+import numbers
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..models.frame_batch import FrameBatch
-from .inputs import check_step_action, frame_noise
+from .inputs import check_generator, check_options, check_step_action
+from .latency import LatencyBudget
+from .noise import NoiseSource, new_generator
+from .pipeline_output import Frame
 from .rollout import Rollout, RolloutConfig
-from .session_file import SessionFrame, load_session, save_session
+from .session_file import load_session, save_session
+from .session_history import SessionFrame, SessionHistory, smallest_history
 
 
 if TYPE_CHECKING:
@@ -27,19 +33,19 @@ class FARSession:
     Made by [`FARPipeline.start_session`]; a call of the pipeline is a session in a loop. A finished frame is written to
     the cache when the next one is asked for: only then is it known which action was taken at it.
 
+    One caller at a time: a verb that is called while another one runs is refused and changes nothing. A step that fails
+    changes nothing either. Sessions of one pipeline are independent, but share its models: let them take turns.
+
+    FlexRoPE, LoRA and whatever else is set on the pipeline holds from the next frame on; what is cached stays as it was
+    encoded, until `reencode`.
+
     Args:
         pipe ([`FARPipeline`]): Decodes, and lends its models.
-        rollout ([`Rollout`]): Has seen no frame yet.
-        context (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): Scaled latents.
-        actions (`torch.Tensor` of shape `(B, F - 1)` or `(B, F - 1, A)`, *optional*): Taken at the frames of the context
-            but the last.
-        generator (`torch.Generator` or a list of B, *optional*): Of the noise.
-        max_history (`int`, *optional*): Frames whose latents are kept for `frames` and `rewind`, at least the model's
-            short window; `None` keeps all.
+        rollout ([`Rollout`]): Has been written no frame but those of the history.
+        history ([`SessionHistory`], *optional*): The frames so far.
+        noise ([`NoiseSource`], *optional*): Torch's global generator by default.
+        latency ([`LatencyBudget`], *optional*): Switched off by default.
         output_type (`str`): Of the frames that `step` returns: `"pil"`, `"np"`, `"pt"` or `"latent"`.
-
-    Attributes:
-        num_frames (`int`): Frames so far, context and forgotten ones included.
     """
 
     def __init__(
@@ -47,30 +53,19 @@ class FARSession:
         pipe: "FARPipeline",
         rollout: Rollout,
         *,
-        context: torch.Tensor | None = None,
-        actions: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        max_history: int | None = None,
+        history: SessionHistory | None = None,
+        noise: NoiseSource | None = None,
+        latency: LatencyBudget | None = None,
         output_type: str = "pil",
     ):
-        short_window = rollout.transformer.config.short_window
-        if max_history is not None and max_history < short_window:
-            raise ValueError(
-                f"`max_history` is {max_history} but the short window alone has {short_window} frames; keep as many."
-            )
         self.pipe = pipe
         self.rollout = rollout
-        self.generator = generator
-        self.max_history = max_history
+        self.history = history or SessionHistory()
+        self.noise = noise or NoiseSource()
+        self.latency = latency or LatencyBudget()
         self.output_type = output_type
-        self.num_frames = 0
-        self._history: list[SessionFrame] = []
-        self._num_unwritten = 0
         self._lock = threading.Lock()
-        if context is not None:
-            for frame in range(context.shape[1]):
-                led_by = None if actions is None or frame == 0 else actions[:, frame - 1]
-                self._remember(SessionFrame(context[:, frame], led_by))
+        self._verb = None  # what the caller who holds the lock called
 
     @property
     def config(self) -> RolloutConfig:
@@ -78,31 +73,130 @@ class FARSession:
         return self.rollout.config
 
     @property
-    def latents(self) -> torch.Tensor:
-        """Latents of the frames that are remembered, `(B, F, C, H, W)`."""
-        return torch.stack([frame.latents for frame in self._history], dim=1)
+    def num_frames(self) -> int:
+        """Frames so far, context and forgotten ones included."""
+        return self.history.num_frames
 
     @property
-    def frames(self) -> list:
+    def max_history(self) -> int | None:
+        """Frames that are remembered for `frames`, `actions` and `rewind`; `None` where all are."""
+        return self.history.max_frames
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """Latents of the frames that are remembered, `(B, F, C, H, W)`, float32."""
+        frames = [frame.latents for frame in list(self.history.frames)]
+        if frames:
+            return torch.stack(frames, dim=1)
+        batch_size, *frame_shape = self.rollout.latent_shape
+        return torch.empty(batch_size, 0, *frame_shape, device=self.rollout.device)
+
+    @property
+    def frames(self) -> list[Frame]:
         """The frames that are remembered, decoded, each as `step` returned it."""
-        return [self.pipe.decode_frame(frame.latents, self.output_type) for frame in self._history]
+        return [self.pipe.decode_frame(frame.latents, self.output_type) for frame in list(self.history.frames)]
 
     @property
     def actions(self) -> list[torch.Tensor | None]:
-        """The action taken at each frame that is remembered; `None` for the last."""
-        return [frame.action for frame in self._history]
+        """The action taken at each frame that is remembered, `(B,)` or `(B, A)`; `None` for the last."""
+        return [None if frame.action is None else frame.action.clone() for frame in list(self.history.frames)]
 
-    def set_config(self, **changes) -> None:
-        """Change `num_inference_steps` or `guidance_scale` from the next frame on. Guidance that crosses 1 encodes the
-        remembered frames anew, as the null half of the batch comes or goes."""
-        config = replace(self.config, **changes)
-        if (config.guidance_scale > 1) != self.rollout.is_guided:
-            self.rollout = self.rollout.restarted(config)
-            self._num_unwritten = len(self._history)
-        else:
-            self.rollout.set_config(config)
+    @property
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """Of the noise; see `set_generator`."""
+        return self.noise.generator
 
-    def step(self, action: Any = None) -> Any:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this session holds: the cache, `rollout.num_bytes` of them, and the frames that are remembered."""
+        return self.rollout.num_bytes + self.history.num_bytes
+
+    @property
+    def num_rewindable(self) -> int:
+        """How many frames `rewind` can go back now."""
+        remembered = len(self.history.frames)
+        num_left = 1 if self.history.is_complete else smallest_history(self.rollout.transformer)
+        in_rollout = self.rollout.num_rewindable - 1  # the last frame that is left is written again
+        return max(0, min(remembered - num_left, in_rollout + self._num_unwritten))
+
+    @property
+    def num_inference_steps_used(self) -> int | None:
+        """Denoising steps that the latest frame took; fewer than `config.num_inference_steps` where a latency budget
+        asked for it. `None` before the first new frame."""
+        return self.latency.num_inference_steps_used
+
+    def set_config(self, *, num_inference_steps: int | None = None, guidance_scale: float | None = None) -> None:
+        """Change how frames are made, from the next one on; what is not given stays as it is.
+
+        Guidance that crosses 1 upwards needs the null half of the context, which is encoded before the next frame, as if
+        it had been there from the start; that takes all frames. Downwards the null half is dropped.
+
+        Args:
+            num_inference_steps (`int`, *optional*): At least 1.
+            guidance_scale (`float`, *optional*): At least 0; guides above 1.
+
+        Raises:
+            ValueError: Out of range, guidance for a model without conditions, or frames are forgotten that the null half
+                needs.
+        """
+        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        with self._alone("set_config"):
+            config = replace(self.config, **{name: value for name, value in given.items() if value is not None})
+            check_options(
+                self.rollout.transformer,
+                config.num_inference_steps,
+                config.guidance_scale,
+                config.use_cache,
+                config.cache_options,
+                self.output_type,
+                [],
+            )
+            is_guided = config.guidance_scale > 1
+            if is_guided == self.rollout.is_guided:
+                self.rollout.set_config(config)
+                return
+            if is_guided:
+                self._check_complete(f"`guidance_scale` {guidance_scale} needs a null half of the whole context")
+                self.rollout = self.rollout.restarted(config)
+            else:
+                self.rollout = self.rollout.without_null_half(config)
+            self.latency.forget()  # a step works on another batch now
+
+    def set_generator(self, generator: torch.Generator | list[torch.Generator] | int | None) -> None:
+        """Draw the noise from elsewhere, from the next frame on.
+
+        Args:
+            generator: A generator, a list of one per sample, the seed of a new one, or `None` for a new one with a random
+                seed.
+        """
+        with self._alone("set_generator"):
+            if generator is None or is_whole_number(generator):
+                generator = new_generator(self.rollout.device, seed=generator)
+            check_generator(generator, self.rollout.latent_shape[0])
+            self.noise = NoiseSource(generator)
+
+    def set_latency_budget(self, max_seconds_per_frame: float | None, min_inference_steps: int = 4) -> None:
+        """Lower the denoising steps of the next frames, so that each comes in time; see [`LatencyBudget`].
+
+        Args:
+            max_seconds_per_frame (`float`, *optional*): Above 0; `None` for no limit.
+            min_inference_steps (`int`, defaults to 4): Never fewer, even where frames then come late.
+        """
+        with self._alone("set_latency_budget"):
+            self.latency.set_budget(max_seconds_per_frame, min_inference_steps)
+
+    def reencode(self) -> None:
+        """Encode the whole context anew before the next frame, as if what is set now, on the session and the pipeline,
+        had been so from the start. Without it a change of FlexRoPE or LoRA leaves what is cached as it was.
+
+        Raises:
+            ValueError: Frames are forgotten.
+        """
+        with self._alone("reencode"):
+            self._check_complete("The whole context cannot be encoded anew")
+            self.rollout = self.rollout.restarted(self.config)
+
+    def step(self, action: Any = None) -> Frame:
         """Take an action at the last frame and make the next one.
 
         Args:
@@ -113,23 +207,20 @@ class FARSession:
             The new frame of every sample: a list of B images, `(B, h, w, 3)`, `(B, 3, h, w)` or latents `(B, C, H, W)`.
 
         Raises:
-            RuntimeError: Another caller is in the middle of a step of this session.
+            ValueError: The action is missing, superfluous, of the wrong type, range or number.
+            RuntimeError: Another caller is in the middle of a call of this session.
         """
         config = self.rollout.transformer.config
-        batch_size, has_frame = self.rollout.latent_shape[0], bool(self._history)
-        action = check_step_action(action, config, batch_size, has_frame=has_frame, device=self.rollout.device)
-        return self.pipe.decode_frame(self.advance(action), self.output_type)
+        with self._alone("step"), self._made_whole():
+            has_frame, batch_size = self.num_frames > 0, self.rollout.latent_shape[0]
+            action = check_step_action(action, config, batch_size, has_frame=has_frame, device=self.rollout.device)
+            new = self._make_frame(action)
+            decoded = self.pipe.decode_frame(new.latents, self.output_type)
+            self._remember(new)
+            return decoded
 
-    @torch.no_grad()
-    def advance(
-        self,
-        action: torch.Tensor | None,
-        own_action: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        on_step_end: Callable | None = None,
-        on_frame_end: Callable | None = None,
-    ) -> torch.Tensor:
-        """Make the next frame, in latents; what `step` and the pipeline's call share.
+    def advance(self, action: torch.Tensor | None, **arguments) -> torch.Tensor:
+        """Make the next frame, in latents; what the pipeline's call does.
 
         Args:
             action (`torch.Tensor` of shape `(B,)` or `(B, A)`, *optional*): Taken at the last frame.
@@ -141,139 +232,192 @@ class FARSession:
         Returns:
             `torch.Tensor` of shape `(B, C, H, W)`, float32.
         """
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("This session is in the middle of a step; give each caller a session of its own.")
-        try:
-            if self._history:
-                self._history[-1].action = action
-                self._write_pending()
-            states = None if noise is not None else self._generator_states()
-            if noise is None:
-                batch_size, *frame_shape = self.rollout.latent_shape
-                noise = frame_noise((batch_size, 1, *frame_shape), self.generator, self.rollout.device)
-            new = SessionFrame(noise[:, 0], led_by=action, action=own_action, generator_states=states)
-            latents = self.rollout.denoise(self._as_fed([new]), on_step_end, self.generator)
-            if on_frame_end is not None:
-                latents = on_frame_end(latents)
-            new.latents = latents[:, 0]
+        with self._alone("advance"), self._made_whole():
+            new = self._make_frame(action, **arguments)
             self._remember(new)
             return new.latents
-        finally:
-            self._lock.release()
+
+    @torch.no_grad()
+    def _make_frame(
+        self,
+        action: torch.Tensor | None,
+        own_action: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        on_step_end: Callable | None = None,
+        on_frame_end: Callable | None = None,
+    ) -> SessionFrame:
+        """The next frame, which is still to be remembered; see `advance`."""
+        action = None if action is None else action.clone()  # the caller may use its memory again
+        if self.num_frames:
+            self.history.frames[-1].action = action
+        self._write_pending()
+        state = self.noise.state if noise is None else None
+        if noise is None:
+            noise = self.noise.draw(self.rollout.latent_shape, self.rollout.device)
+        new = SessionFrame(noise[:, 0], led_by=action, action=own_action, noise=state)
+        num_steps = self.latency.choose_steps(self.config.num_inference_steps)
+        with self.latency.denoising(num_steps):
+            latents = self.rollout.denoise(self._as_fed([new]), on_step_end, self.generator, num_steps)
+        if on_frame_end is not None:
+            latents = on_frame_end(latents)
+        new.latents = latents[:, 0].clone()  # a callback may use its memory again
+        return new
+
+    def _remember(self, frame: SessionFrame) -> None:
+        self.history.append(frame)
+        self.history.forget_old(self._num_unwritten)
 
     def fork(self) -> "FARSession":
-        """An independent continuation of the same past. It copies the cache, `rollout.kv_cache.num_bytes` per sample,
-        and the generators, so that both draw the same noise from here on; latents are shared."""
-        twin = FARSession(
-            self.pipe,
-            self.rollout.clone(),
-            generator=clone_generator(self.generator),
-            max_history=self.max_history,
-            output_type=self.output_type,
-        )
-        twin._history = [replace(frame) for frame in self._history]
-        twin.num_frames, twin._num_unwritten = self.num_frames, self._num_unwritten
-        return twin
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the whole state to a new safetensors file: [`load`] goes on bit-exactly, in another process too."""
-        save_session(self, path)
-
-    @classmethod
-    def load(cls, pipe: "FARPipeline", path: str | os.PathLike) -> "FARSession":
-        """A session that was saved, on a pipeline with the same transformer.
-
-        Raises:
-            ValueError: The file is of another version or transformer, truncated, or no session.
-        """
-        return load_session(cls, pipe, path)
+        """An independent continuation of the same past. It costs `rollout.num_bytes`, for a copy of the cache, and copies
+        the generators, so that both draw the same noise from here on; latents are shared."""
+        with self._alone("fork"):
+            return FARSession(
+                self.pipe,
+                self.rollout.clone(),
+                history=self.history.clone(),
+                noise=self.noise.clone(),
+                latency=self.latency.clone(),
+                output_type=self.output_type,
+            )
 
     def rewind(self, num_frames: int) -> None:
-        """Forget the last `num_frames` frames, and their noise with them: the same actions make the same frames again.
+        """Forget the last `num_frames` frames, and their noise with them: the same actions make the same frames again,
+        within rounding.
+
+        What was set stays as it is now. Frames that the cache has forgotten meanwhile, under `max_long_frames`, stay
+        forgotten, so then the frames come out a little different; so do they with `short_cache="rolling"`.
+
+        Args:
+            num_frames (`int`): From 0 to `num_rewindable`.
 
         Raises:
             ValueError: Fewer frames are remembered; one must be left, with the short window before it.
         """
-        if num_frames == 0:
-            return
-        left = len(self._history) - num_frames
-        num_written = self.num_frames - self._num_unwritten
-        rewritten = min(num_written, self.num_frames - num_frames - 1)  # the last frame left is written again
-        window = self._window_before(left - 1)
-        if not 0 < num_frames < len(self._history) or window is None:
-            raise ValueError(
-                f"`num_frames` is {num_frames} but {len(self._history)} of {self.num_frames} frames are remembered, and "
-                "one must be left with the short window before it; go back fewer, or start with a larger "
-                "`max_history`."
-            )
-        dropped = self._history[left]
-        if dropped.generator_states is not None:
-            for generator, state in zip(self.generators, dropped.generator_states):
-                generator.set_state(state)
-        self._history = self._history[:left]
-        self._history[-1].action = None
-        if rewritten < num_written:
-            self.rollout.rewind(num_written - rewritten, self._as_fed(window))
-        self.num_frames -= num_frames
-        self._num_unwritten = self.num_frames - rewritten
+        with self._alone("rewind"):
+            if not is_whole_number(num_frames) or not 0 <= num_frames <= self.num_rewindable:
+                raise ValueError(
+                    f"`num_frames` is {num_frames!r} but this session can go back {self.num_rewindable} frames: it "
+                    f"remembers {len(self.history.frames)} of {self.num_frames}, and one must be left, with the short "
+                    "window before it. Go back fewer, or start with a larger `max_history`."
+                )
+            if num_frames == 0:
+                return
+            dropped = self.history.drop_last(num_frames)
+            self.noise.restore(next((frame.noise for frame in dropped if frame.noise is not None), None))
+            self._unwrite(max(0, self.rollout.num_frames - (self.num_frames - 1)))
 
-    def _remember(self, frame: SessionFrame) -> None:
-        if self._history and frame.led_by is not None:
-            self._history[-1].action = frame.led_by
-        self._history.append(frame)
-        self.num_frames += 1
-        self._num_unwritten += 1
-        if self.max_history is not None and len(self._history) - self._num_unwritten > 0:
-            excess = len(self._history) - self.max_history
-            del self._history[: max(0, min(excess, len(self._history) - self._num_unwritten))]
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the whole state to a new safetensors file: [`load`] goes on bit-exactly, in another process too.
+
+        Raises:
+            ValueError: There is a file already; it is left as it is.
+        """
+        with self._alone("save"):
+            save_session(self, path)
+
+    @classmethod
+    def load(cls, pipe: "FARPipeline", path: str | os.PathLike) -> "FARSession":
+        """A session that was saved, on a pipeline with the same transformer, scheduler and FlexRoPE.
+
+        Raises:
+            ValueError: The file is of another version, transformer, scheduler or FlexRoPE, truncated, or no session.
+        """
+        return load_session(cls, pipe, path)
+
+    @contextmanager
+    def _alone(self, verb: str) -> Iterator[None]:
+        """Refuse a second caller instead of letting it wait: it would act on a frame that it has not seen."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"`{verb}` was called while this session is in the middle of `{self._verb}`; call it afterwards, or give "
+                "each caller a session of its own with `fork`."
+            )
+        self._verb = verb
+        try:
+            if not self.rollout.is_intact:
+                raise RuntimeError(
+                    "An earlier step failed while it wrote to the cache, and the context cannot be encoded anew, for only "
+                    f"{len(self.history.frames)} of {self.num_frames} frames are remembered; load a saved session, or "
+                    "start another."
+                )
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _made_whole(self) -> Iterator[None]:
+        """Measure a frame as it is made. If that fails, go back to where the session was, so that the step can be taken
+        again or otherwise."""
+        noise_state, num_written = self.noise.state, self.rollout.num_frames
+        last = self.history.frames[-1] if self.num_frames else None
+        action = None if last is None else last.action
+        try:
+            with self.latency.frame(is_usual=self._num_unwritten <= 1):
+                yield
+        except BaseException:
+            self.noise.restore(noise_state)
+            if last is not None:
+                last.action = action
+            if not self.rollout.is_intact and self.history.is_complete:
+                self.rollout = self.rollout.restarted(self.config)
+            elif self.rollout.is_intact and self.rollout.num_frames > num_written and self._is_fed_own_action:
+                self._unwrite(1)  # it was written with the action of the step that failed
+            raise
+
+    def _check_complete(self, problem: str) -> None:
+        if not self.history.is_complete:
+            raise ValueError(
+                f"{problem}, but only {len(self.history.frames)} of {self.num_frames} frames are remembered; start the "
+                "session so, or with `max_history=None`."
+            )
+
+    @property
+    def _num_unwritten(self) -> int:
+        """Finished frames that are not in the context yet: the last one, mostly."""
+        return self.num_frames - self.rollout.num_frames
+
+    @property
+    def _is_fed_own_action(self) -> bool:
+        """Whether the model is fed, with each frame, the action taken at it, instead of the one that led to it."""
+        return self.rollout.transformer.takes_actions and not self.rollout.transformer.config.action_shift
 
     def _write_pending(self) -> None:
-        """Add the finished frames that are not in the context yet."""
-        if self._num_unwritten:
-            self.rollout.write(self._as_fed(self._history[-self._num_unwritten :]))
-            self._num_unwritten = 0
+        """Add the finished frames that are not in the context yet; a context at once, and new frames one by one where it
+        matters, so that what is encoded anew equals what was encoded as the frames came."""
+        pending = self.history.last(self._num_unwritten)
+        num_at_once = len(pending)
+        if self.rollout.order_matters:
+            num_at_once = max(0, self.history.num_context_frames - self.rollout.num_frames)
+        parts = [pending[:num_at_once], *([frame] for frame in pending[num_at_once:])]
+        for part in parts:
+            if part:
+                self.rollout.write(self._as_fed(part))
 
-    def _window_before(self, frame: int) -> list[SessionFrame] | None:
-        """The frames that are short while the one at this place of the history is being written again, or `None` where
-        they are forgotten."""
-        config = self.rollout.transformer.config
-        num_needed = 0 if config.long_patch_size is None else config.short_window - 1
-        num_needed = min(num_needed, self.num_frames - len(self._history) + frame)
-        return self._history[frame - num_needed : frame] if num_needed <= frame else None
+    def _unwrite(self, num_frames: int) -> None:
+        """Take the last frames out of the context again."""
+        if num_frames:
+            first = self.rollout.num_frames - num_frames
+            window = self.history.before(first, smallest_history(self.rollout.transformer) - 1)
+            self.rollout.rewind(num_frames, self._as_fed(window))
 
     def _as_fed(self, frames: list[SessionFrame]) -> FrameBatch:
         """Frames with the actions that the model is fed with them: those that led to them, or, with `action_shift=0`,
         those taken at them; null where there is none."""
         batch_size, *frame_shape = self.rollout.latent_shape
-        if not frames:
-            return FrameBatch(torch.empty(batch_size, 0, *frame_shape, device=self.rollout.device))
-        latents = torch.stack([frame.latents for frame in frames], dim=1)
-        config = self.rollout.transformer.config
+        device, config = self.rollout.device, self.rollout.transformer.config
+        no_latents = torch.empty(batch_size, 0, *frame_shape, device=device)
+        latents = torch.stack([frame.latents for frame in frames], dim=1) if frames else no_latents
         if not self.rollout.transformer.takes_actions:
             return FrameBatch(latents)
-        fed = [frame.led_by if config.action_shift else frame.action for frame in frames]
-        dtype = torch.int64 if config.action_dim is None else torch.float32
-        null = torch.zeros((batch_size, *([config.action_dim] if config.action_dim else [])), dtype=dtype)
-        null = null.to(latents.device)
-        actions = torch.stack([null if action is None else action for action in fed], dim=1)
-        mask = torch.tensor([action is not None for action in fed], device=latents.device)
-        return FrameBatch(latents, actions, mask.expand(batch_size, -1))
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """The generators of the noise; none where torch's global one draws it."""
-        if self.generator is None:
-            return []
-        return list(self.generator) if isinstance(self.generator, (list, tuple)) else [self.generator]
-
-    def _generator_states(self) -> list[torch.Tensor] | None:
-        return [generator.get_state() for generator in self.generators] or None
+        action_shape, dtype = ((), torch.int64) if config.action_dim is None else ((config.action_dim,), torch.float32)
+        actions = torch.zeros((batch_size, len(frames), *action_shape), dtype=dtype, device=device)
+        action_mask = torch.zeros((batch_size, len(frames)), dtype=torch.bool, device=device)
+        for number, frame in enumerate(frames):
+            action = frame.action if self._is_fed_own_action else frame.led_by
+            if action is not None:
+                actions[:, number], action_mask[:, number] = action, True
+        return FrameBatch(latents, actions, action_mask)
 
 
-def clone_generator(
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> torch.Generator | list[torch.Generator] | None:
-    """Generators of their own that go on from the same state."""
-    if isinstance(generator, (list, tuple)):
-        return [clone_generator(each) for each in generator]
-    return None if generator is None else generator.clone_state()
+def is_whole_number(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,0 +1,143 @@
+"""The frames that a session remembers.
+
+B batch, F frames, C latent channels, H/W latent height/width, A action channels.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..models.transformer_far import FARTransformer3DModel
+from .inputs import check_count
+from .noise import NoiseState
+
+
+@dataclass
+class SessionFrame:
+    """A finished frame.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): Its own memory, float32.
+        led_by (`torch.Tensor` of shape `(B,)` or `(B, A)`, *optional*): The action that led to it, if any.
+        action (`torch.Tensor` of shape `(B,)` or `(B, A)`, *optional*): The one taken at it, if it is known yet.
+        noise (`NoiseState`, *optional*): Of the generators before they drew its noise; `None` for context.
+    """
+
+    latents: torch.Tensor
+    led_by: torch.Tensor | None = None
+    action: torch.Tensor | None = None
+    noise: NoiseState | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.latents, self.led_by, self.action, None if self.noise is None else self.noise.states)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class SessionHistory:
+    """The last frames of a session, oldest first; older ones are forgotten.
+
+    Args:
+        max_frames (`int`, *optional*): Frames that are remembered; `None` remembers all. Frames that must still be
+            written to the cache are never forgotten.
+
+    Attributes:
+        frames (`list[SessionFrame]`): Those that are remembered.
+        num_frames (`int`): All frames, forgotten ones included.
+        num_context_frames (`int`): How many of them came as context.
+    """
+
+    def __init__(self, max_frames: int | None = None):
+        self.max_frames = max_frames
+        self.frames: list[SessionFrame] = []
+        self.num_frames = 0
+        self.num_context_frames = 0
+
+    @classmethod
+    def of_context(
+        cls, latents: torch.Tensor | None, actions: torch.Tensor | None, max_frames: int | None = None
+    ) -> "SessionHistory":
+        """The history of a session that has a context only.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): Copied, so that a forgotten frame frees its
+                memory.
+            actions (`torch.Tensor` of shape `(B, F - 1)` or `(B, F - 1, A)`, *optional*): Taken at all frames but the
+                last.
+        """
+        history = cls(max_frames)
+        for frame in range(0 if latents is None else latents.shape[1]):
+            led_by = None if actions is None or frame == 0 else actions[:, frame - 1].clone()
+            history.append(SessionFrame(latents[:, frame].clone(), led_by))
+        history.num_context_frames = history.num_frames
+        return history
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no frame is forgotten."""
+        return len(self.frames) == self.num_frames
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(frame.num_bytes for frame in list(self.frames))
+
+    def append(self, frame: SessionFrame) -> None:
+        """Remember the next frame; the action that led to it was taken at the one before."""
+        if self.frames:
+            self.frames[-1].action = frame.led_by
+        self.frames.append(frame)
+        self.num_frames += 1
+
+    def forget_old(self, num_unwritten: int) -> None:
+        """Forget what is beyond `max_frames`, but not the last `num_unwritten` frames."""
+        if self.max_frames is not None:
+            del self.frames[: max(0, len(self.frames) - max(self.max_frames, num_unwritten))]
+
+    def drop_last(self, num_frames: int) -> list[SessionFrame]:
+        """Go back so many frames, at least one, and return them; no action has been taken at the last that is left."""
+        left = len(self.frames) - num_frames
+        dropped, self.frames = self.frames[left:], self.frames[:left]
+        self.frames[-1].action = None
+        self.num_frames -= num_frames
+        self.num_context_frames = min(self.num_context_frames, self.num_frames)
+        return dropped
+
+    def last(self, num_frames: int) -> list[SessionFrame]:
+        return self.frames[len(self.frames) - num_frames :]
+
+    def before(self, frame: int, num_frames: int) -> list[SessionFrame]:
+        """The `num_frames` frames before the one with this number, counted from the first of all; all that there are,
+        near the start. They must be remembered."""
+        end = frame - (self.num_frames - len(self.frames))
+        start = end - min(num_frames, frame)
+        assert start >= 0, "the frames are forgotten"
+        return self.frames[start:end]
+
+    def clone(self) -> "SessionHistory":
+        """An independent history; tensors, which never change, are shared."""
+        twin = SessionHistory(self.max_frames)
+        twin.frames = [replace(frame) for frame in self.frames]
+        twin.num_frames, twin.num_context_frames = self.num_frames, self.num_context_frames
+        return twin
+
+
+def smallest_history(transformer: FARTransformer3DModel) -> int:
+    """Frames that a session must remember to go back to the last one: a long model encodes its short window anew."""
+    config = transformer.config
+    return 1 if config.long_patch_size is None else config.short_window
+
+
+def check_max_history(max_history: int | None, transformer: FARTransformer3DModel) -> None:
+    """Refuse a history that is too short to go on.
+
+    Raises:
+        ValueError: No count, or fewer frames than [`smallest_history`].
+    """
+    if max_history is None:
+        return
+    check_count("max_history", max_history, "pass a whole number of at least 1, or None to keep all frames")
+    if max_history < smallest_history(transformer):
+        raise ValueError(
+            f"`max_history` is {max_history} but the short window alone has {smallest_history(transformer)} frames; keep "
+            "as many, and more to be able to `rewind`."
+        )
