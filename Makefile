@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full lint bench app space clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir outputs/demo
@@ -21,6 +21,18 @@ lint: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks
+
+# Play in the browser; nobody else on the network can.
+app: $(READY)
+	$(VENV)/bin/python examples/app.py
+
+# All that a Hugging Face Space needs, ready to be pushed.
+space:
+	mkdir -p outputs
+	rm -rf outputs/space
+	cp -r examples/space outputs/space
+	cp -r examples/app_world examples/mazes checkpoints/far-maze src/diffusers_far outputs/space
+	find outputs/space -name __pycache__ -prune -exec rm -r {} +
 
 clean:
 	rm -rf $(VENV) outputs build .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,10 @@
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Features, Value, load_dataset
 
 from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentDataset, LatentSource, read_source, write_shard
@@ -114,3 +115,22 @@ def test_a_worker_process_gets_the_path_and_not_the_latents(latents_dir):
     pickled = pickle.dumps(latents)
     assert len(pickled) < 1000
     assert torch.equal(pickle.loads(pickled).clip(0, 0, 2).latents, latents.clip(0, 0, 2).latents)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_codes_come_back_as_whole_numbers(dtype, tmp_path):
+    largest = np.iinfo(dtype).max  # of 16 bits: more than a float16 could keep
+    codes = [
+        np.array([largest, 0, largest - 1, 1], dtype=dtype).reshape(2, 1, 1, 2),
+        np.ones((1, 1, 1, 2), dtype=dtype),
+    ]
+    source = LatentSource("vq", 1.0, "dataset", num_trajectories=2, trajectories_per_shard=2)
+    (tmp_path / "train").mkdir()
+    path = source.shard_path(tmp_path / "train", 0)
+    write_shard(path, codes, pa.table({"label": [3, 4]}), Features({"label": Value("int64")}), source)
+    dataset = LatentDataset(tmp_path)
+    assert dataset.latent_shape == (1, 1, 2)
+    clip = dataset.clip(0, 0, 2)
+    assert clip.latents.dtype == torch.int64
+    assert clip.latents.flatten().tolist() == [largest, 0, largest - 1, 1]
+    assert np.array_equal(load_dataset(str(tmp_path), split="train").with_format("numpy")[1]["latents"], codes[1])

@@ -73,7 +73,9 @@ class VideoFrames:
         self.column = column
         if self.holds_files:
             self.rows = trajectories.select_columns([column]).cast_column(column, Video(decode=False))
-            self.num_frames = np.array([count_frames(self._file(row)) for row in range(len(self.rows))], dtype=np.int64)
+            self.num_frames = np.array(
+                [count_frames(self._file(row)) for row in range(len(self.rows))], dtype=np.int64
+            )
         else:
             frames = FrameDataset(trajectories, column)
             self.rows, self.decoder = frames.rows, frames.decoder

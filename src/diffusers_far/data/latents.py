@@ -1,4 +1,5 @@
-"""Latents that were encoded once: shards on disk, and clips cut from them without copying more than the clip.
+"""Latents that were encoded once: shards on disk, and clips cut from them without copying more than the clip. The codes
+of a VQ autoencoder are latents of one channel, whole numbers instead of scaled ones.
 
 A cached split is a folder of Arrow files that `datasets` opens too. Each file carries, in its schema's metadata, which
 VAE and which dataset it was made of, so that a shard that was copied elsewhere still says what it is.
@@ -52,7 +53,8 @@ class LatentClip:
     """Consecutive frames of one trajectory.
 
     Attributes:
-        latents (`torch.Tensor` of shape `(F, C, H, W)`): float32, already multiplied by the scaling factor.
+        latents (`torch.Tensor` of shape `(F, C, H, W)`): float32, already multiplied by the scaling factor; or codes
+            (F, 1, H, W), int64.
         actions (`torch.Tensor` of shape `(F,)`, int64, or `(F, A)`, float32): The action taken at each frame, which
             leads to the next one; `None` if the dataset has none.
         label (`int`): The trajectory's class; `None` if the dataset has none.
@@ -70,17 +72,20 @@ def write_shard(
 
     Args:
         path (`Path`): Where it goes.
-        latents (list of `np.ndarray` of shape `(F, C, H, W)`): Scaled latents, one array per trajectory.
+        latents (list of `np.ndarray` of shape `(F, C, H, W)`): Scaled latents, one array per trajectory, which become
+            float16; or codes (F, 1, H, W), unsigned integers, which keep their type.
         carried (`pa.Table`): The other columns of the same trajectories.
         features (`datasets.Features`): Features of `carried`.
         source (`LatentSource`): Goes into the file's metadata.
     """
     channels, height, width = latents[0].shape[1:]
-    values = pa.array(np.concatenate(latents).astype(np.float16).reshape(-1))
+    frames = np.concatenate(latents)
+    frames = frames if frames.dtype.kind == "u" else frames.astype(np.float16)
+    values = pa.array(frames.reshape(-1))
     for size in (width, height, channels):
         values = pa.FixedSizeListArray.from_arrays(values, size)
     offsets = np.cumsum([0] + [len(array) for array in latents]).astype(np.int32)
-    features = Features({"latents": _latents_feature(channels, height, width)} | dict(features))
+    features = Features({"latents": _latents_feature(channels, height, width, frames.dtype)} | dict(features))
     table = pa.table([pa.ListArray.from_arrays(offsets, values), *carried.columns], ["latents", *carried.column_names])
     schema = features.arrow_schema
     table = table.cast(schema).replace_schema_metadata(
@@ -230,7 +235,7 @@ class LatentDataset:
         first = self._first_frame[trajectory] + start
         frames = self._views[self._shard[trajectory]][first : first + span : interval]
         return LatentClip(
-            latents=torch.from_numpy(frames.astype(np.float32)),
+            latents=torch.from_numpy(frames.astype(np.float32 if frames.dtype.kind == "f" else np.int64)),
             actions=self._clip_actions(trajectory, start, length, interval, combine_actions or self.combine_actions),
             label=None if self._labels is None else self._labels[trajectory].as_py(),
         )
@@ -242,9 +247,9 @@ class LatentDataset:
         return torch.from_numpy(clip_actions(actions, length, interval, combine_actions))
 
 
-def _latents_feature(channels: int, height: int, width: int) -> List:
-    """Sizes that never vary are part of the type, so that a shard is one block of float16 without offsets."""
-    return List(List(List(List(Value("float16"), length=width), length=height), length=channels))
+def _latents_feature(channels: int, height: int, width: int, dtype: np.dtype) -> List:
+    """Sizes that never vary are part of the type, so that a shard is one block of numbers without offsets."""
+    return List(List(List(List(Value(dtype.name), length=width), length=height), length=channels))
 
 
 def _open_shard(path: Path) -> Dataset:
@@ -257,7 +262,7 @@ def _open_shard(path: Path) -> Dataset:
 
 
 def _frames_of(shard: Dataset) -> np.ndarray:
-    """A view of a shard's file: (frames of all its trajectories, C, H, W), float16."""
+    """A view of a shard's file: (frames of all its trajectories, C, H, W), as they were written."""
     values, shape = shard.data.column("latents").chunk(0).values, []
     while pa.types.is_fixed_size_list(values.type):
         shape.append(values.type.list_size)

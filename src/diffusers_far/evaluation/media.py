@@ -1,11 +1,21 @@
-"""Videos and contact sheets for people to look at. Videos are (F, 3, h, w) in [0, 1]."""
+"""Videos and contact sheets for people to look at. Videos are (F, 3, h, w) in [0, 1], frames (F, h, w, 3) uint8."""
 
+import os
+import re
+import shutil
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
+
+
+FRAME_NAME = "frame_{:05d}.png"
+WRITTEN_SUFFIXES = (".mp4", ".gif", ".webp")
+MAX_SIDE = 8192  # of a scaled frame; encoders fail in ways of their own beyond
+FASTEST_GIF = 50.0  # frames per second; players show what is meant to be faster at a tenth of it
 
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
@@ -22,17 +32,127 @@ def write_mp4(path: str | Path, video: torch.Tensor, fps: float, scale: int = 1)
         fps (`float`): Frames per second.
         scale (`int`): Repeats pixels, for small frames.
     """
+    encode_mp4(path, repeat_pixels(to_uint8(video), scale), fps)
+
+
+def repeat_pixels(frames: np.ndarray, scale: int) -> np.ndarray:
+    """`(F, h, w, 3)` -> `(F, scale * h, scale * w, 3)`."""
+    return frames.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def encode_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Encode `(F, h, w, 3)` uint8 with even sides as H.264."""
     import av
 
-    frames = to_uint8(video).repeat(scale, axis=1).repeat(scale, axis=2)
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "16"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+
+
+def check_output(path: str | Path, fps: float, *, overwrite: bool = False) -> None:
+    """Refuse a place where [`write_frames`] would not write, before there is anything to write.
+
+    Raises:
+        ValueError: An unknown suffix, a folder that is missing, something that is there already, or a gif too fast for
+            its format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (*WRITTEN_SUFFIXES, "") or path.name.lower() in WRITTEN_SUFFIXES:
+        raise ValueError(
+            f"`output` is {str(path)!r}; end it in {', '.join(WRITTEN_SUFFIXES)}, or in no suffix for a folder of PNG "
+            "frames."
+        )
+    parent = path.absolute().parent
+    if path.name in ("", ".", "..") or not os.path.isdir(parent):
+        raise ValueError(
+            f"`output` is {str(path)!r}, but there is no folder {str(parent)!r}; make it, or name another."
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"`output` is {str(path)!r}, but {str(parent)!r} may not be written to; name another folder.")
+    if path.suffix.lower() == ".gif" and fps > FASTEST_GIF:
+        raise ValueError(f"`fps` is {fps:g}, but a gif has at most {FASTEST_GIF:g}; lower it, or write mp4 or webp.")
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise ValueError(f"`output` {str(path)!r} exists; name another, or pass `--overwrite`.")
+    if path.suffix and not os.path.isfile(path):
+        raise ValueError(f"`output` {str(path)!r} is a folder and would be replaced by a file; name another.")
+    if not path.suffix and not is_frame_folder(path):
+        raise ValueError(f"`output` {str(path)!r} holds other things than frames, which would be lost; name another.")
+
+
+def is_frame_folder(path: str | Path) -> bool:
+    """Whether a folder, no link to one, holds nothing but frames as [`write_frames`] names them."""
+    path = Path(path)
+    return (
+        path.is_dir()
+        and not path.is_symlink()
+        and all(re.fullmatch(r"frame_\d{5,}\.png", entry.name) for entry in path.iterdir())
+    )
+
+
+def write_frames(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1, *, overwrite: bool = False) -> None:
+    """Write a video, whole or not at all: under another name in the same folder, then renamed.
+
+    Args:
+        path (`str` or `Path`): `.mp4` (H.264), `.gif` (256 colours, times in hundredths of a second), `.webp` (lossless),
+            or without suffix a folder of PNG files. In gif and webp, frames that are equal become one that lasts longer.
+        frames (`np.ndarray` of shape `(F, h, w, 3)`): uint8, at least one.
+        fps (`float`): Frames per second, above 0.
+        scale (`int`): Repeats pixels, for small frames.
+        overwrite (`bool`): Replace what is there; a folder only if it holds nothing but frames.
+
+    Raises:
+        ValueError: As [`check_output`], frames that are too large, or an mp4 of odd sides.
+    """
+    path = Path(path)
+    check_output(path, fps, overwrite=overwrite)
+    check_frame_size(path, frames.shape[1:3], scale)
+    frames = repeat_pixels(frames, scale)
+    workplace = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.absolute().parent))
+    try:
+        unfinished = workplace / path.name
+        _write(unfinished, frames, fps)
+        check_output(path, fps, overwrite=overwrite)  # somebody else may have written there meanwhile
+        if not path.suffix and os.path.lexists(path):
+            path.rename(workplace / "replaced")
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def check_frame_size(path: str | Path, size: tuple[int, int], scale: int) -> None:
+    """Refuse frames of `(height, width)` that the format of `path` cannot hold once they are scaled."""
+    height, width = size[0] * scale, size[1] * scale
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(f"`scale` is {scale}, which makes frames of {height}x{width}; stay within {MAX_SIDE} a side.")
+    if Path(path).suffix.lower() == ".mp4" and (height % 2 or width % 2):
+        raise ValueError(
+            f"`output` is {str(path)!r} and its frames would be {height}x{width}, but mp4 needs even sides; pass an even "
+            "`scale`, or write gif, webp or a folder."
+        )
+
+
+def _write(path: Path, frames: np.ndarray, fps: float) -> None:
+    suffix = path.suffix.lower()
+    if suffix == ".mp4":
+        encode_mp4(path, frames, fps)
+        return
+    first, *others = [PIL.Image.fromarray(frame) for frame in frames]
+    if suffix == ".gif":
+        # Hundredths of a second are all that a gif can say; below two of them, players slow down.
+        first.save(path, save_all=True, append_images=others, duration=max(2, round(100 / fps)) * 10, loop=0)
+    elif suffix == ".webp":
+        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, lossless=True)
+    else:
+        path.mkdir()
+        for number, frame in enumerate([first, *others]):
+            frame.save(path / FRAME_NAME.format(number))
 
 
 def contact_sheet(rows: list[torch.Tensor], scale: int = 2, gap: int = 2) -> PIL.Image.Image:

@@ -1,0 +1,72 @@
+"""What a visitor may choose, and how much of the machine they may take."""
+
+import math
+from dataclasses import dataclass
+
+from diffusers_far.data.media_files import MediaLimits
+
+
+class WorldError(ValueError):
+    """What a visitor can mend; the message is for their eyes."""
+
+
+@dataclass(frozen=True)
+class WorldLimits:
+    """Bounds of time and memory, per visitor and in all.
+
+    Args:
+        max_context_frames (`int`): Of a start.
+        max_new_frames (`int`): Of one walk.
+        max_branches (`int`): Walks that one visitor keeps.
+        max_visitors (`int`): At one time.
+        idle_seconds (`float`): After so long without a step, a visitor's walks are dropped.
+        upload (`MediaLimits`): Of a visitor's own clip or image.
+    """
+
+    max_context_frames: int = 64
+    max_new_frames: int = 600
+    max_branches: int = 8
+    max_visitors: int = 16
+    idle_seconds: float = 1800.0
+    upload: MediaLimits = MediaLimits(max_bytes=20 * 2**20, max_frames=1000, max_pixels=2**22)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the next frames are made.
+
+    Args:
+        num_inference_steps (`int`, defaults to 12): Denoising steps of a frame, 1 to 100.
+        guidance_scale (`float`, defaults to 1.0): 0 to 10; guides above 1.
+        flex_rope_slope (`float`, defaults to 0.0): 0 to 5; 0 is plain RoPE.
+        short_cache (`str` or `int`, defaults to `"exact"`), max_long_frames (`int`, *optional*): Of the cache, fixed when
+            a walk starts.
+
+    Raises:
+        WorldError: Out of range.
+    """
+
+    num_inference_steps: int = 12
+    guidance_scale: float = 1.0
+    flex_rope_slope: float = 0.0
+    short_cache: str | int = "exact"
+    max_long_frames: int | None = None
+
+    def __post_init__(self):
+        require_number("Steps", self.num_inference_steps, 1, 100, whole=True)
+        require_number("Guidance", self.guidance_scale, 0, 10)
+        require_number("The FlexRoPE slope", self.flex_rope_slope, 0, 5)
+        if self.short_cache not in ("exact", "rolling"):
+            require_number(
+                "The short cache, where it is not 'exact' or 'rolling',", self.short_cache, 1, 64, whole=True
+            )
+        if self.max_long_frames is not None:
+            require_number("The number of long frames", self.max_long_frames, 1, 10_000, whole=True)
+
+
+def require_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
+    """Refuse what is not a number from `low` to `high`."""
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        kind = "whole number" if whole else "number"
+        raise WorldError(f"{name} must be a {kind} from {low:g} to {high:g}, not {str(value)[:40]!r}.")

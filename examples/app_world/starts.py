@@ -1,0 +1,133 @@
+"""Where walks start: a recorded walk, with what truly came next, or a visitor's own clip or image.
+
+F context frames, T true frames after them; h/w pixels.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from diffusers_far.data.images import fit_frame
+from diffusers_far.data.loading import load_split
+from diffusers_far.data.media_files import read_clip
+
+from .settings import WorldError, WorldLimits, require_number
+
+
+@dataclass(frozen=True)
+class Start:
+    """Context, and what was recorded after it.
+
+    Args:
+        title (`str`): For the visitor.
+        frames (`np.ndarray` of shape `(F, h, w, 3)`): uint8.
+        actions (`list[int]`): F - 1, between the context frames.
+        true_frames (`np.ndarray` of shape `(T, h, w, 3)`, *optional*): uint8; `None` where nothing was recorded.
+        true_actions (`list[int]`): T or fewer; `true_actions[t]` leads to `true_frames[t]`.
+        note (`str`): What was done to the frames or is assumed about them; may be empty.
+    """
+
+    title: str
+    frames: np.ndarray
+    actions: list[int]
+    true_frames: np.ndarray | None = None
+    true_actions: tuple[int, ...] = ()
+    note: str = ""
+
+
+class RecordedWalks:
+    """The walks of a dataset's test split.
+
+    Args:
+        dataset_name (`str`): Folder or Hub id; rows with `video` and `actions`.
+        size (`tuple`, *optional*): `(height, width)` that the model knows.
+        limits (`WorldLimits`).
+    """
+
+    def __init__(self, dataset_name: str, size: tuple[int, int] | None, limits: WorldLimits = WorldLimits()):
+        self.rows = load_split(dataset_name, "test")
+        self.size = size
+        self.limits = limits
+        self.num_frames = [len(actions) for actions in self.rows["actions"]]
+        self._walk = lru_cache(maxsize=8)(self._read_walk)
+
+    @property
+    def titles(self) -> list[str]:
+        return [f"Maze {index + 1}" for index in range(len(self.rows))]
+
+    def start(self, walk: int, frame: int, num_context_frames: int) -> Start:
+        """A start at one frame of a walk.
+
+        Args:
+            walk (`int`): From 0.
+            frame (`int`): The last frame of the context, from 0; one must follow.
+            num_context_frames (`int`): Fewer are used where the walk has no more before `frame`.
+
+        Raises:
+            WorldError: There is no such walk or frame.
+        """
+        if isinstance(walk, bool) or not isinstance(walk, int) or not 0 <= walk < len(self.rows):
+            raise WorldError(
+                f"There are {len(self.rows)} recorded walks, not {str(walk)[:20]!r}; choose one of these."
+            )
+        require_number("The frame to start at", frame, 0, self.num_frames[walk] - 2, whole=True)
+        require_number(
+            "The number of context frames", num_context_frames, 1, self.limits.max_context_frames, whole=True
+        )
+        frames, actions = self._walk(walk)
+        first = max(0, frame + 1 - num_context_frames)
+        return Start(
+            title=f"{self.titles[walk]}, frame {frame}",
+            frames=frames[first : frame + 1],
+            actions=actions[first:frame],
+            true_frames=frames[frame + 1 :],
+            true_actions=tuple(actions[frame:-1]),
+        )
+
+    def _read_walk(self, walk: int) -> tuple[np.ndarray, list[int]]:
+        row = self.rows[walk]
+        frames = [fit_frame(np.asarray(image.convert("RGB")), self.size) for image in row["video"]]
+        return np.stack(frames), list(row["actions"])
+
+
+def uploaded_start(
+    path: str | Path,
+    size: tuple[int, int] | None,
+    num_context_frames: int,
+    action_names: list[str],
+    limits: WorldLimits = WorldLimits(),
+) -> Start:
+    """A start from a visitor's own clip or image: its last frames.
+
+    Args:
+        path (`str` or `Path`): Any file; what it holds is told by its content.
+        size (`tuple`, *optional*): `(height, width)`: frames are cut around their centre and resized.
+        num_context_frames (`int`): Fewer are used where there are fewer.
+        action_names (`list[str]`): The first one is assumed between the frames; empty for a model without actions.
+        limits (`WorldLimits`).
+
+    Raises:
+        WorldError: Nothing that can be read, or beyond the limits.
+    """
+    require_number("The number of context frames", num_context_frames, 1, limits.max_context_frames, whole=True)
+    if Path(path).is_dir():
+        raise WorldError("A folder cannot be uploaded; choose one video or image.")
+    try:
+        clip = read_clip(path, num_context_frames, size, limits.upload)
+    except ValueError as error:
+        # Where uploads lie is not the visitor's concern.
+        raise WorldError(str(error).replace(str(path), Path(path).name)) from error
+    (old_height, old_width), (height, width) = clip.original_size, clip.frames.shape[1:3]
+    notes = []
+    if (old_height, old_width) != (height, width):
+        notes.append(f"cut around the centre and resized from {old_width}x{old_height} to {width}x{height} pixels")
+    if len(clip.frames) > 1 and action_names:
+        notes.append(f"its {len(clip.frames) - 1} actions are unknown, {action_names[0]!r} is assumed for each")
+    return Start(
+        title="Your image" if clip.num_frames_in_file == 1 else f"Your clip, its last {len(clip.frames)} frames",
+        frames=clip.frames,
+        actions=[0] * (len(clip.frames) - 1),
+        note="; ".join(notes),
+    )

@@ -1,0 +1,208 @@
+"""One walk: step, go back, try another way, compare with what was recorded.
+
+F context frames, N new frames; h/w pixels.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from diffusers_far import FARPipeline, FARSession, FlexRoPEConfig
+
+from .settings import Settings, WorldError, WorldLimits
+from .starts import Start
+
+
+class WorldModel:
+    """A pipeline that all visitors share, one at a time.
+
+    Args:
+        pipe ([`FARPipeline`]): Of a model of discrete actions, or of none.
+
+    Attributes:
+        action_names (`list[str]`): By index; empty for a model without actions.
+
+    Raises:
+        WorldError: The model's actions are continuous or it needs a class: there is no button for these.
+    """
+
+    def __init__(self, pipe: FARPipeline):
+        config = pipe.transformer.config
+        if config.action_dim is not None or config.num_classes is not None:
+            raise WorldError(
+                "This model takes continuous actions or classes; the app plays models of discrete actions."
+            )
+        self.pipe = pipe
+        names = list(pipe.config.action_names or [])
+        self.action_names = [
+            names[index] if index < len(names) else f"action {index}" for index in range(config.num_actions or 0)
+        ]
+        self._lock = threading.Lock()
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """`(height, width)` that the model knows, if it says so."""
+        config = self.pipe.config
+        return (config.height, config.width) if config.height and config.width else None
+
+    @contextmanager
+    def taking_turns(self, flex_rope_slope: float) -> Iterator[FARPipeline]:
+        """The pipeline, for one caller, with a FlexRoPE slope of their own: it is set on the weights that all share."""
+        with self._lock:
+            if flex_rope_slope > 0:
+                self.pipe.enable_flex_rope(FlexRoPEConfig(slope=flex_rope_slope))
+            else:
+                self.pipe.disable_flex_rope()
+            yield self.pipe
+
+
+class World:
+    """One walk from a start; the frames so far, and the way on.
+
+    Args:
+        model ([`WorldModel`]).
+        start ([`Start`]).
+        settings ([`Settings`]).
+        limits ([`WorldLimits`]).
+
+    Attributes:
+        actions (`list[int]`): N, those taken since the start.
+
+    Raises:
+        ValueError: Settings that this model does not know.
+    """
+
+    def __init__(
+        self, model: WorldModel, start: Start, settings: Settings = Settings(), limits: WorldLimits = WorldLimits()
+    ):
+        self.model = model
+        self.start = start
+        self.settings = settings
+        self.limits = limits
+        self.actions: list[int] = []
+        self._new_frames: list[np.ndarray] = []
+        with model.taking_turns(settings.flex_rope_slope) as pipe:
+            self.session: FARSession = pipe.start_session(
+                video=start.frames,
+                actions=[start.actions] if model.action_names and start.actions else None,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                short_cache=settings.short_cache,
+                max_long_frames=settings.max_long_frames,
+            )
+
+    @property
+    def num_new_frames(self) -> int:
+        return len(self._new_frames)
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Context and new frames, `(F + N, h, w, 3)`, uint8."""
+        return np.stack([*self.start.frames, *self._new_frames])
+
+    @property
+    def follows_record(self) -> bool:
+        """Whether every action so far is the recorded one, so that a true frame stands beside each new one."""
+        return (
+            self.start.true_frames is not None
+            and len(self.actions) <= len(self.start.true_actions)
+            and tuple(self.actions) == self.start.true_actions[: len(self.actions)]
+        )
+
+    @property
+    def true_frames(self) -> np.ndarray:
+        """What was recorded at the new frames, `(M, h, w, 3)`: up to the first action that was another."""
+        if self.start.true_frames is None:
+            return self.start.frames[:0]
+        num_true = 0
+        for ours, recorded in zip(self.actions, self.start.true_actions):
+            if ours != recorded:
+                break
+            num_true += 1
+        return self.start.true_frames[:num_true]
+
+    @property
+    def recorded_action(self) -> int | None:
+        """The action that was recorded at the present frame, while the walk follows the record."""
+        if not self.follows_record or len(self.actions) >= len(self.start.true_actions):
+            return None
+        return self.start.true_actions[len(self.actions)]
+
+    def step(self, action: int | None = None) -> np.ndarray:
+        """Take an action, see the next frame.
+
+        Args:
+            action (`int`, *optional*): Index into the model's actions; nothing for a model without actions.
+
+        Returns:
+            `np.ndarray` of shape `(h, w, 3)`, uint8.
+
+        Raises:
+            WorldError: There is no such action, or the walk is as long as it may be.
+        """
+        num_actions = len(self.model.action_names)
+        if num_actions and (isinstance(action, bool) or not isinstance(action, int) or not 0 <= action < num_actions):
+            raise WorldError(
+                f"There is no action {str(action)[:20]!r}; there are {', '.join(self.model.action_names)}."
+            )
+        if self.num_new_frames >= self.limits.max_new_frames:
+            raise WorldError(
+                f"This walk has {self.num_new_frames} new frames, which is all it may have; go back or start."
+            )
+        with self.model.taking_turns(self.settings.flex_rope_slope):
+            image = self.session.step(action if num_actions else None)[0]
+        frame = np.asarray(image.convert("RGB"))
+        self._new_frames.append(frame)
+        self.actions.append(action if num_actions else 0)
+        return frame
+
+    def autoplay_action(self) -> int | None:
+        """What a walk by itself does next: the recorded action, else the last one once more."""
+        if not self.model.action_names:
+            return None
+        if self.recorded_action is not None:
+            return self.recorded_action
+        return self.actions[-1] if self.actions else 0
+
+    def rewind(self, num_frames: int) -> None:
+        """Forget the last new frames; the same actions make the same frames again.
+
+        Raises:
+            WorldError: There are not as many.
+        """
+        if (
+            isinstance(num_frames, bool)
+            or not isinstance(num_frames, int)
+            or not 1 <= num_frames <= self.num_new_frames
+        ):
+            raise WorldError(
+                f"Cannot go back {str(num_frames)[:20]}: {self.num_new_frames} frames were made since the start."
+            )
+        with self.model.taking_turns(self.settings.flex_rope_slope):
+            self.session.rewind(num_frames)
+        del self._new_frames[-num_frames:], self.actions[-num_frames:]
+
+    def fork(self) -> "World":
+        """Another walk with the same past."""
+        twin = object.__new__(World)
+        twin.__dict__.update(self.__dict__)
+        with self.model.taking_turns(self.settings.flex_rope_slope):
+            twin.session = self.session.fork()
+        twin.actions, twin._new_frames = list(self.actions), list(self._new_frames)
+        return twin
+
+    def configure(self, settings: Settings) -> None:
+        """Make the next frames another way. The cache's options stay those of the start.
+
+        Raises:
+            ValueError: What the model does not know, such as guidance without actions.
+        """
+        if settings == self.settings:
+            return
+        with self.model.taking_turns(settings.flex_rope_slope):
+            self.session.set_config(
+                num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale
+            )
+        self.settings = settings
