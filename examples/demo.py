@@ -35,17 +35,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--num_walks", type=int, default=8)
     parser.add_argument("--num_frames", type=int, default=8, help="Frames to predict.")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, help="By default the pipeline's own.")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     # 1. Recorded walks and the model
-    protocol = WorldModelProtocol(
-        num_walks=args.num_walks, num_frames=args.num_frames, num_inference_steps=args.num_inference_steps
-    )
-    walks = load_walks(load_dataset(args.mazes, split="test"), protocol)
     pipe = FARPipeline.from_pretrained(args.model)
+    protocol = WorldModelProtocol(
+        num_walks=args.num_walks,
+        num_frames=args.num_frames,
+        num_inference_steps=args.num_inference_steps,
+    ).with_defaults_of(pipe)
+    walks = load_walks(load_dataset(args.mazes, split="test"), protocol)
 
     # 2. Predict
     start = time.perf_counter()

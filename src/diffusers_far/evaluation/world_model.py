@@ -3,7 +3,7 @@
 B walks, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
-from .metrics import Estimate, frame_psnr, gradient_magnitude, seen_before
+from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, seen_before
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class WorldModelProtocol:
         num_walks (`int`): Held-out walks, the first ones of the split.
         first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
         num_frames (`int`): Frames that it then predicts.
-        num_inference_steps (`int`), guidance_scale (`float`): Of the pipeline.
+        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): What the pipeline is shipped with
+            by default.
         mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
         seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
         batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
@@ -32,11 +33,17 @@ class WorldModelProtocol:
     first_context_frame: int = 68
     num_context_frames: int = 32
     num_frames: int = 8
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.0
+    num_inference_steps: int = None  # the type of what is given, which the command line reads
+    guidance_scale: float = None
     mirrored_actions: tuple[int, int] = (1, 2)
     seed: int = 0
     batch_size: int = 16
+
+    def with_defaults_of(self, pipe: FARPipeline) -> "WorldModelProtocol":
+        """The same with the steps and the guidance that `pipe` is shipped with, where they were left open."""
+        steps = self.num_inference_steps or pipe.default_inference_steps
+        guidance = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return replace(self, num_inference_steps=steps, guidance_scale=guidance)
 
     @property
     def last_frame(self) -> int:
@@ -170,11 +177,6 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
         "follows_actions": asdict(Estimate.of(follows)),
         "by_view": by_view,
     }
-
-
-def mean_where(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    """Mean over the masked frames of each walk, NaN where a walk has none: (B, F), (B, F) -> (B,)."""
-    return (values.double().masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)).numpy()
 
 
 def format_scores(scores: dict) -> str:

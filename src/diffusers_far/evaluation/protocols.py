@@ -1,0 +1,225 @@
+"""The protocols that published figures were measured by, every number a setting.
+
+A protocol names tasks; a task is a length of context and of prediction, and what is measured on it. A case is one rollout
+of a task: one video, one trajectory (of several from the same context), one seed.
+"""
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Task:
+    """One length of rollouts and what they are compared by.
+
+    Args:
+        name (`str`): Unique within the protocol.
+        num_context_frames (`int`), num_frames (`int`): What the model is shown, and what it then makes.
+        num_trajectories (`int`): Rollouts of each video and seed.
+        compares_frames (`bool`): Each frame with the true one: PSNR, SSIM, LPIPS.
+        compares_distributions (`bool`): All videos with all true ones: Fréchet distances.
+    """
+
+    name: str
+    num_context_frames: int
+    num_frames: int
+    num_trajectories: int = 1
+    compares_frames: bool = True
+    compares_distributions: bool = True
+
+    @property
+    def num_all_frames(self) -> int:
+        return self.num_context_frames + self.num_frames
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """What a result is computed by, in the order in which cases run."""
+
+    task: str
+    seed: int
+    video: int
+    trajectory: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-seed{self.seed}-video{self.video:05d}-trajectory{self.trajectory:03d}"
+
+    def generator(self) -> torch.Generator:
+        """Noise of its own, whatever runs beside it."""
+        digest = hashlib.sha256(f"{self.seed} {self.video} {self.trajectory}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def setting(default, text: str):
+    """A field with its meaning, which the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutProtocol:
+    """What all protocols of rollouts share; see the fields' help."""
+
+    name: ClassVar[str]
+    default_guidance_scale: ClassVar[float] = 1.0
+
+    num_videos: int = setting(256, "True videos, evenly spaced over those of the split that are long enough.")
+    frame_interval: int = setting(1, "Distance between the frames of a video that are used.")
+    num_inference_steps: int = setting(50, "Denoising steps of each frame.")
+    guidance_scale: float = setting(None, "Guidance; by default the protocol's own.")
+    seeds: tuple[int, ...] = setting((0,), "Seeds of the noise; figures are given over all of them.")
+    num_feature_frames: int = setting(16, "Evenly spaced frames of each video whose features are compared.")
+    batch_size: int = setting(16, "Cases at once; changes the time, not the result beyond rounding.")
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale is None:
+            object.__setattr__(self, "guidance_scale", self.default_guidance_scale)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name.startswith("num_") or each.name in ("frame_interval", "batch_size"):
+                if value < 1:
+                    raise ValueError(f"`{each.name}` is {value}; it must be at least 1.")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ValueError(f"`seeds` is {self.seeds}; give at least one, each once.")
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        raise NotImplementedError
+
+    @property
+    def num_frames_needed(self) -> int:
+        """Frames that a true video must have, those between the used ones included."""
+        return (max(task.num_all_frames for task in self.tasks) - 1) * self.frame_interval + 1
+
+    def first_frame(self, video: int, num_video_frames: int) -> int:
+        """Where the clip of a video starts."""
+        return 0
+
+    def task(self, name: str) -> Task:
+        return next(task for task in self.tasks if task.name == name)
+
+    def cases(self) -> list[Case]:
+        """All cases, in the order in which they run."""
+        return [
+            Case(task.name, seed, video, trajectory)
+            for task in self.tasks
+            for seed in self.seeds
+            for video in range(self.num_videos)
+            for trajectory in range(task.num_trajectories)
+        ]
+
+    def batches(self) -> list[list[Case]]:
+        """The cases that run together, of one task each. The same in every run, so that rounding is too."""
+        batches = []
+        for task in self.tasks:
+            cases = [case for case in self.cases() if case.task == task.name]
+            batches += [cases[first : first + self.batch_size] for first in range(0, len(cases), self.batch_size)]
+        return batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationProtocol(RolloutProtocol):
+    """Continues true videos. Where the dataset knows poses, PSNR is given on revisited and on unseen views too."""
+
+    first_context_frame: int = setting(0, "First frame of the context.")
+    max_distance: float = setting(40.0, "Views are near within this distance, in units of `pose`,")
+    max_turn: float = setting(15.0, "and this angle, in degrees.")
+    min_revisit_age: int = setting(50, "Revisited: a near view was seen at least so many frames before.")
+    max_recent_age: int = setting(10, "Unseen: no near view was seen but in the last so many frames, which led there.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first_context_frame < 0:
+            raise ValueError(f"`first_context_frame` is {self.first_context_frame}; frames are counted from 0.")
+        if not 0 <= self.max_recent_age < self.min_revisit_age:
+            raise ValueError(
+                f"`max_recent_age` is {self.max_recent_age} and `min_revisit_age` {self.min_revisit_age}; the first is "
+                "at least 0 and below the second."
+            )
+
+    @property
+    def num_frames_needed(self) -> int:
+        return self.first_context_frame + super().num_frames_needed
+
+    def first_frame(self, video: int, num_video_frames: int) -> int:
+        return self.first_context_frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class TecoProtocol(ContinuationProtocol):
+    """Long prediction: a long context for frames that can be known, a short one for those that cannot.
+
+    Source: arXiv:2210.02396; the numbers are those of arXiv:2503.19325.
+    """
+
+    name: ClassVar[str] = "teco"
+    default_guidance_scale: ClassVar[float] = 1.5
+
+    num_context_frames: int = setting(144, "Context where frames are compared.")
+    num_frames: int = setting(156, "Frames to predict there.")
+    num_distance_context_frames: int = setting(36, "Context where distributions are compared.")
+    num_distance_frames: int = setting(264, "Frames to predict there.")
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return (
+            Task("frames", self.num_context_frames, self.num_frames, compares_distributions=False),
+            Task("distance", self.num_distance_context_frames, self.num_distance_frames, compares_frames=False),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class McvdProtocol(ContinuationProtocol):
+    """Short prediction of what cannot be known: several trajectories, the best one for frames, all for distributions.
+
+    Source: arXiv:2205.09853. UCF-101 is 4 -> 12, the default; BAIR is 2 -> 14 and 2 -> 28.
+    """
+
+    name: ClassVar[str] = "mcvd"
+
+    num_context_frames: int = setting(4, "Frames that the model is shown.")
+    num_frames: int = setting(12, "Frames to predict.")
+    num_trajectories: int = setting(100, "Rollouts of each video.")
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return (Task("prediction", self.num_context_frames, self.num_frames, self.num_trajectories),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatteProtocol(RolloutProtocol):
+    """Generation from nothing, under the classes of the true videos or free; one distance for each seed.
+
+    Source: arXiv:2401.03048.
+    """
+
+    name: ClassVar[str] = "latte"
+    default_guidance_scale: ClassVar[float] = 2.0
+
+    num_videos: int = setting(2048, "Videos to make for each seed, and as many true ones.")
+    num_frames: int = setting(16, "Frames of each.")
+    seeds: tuple[int, ...] = setting((0, 2, 4, 6), "One distance for each; mean and deviation are given.")
+    condition: str = setting("class", "`class`: each video under a true video's label; `free`: under none.")
+    clip_seed: int = setting(0, "Where in its video each true clip lies.")
+
+    def __post_init__(self) -> None:
+        if self.condition not in ("class", "free"):
+            raise ValueError(f"`condition` is {self.condition!r}; it is 'class' or 'free'.")
+        if self.guidance_scale is None and self.condition == "free":
+            object.__setattr__(self, "guidance_scale", 1.0)
+        super().__post_init__()
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return (Task("generation", 0, self.num_frames, compares_frames=False),)
+
+    def first_frame(self, video: int, num_video_frames: int) -> int:
+        """Drawn for each video."""
+        generator = Case("clip", self.clip_seed, video, 0).generator()
+        return int(torch.randint(num_video_frames - self.num_frames_needed + 1, (), generator=generator))
+
+
+PROTOCOLS = {protocol.name: protocol for protocol in (TecoProtocol, McvdProtocol, LatteProtocol)}

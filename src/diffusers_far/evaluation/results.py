@@ -1,0 +1,146 @@
+"""Results on disk, a file for each case, so that an interrupted evaluation goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from ..data.fingerprint import dataset_fingerprint
+from .protocols import Case
+
+
+IDENTITY_FILE = "identity.json"
+
+
+class ResultFolder:
+    """The cases of one evaluation that are finished.
+
+    Args:
+        path (`str` or `Path`): Folder; made where it does not exist.
+        identity (`dict`): What the results depend on, ready for JSON: protocol, model, dataset, weights of the metrics.
+
+    Raises:
+        ValueError: The folder holds something else, or results of another identity.
+    """
+
+    def __init__(self, path: str | Path, identity: dict) -> None:
+        self.path = Path(path)
+        identity = json.loads(json.dumps(identity))  # as it reads back: lists for tuples
+        file = self.path / IDENTITY_FILE
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"`output` {str(path)!r} is a file; name a folder.")
+        if file.exists():
+            check_same(json.loads(file.read_text()), identity, str(path))
+        elif self.path.exists() and any(not path.name.startswith("unfinished-") for path in self.path.iterdir()):
+            raise ValueError(f"`output` {str(path)!r} holds other things than an evaluation; name a new folder.")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(identity, indent=2) + "\n")
+        (self.path / "cases").mkdir(exist_ok=True)
+
+    def has(self, case: Case) -> bool:
+        return self._file(case).exists()
+
+    def add(self, case: Case, result: dict[str, torch.Tensor]) -> None:
+        """Keep a case's result; it appears whole or not at all."""
+        file = self._file(case)
+        unfinished = file.with_name(f"unfinished-{os.getpid()}-{file.name}")
+        save_file({name: tensor.contiguous() for name, tensor in result.items()}, unfinished)
+        unfinished.replace(file)
+
+    def read(self, case: Case) -> dict[str, torch.Tensor]:
+        """The result of a case.
+
+        Raises:
+            ValueError: It is not finished, or its file is damaged.
+        """
+        try:
+            return load_file(self._file(case))
+        except Exception as error:  # safetensors' own error has no public base class
+            raise ValueError(
+                f"{str(self._file(case))!r} cannot be read ({error}); delete it and evaluate again, which makes it anew."
+            ) from error
+
+    def _file(self, case: Case) -> Path:
+        return self.path / "cases" / f"{case.name}.safetensors"
+
+
+def check_same(found: dict, wanted: dict, path: str) -> None:
+    """Refuse to mix results of two identities; says in what they differ."""
+    changed = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if not changed:
+        return
+    name = changed[0]
+    there, here = found.get(name), wanted.get(name)
+    if isinstance(there, dict) and isinstance(here, dict):
+        key = next(key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key))
+        name, there, here = f"{name}.{key}", there.get(key), here.get(key)
+    raise ValueError(
+        f"`output` {path!r} holds results of another evaluation: `{name}` was {there!r} and is {here!r}; name a new "
+        "folder, or repeat what the first run was given."
+    )
+
+
+def evaluation_identity(
+    pipe, dataset: Dataset, protocol_settings: dict, metric_weights: dict[str, str | None]
+) -> dict:
+    """What results depend on: they may be continued only where all of it is the same.
+
+    Args:
+        pipe ([`FARPipeline`]): Its weights, scheduler and FlexRoPE count, not where they lie.
+        dataset (`datasets.Dataset`): Its content counts.
+        protocol_settings (`dict`): All settings, `batch_size` apart, which changes no more than rounding.
+        metric_weights (`dict[str, str | None]`): Hash of each network's file, by metric; `None` where there is none.
+    """
+    return {
+        "protocol": {name: value for name, value in protocol_settings.items() if name != "batch_size"},
+        "model": {
+            "transformer": module_hash(pipe.transformer),
+            "vae": module_hash(pipe.vae),
+            "scheduler": type(pipe.scheduler).__name__ + " " + settings_hash(pipe.scheduler.config),
+            "flex_rope": getattr(pipe.config, "flex_rope", None),
+        },
+        "dataset": dataset_fingerprint(dataset),
+        "metric_weights": metric_weights,
+    }
+
+
+def module_hash(module: torch.nn.Module) -> str:
+    """Sha256 (hex) of a module's class, config and weights, bit for bit."""
+    digest = hashlib.sha256(f"{type(module).__name__} {settings_hash(module.config)}".encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def settings_hash(settings: dict) -> str:
+    """Sha256 (hex) of settings, private ones apart."""
+    public = {name: value for name, value in settings.items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """Sha256 (hex) of a file.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{str(path)!r} is no file; name the file of weights.")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)

@@ -1,0 +1,63 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffusers_far.evaluation.world_model import (
+    Predictions,
+    Walks,
+    WorldModelProtocol,
+    format_scores,
+    load_walks,
+    score_walks,
+)
+
+
+@pytest.fixture
+def protocol() -> WorldModelProtocol:
+    return WorldModelProtocol(num_walks=3, first_context_frame=1, num_context_frames=3, num_frames=4)
+
+
+@pytest.fixture
+def walks(dataset, protocol) -> Walks:
+    return load_walks(dataset, protocol)
+
+
+@pytest.fixture
+def perfect(walks) -> Predictions:
+    """The truth as prediction; where the action was the mirrored one, another frame."""
+    truth = walks.video[:, 3:]
+    return Predictions(
+        truth=truth,
+        predicted=truth,
+        mirrored=1 - truth[:, :1],
+        repeated=walks.video[:, 2:3].expand_as(truth),
+        reconstructed=truth,
+    )
+
+
+def test_walks_are_the_frames_actions_and_poses_of_the_protocol(walks, videos):
+    assert walks.video.shape == (3, 7, 3, 16, 16)
+    torch.testing.assert_close(walks.video[1] * 255, torch.from_numpy(videos[1, 1:]).movedim(-1, 1).float())
+    assert walks.actions[0].tolist() == [1, 2, 0, 1, 2, 0, 1]
+    assert walks.pose[0, :, 2].tolist() == [20.0 * frame for frame in range(1, 8)]
+
+
+def test_the_truth_is_the_ceiling_and_follows_every_turn(perfect, walks, protocol):
+    turns = replace(walks, actions=walks.actions.clone().index_fill(1, torch.tensor(2), 1))
+    scores = score_walks(perfect, turns, protocol)
+    assert scores["psnr"]["predicted"]["mean"] == 100 and scores["gradient_ratio"] == pytest.approx(1)
+    assert scores["gain_on_all_frames"]["mean"] == pytest.approx(100 - scores["psnr"]["repeated"]["mean"])
+    assert scores["follows_actions"] == {"mean": 1.0, "half_width": 0.0, "num_samples": 3}
+    assert "nearer to the truth than mirrored  100%" in format_scores(scores)
+
+
+def test_walks_without_a_turn_say_nothing_about_following(perfect, walks, protocol):
+    assert score_walks(perfect, walks, protocol)["follows_actions"]["num_samples"] == 0
+
+
+def test_too_few_walks_and_too_short_ones_are_refused(dataset, protocol):
+    with pytest.raises(ValueError, match="num_walks"):
+        load_walks(dataset, replace(protocol, num_walks=4))
+    with pytest.raises(ValueError, match="ends before frame 9"):
+        load_walks(dataset, replace(protocol, num_frames=5))

