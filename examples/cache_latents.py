@@ -3,8 +3,8 @@
     python examples/cache_latents.py --dataset_name mazes --dataset_split train --vae vae-maze --output_dir latents
 
 Writes `output_dir/split/latents-*.arrow`: a row per trajectory with `latents` (F, C, H, W) in float16, already
-multiplied by the VAE's scaling factor, and the dataset's other columns. Interrupted, it goes on with the shards that
-are missing.
+multiplied by the VAE's scaling factor, and the dataset's other columns. Of a `VQModel` it writes codes, (F, 1, H, W)
+unsigned integers. Interrupted, it goes on with the shards that are missing.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from diffusers import AutoModel
+from diffusers import AutoModel, VQModel
 from tqdm.auto import tqdm
 
 from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
 from diffusers_far.data.frames import VideoFrames
 from diffusers_far.data.latents import LatentSource, read_source, write_shard
 from diffusers_far.data.loading import load_split
-from diffusers_far.models.codec import encode_video
+from diffusers_far.models.codec import encode_codes, encode_video
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,11 @@ def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> 
     latents = []
     for trajectory, num_frames in enumerate(frames.num_frames):
         video = frames.clip(trajectory, 0, int(num_frames))
-        latents.append(encode_video(vae, video, args.batch_size).cpu().numpy().astype(np.float16))
+        if isinstance(vae, VQModel):
+            codes = encode_codes(vae, video, args.batch_size)[:, None]
+            latents.append(codes.cpu().numpy().astype(np.min_scalar_type(vae.config.num_vq_embeddings - 1)))
+        else:
+            latents.append(encode_video(vae, video, args.batch_size).cpu().numpy().astype(np.float16))
     carried = trajectories.remove_columns(args.video_column)
     path = source.shard_path(Path(args.output_dir) / args.dataset_split, shard)
     write_shard(path, latents, carried.with_format("arrow")[:], carried.features, source)

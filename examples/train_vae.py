@@ -1,4 +1,4 @@
-"""Train an image autoencoder (`AutoencoderDC` or `AutoencoderKL`) on the frames of a video dataset.
+"""Train an image autoencoder (`AutoencoderDC`, `AutoencoderKL` or `VQModel`) on the frames of a video dataset.
 
     accelerate launch examples/train_vae.py --dataset_name mazes --vae_config examples/configs/vae_maze.json \
         --output_dir vae-maze --max_train_steps 5000
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from diffusers_far.data.fingerprint import dataset_fingerprint
 from diffusers_far.data.frames import FrameDataset, evenly_spaced
 from diffusers_far.data.loading import load_split
+from diffusers_far.models.lpips import load_lpips
 from diffusers_far.training.autoencoder import (
     Autoencoding,
     decoder_last_layer,
@@ -36,23 +37,27 @@ from diffusers_far.training.autoencoder import (
     reconstruction_loss,
 )
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.codebook import CodebookRestart, measure_codebook
 from diffusers_far.training.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from diffusers_far.training.lpips import load_lpips
 from diffusers_far.training.order import StepBatchSampler, step_generator
 
 
 logger = get_logger(__name__)
+
+RESTART_STREAM = 1  # beside the stream of the latents' noise
+VAE_CLASSES = ("AutoencoderDC", "AutoencoderKL", "VQModel")
 
 # What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
 IDENTITY = (
     "vae_config train_batch_size max_train_steps learning_rate lr_scheduler lr_warmup_steps adam_beta2 weight_decay "
     "max_grad_norm ema_decay mse_weight lpips_weight kl_weight disc_start disc_weight latent_noise mixed_precision seed"
 ).split()
+VQ_IDENTITY = ("commitment_weight", "idle_steps_to_restart")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,6 +82,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     parser.add_argument("--mse_weight", type=float, default=0.0, help="Squared error beside the absolute error.")
     parser.add_argument("--kl_weight", type=float, default=1e-6, help="Only for AutoencoderKL.")
+    parser.add_argument("--commitment_weight", type=float, default=1.0, help="Only for VQModel.")
+    parser.add_argument(
+        "--idle_steps_to_restart",
+        type=int,
+        default=50,
+        help="Only for VQModel: after so many steps without use a code is put where latents are; 0: never.",
+    )
     parser.add_argument(
         "--lpips_weights", help="File with the state dict of `lpips.LPIPS(net='vgg')`; absent: no LPIPS."
     )
@@ -102,13 +114,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def build_vae(config_file: str) -> torch.nn.Module:
     config = json.loads(Path(config_file).read_text())
-    classes = {"AutoencoderDC": diffusers.AutoencoderDC, "AutoencoderKL": diffusers.AutoencoderKL}
-    if config.get("_class_name") not in classes:
+    if config.get("_class_name") not in VAE_CLASSES:
         raise ValueError(
             f"`--vae_config` {config_file!r} has `_class_name` {config.get('_class_name')!r}; it must be one of "
-            f"{sorted(classes)}."
+            f"{', '.join(VAE_CLASSES)}."
         )
-    return classes[config["_class_name"]].from_config(config)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def save_sample_grid(vae: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
@@ -159,6 +170,10 @@ def main(args: argparse.Namespace) -> None:
     autoencoding, optimizer = accelerator.prepare(Autoencoding(vae, args.latent_noise), optimizer)
     # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
     accelerator.register_for_checkpointing(ema, lr_scheduler)
+    restart = None
+    if isinstance(vae, diffusers.VQModel) and args.idle_steps_to_restart:
+        restart = CodebookRestart(vae, args.idle_steps_to_restart)
+        accelerator.register_for_checkpointing(restart)
     if args.disc_start is not None:
         discriminator = PatchDiscriminator(3, args.disc_channels, args.disc_layers)
         disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.learning_rate, betas=(0.5, 0.9))
@@ -170,6 +185,8 @@ def main(args: argparse.Namespace) -> None:
         "dataset": dataset_fingerprint(train_trajectories),
         "num_processes": accelerator.num_processes,
     }
+    if isinstance(vae, diffusers.VQModel):
+        identity |= {name: getattr(args, name) for name in VQ_IDENTITY}
     first_step = 0
     if checkpoint is not None:
         first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
@@ -193,11 +210,13 @@ def main(args: argparse.Namespace) -> None:
         ema.store(vae.parameters())
         ema.copy_to(vae.parameters())
         metrics = measure_reconstruction(vae, validation_loader)
+        if isinstance(vae, diffusers.VQModel):
+            metrics |= measure_codebook(vae, validation_loader)
         samples = torch.stack([validation_frames[i] for i in evenly_spaced(len(validation_frames), 12)])
         save_sample_grid(vae, samples, output_dir / "samples" / f"step-{step:06d}.png")
         ema.restore(vae.parameters())
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
-        logger.info(f"step {step}: held-out PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}")
+        logger.info(f"step {step}: held-out " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     # 4. Train
     autoencoding.train()
@@ -212,6 +231,9 @@ def main(args: argparse.Namespace) -> None:
         reconstructed = reconstruction.images.float()
         losses = {"reconstruction": reconstruction_loss(reconstructed, target, args.mse_weight)}
         loss = losses["reconstruction"] + args.kl_weight * reconstruction.kl
+        if isinstance(vae, diffusers.VQModel):
+            losses["commitment"] = reconstruction.commitment
+            loss = loss + args.commitment_weight * reconstruction.commitment
         if lpips is not None:
             losses["lpips"] = lpips(reconstructed, target).mean()
             loss = loss + args.lpips_weight * losses["lpips"]
@@ -230,6 +252,10 @@ def main(args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         lr_scheduler.step()
+        if restart is not None:
+            # The same latents and draws on all processes, so that their codebooks stay the same.
+            generator = step_generator(args.seed, step, stream=RESTART_STREAM)
+            num_restarted = restart.step(accelerator.gather(reconstruction.latents), generator)
         ema.step(vae.parameters())
 
         if gan_is_on:
@@ -247,6 +273,8 @@ def main(args: argparse.Namespace) -> None:
                 "train/learning_rate": lr_scheduler.get_last_lr()[0],
                 "train/frames_per_second": args.train_batch_size * accelerator.num_processes / seconds_per_step,
             }
+            if restart is not None:
+                scalars["train/restarted_codes"] = num_restarted
             accelerator.log(scalars, step=finished)
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         progress.update()

@@ -4,7 +4,16 @@ import diffusers
 
 from .hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from .loaders import convert_original_far_autoencoder, convert_original_far_transformer
-from .models import PRESETS, ContextPlan, FARKVCache, FARTransformer3DModel, FARTransformerOutput, preset_config
+from .models import (
+    PRESETS,
+    ContextPlan,
+    FARKVCache,
+    FARTransformer3DModel,
+    FARTransformerOutput,
+    TokenARConfig,
+    TokenARForVideo,
+    preset_config,
+)
 from .pipelines import FARPipeline, FARPipelineOutput, FARSession
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, VQModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_far.data.frames import FrameDataset
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.data.loading import load_split
-from diffusers_far.models.codec import encode_video
+from diffusers_far.models.codec import encode_codes, encode_video
 
 
 pytestmark = pytest.mark.full
@@ -59,6 +61,12 @@ def workplace(tmp_path_factory) -> Path:
         "norm_num_groups": 4,
         "layers_per_block": 1,
     }
+    vq = {name: value for name, value in kl.items() if name != "_class_name"} | {
+        "_class_name": "VQModel",
+        "num_vq_embeddings": 300,
+        "mid_block_add_attention": False,
+    }
+    (folder / "vq.json").write_text(json.dumps(vq))
     (folder / "dc.json").write_text(json.dumps(dc))
     (folder / "kl.json").write_text(json.dumps(kl))
     return folder
@@ -130,6 +138,32 @@ def test_a_kl_autoencoder_trains_with_a_gan_in_two_processes(workplace):
     assert (workplace / "kl" / "diffusion_pytorch_model.safetensors").is_file()
 
 
+@pytest.fixture(scope="module")
+def trained_vq(workplace) -> Path:
+    """A finished run of a VQ autoencoder."""
+    result = train(workplace, "vq", "--idle_steps_to_restart", "2", config="vq.json")
+    assert result.returncode == 0, result.stderr
+    assert "codes_used" in result.stderr and "perplexity" in result.stderr
+    return workplace / "vq"
+
+
+def test_a_resumed_vq_restarts_the_codes_that_an_uninterrupted_one_restarts(workplace, trained_vq):
+    shutil.copytree(trained_vq / "checkpoint-6", workplace / "resumed-vq" / "checkpoint-6")
+    more = ("--idle_steps_to_restart", "2", "--resume_from_checkpoint", "latest")
+    result = train(workplace, "resumed-vq", *more, config="vq.json")
+    assert result.returncode == 0, result.stderr
+    for name in ("diffusion_pytorch_model.safetensors", "checkpoint-8/model.safetensors"):
+        weights = [load_file(folder / name) for folder in (workplace / "resumed-vq", trained_vq)]
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert scalar(trained_vq, "train/restarted_codes") > 0
+
+
+def scalar(output_dir: Path, name: str) -> float:
+    """The last logged value."""
+    (path,) = output_dir.rglob("events*")
+    return EventAccumulator(str(path)).Reload().Scalars(name)[-1].value
+
+
 def cache(workplace: Path, vae: Path, *more: str) -> subprocess.CompletedProcess:
     return run_script(
         "cache_latents.py",
@@ -158,6 +192,19 @@ def test_cached_latents_are_the_encoded_frames_and_only_missing_shards_are_made(
     assert cache(workplace, trained).returncode == 0
     assert [path.read_bytes() for path in shards] == content
     assert [path.stat().st_mtime_ns for path in (shards[0], shards[2])] == written
+
+
+def test_cached_codes_are_those_of_the_frames(workplace, trained_vq):
+    result = cache(workplace, trained_vq, "--output_dir", str(workplace / "codes"))
+    assert result.returncode == 0, result.stderr
+    codes = LatentDataset(workplace / "codes", "train")
+    vq = VQModel.from_pretrained(trained_vq)
+    codes.require_vae(vq)
+    frames = FrameDataset(load_split(str(workplace / "dataset"), "train"))
+    expected = encode_codes(vq, torch.stack([frames[index] for index in range(18, 24)]))
+    clip = codes.clip(3, 0, 6)
+    assert clip.latents.dtype == torch.int64 and torch.equal(clip.latents[:, 0], expected)
+    assert clip.actions.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_latents_of_two_vaes_never_share_a_folder(workplace, trained):

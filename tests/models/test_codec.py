@@ -1,11 +1,14 @@
 import pytest
 import torch
-from tiny_models import tiny_dc, tiny_kl, tiny_taesd
+from tiny_models import tiny_dc, tiny_kl, tiny_taesd, tiny_vq
 
 from diffusers_far.models.codec import (
+    decode_codes,
     decode_video,
+    encode_codes,
     encode_images,
     encode_video,
+    nearest_codes,
     scale_latents,
     spatial_compression,
     unscale_latents,
@@ -81,3 +84,25 @@ def test_bytes_are_pixels_in_255ths():
 def test_decoded_pixels_stay_between_0_and_1(build):
     video = decode_video(build(), 50 * torch.randn(2, 4, 2, 4))
     assert video.min() >= 0 and video.max() <= 1
+
+
+def test_decoded_codes_are_the_reconstruction_in_batches_of_any_size():
+    vq, video = tiny_vq(), torch.rand(5, 3, 8, 12)
+    codes = encode_codes(vq, video, batch_size=2)
+    assert codes.shape == (5, 4, 6) and codes.dtype == torch.int64
+    assert torch.equal(codes, encode_codes(vq, video)) and len(codes.unique()) > 1
+    with torch.no_grad():
+        expected = (vq(video * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decode_codes(vq, codes, batch_size=3), expected)
+
+
+def test_codes_are_the_nearest_entries_of_the_codebook():
+    vq, latents = tiny_vq(), torch.randn(2, 4, 3, 5)
+    codes = nearest_codes(vq, latents)
+    distances = (latents.movedim(1, -1)[..., None, :] - vq.quantize.embedding.weight).square().sum(-1)
+    assert torch.equal(codes, distances.argmin(-1))
+
+
+def test_codes_of_bytes_are_those_of_the_same_shares():
+    vq, video = tiny_vq(), torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(encode_codes(vq, video), encode_codes(vq, video / 255))

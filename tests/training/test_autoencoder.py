@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
+from tiny_models import tiny_vq
 
 from diffusers_far.models.codec import encode_images
 from diffusers_far.training.autoencoder import (
@@ -62,6 +63,16 @@ def test_kl_is_that_of_the_distribution_and_zero_without_one():
     expected = distribution.kl().mean() / distribution.mean[0].numel()
     torch.testing.assert_close(Autoencoding(vae)(images, torch.Generator()).kl, expected)
     assert Autoencoding(tiny_dc())(images, torch.Generator()).kl == 0
+
+
+def test_commitment_is_the_distance_to_the_codebook_and_zero_without_one():
+    vq, images = tiny_vq(), torch.rand(2, 3, 8, 8) * 2 - 1
+    reconstruction = Autoencoding(vq)(images, torch.Generator())
+    _, expected, _ = vq.quantize(reconstruction.latents)
+    torch.testing.assert_close(reconstruction.commitment, expected)
+    reconstruction.commitment.backward()
+    assert vq.quantize.embedding.weight.grad.abs().sum() > 0 and vq.encoder.conv_in.weight.grad.abs().sum() > 0
+    assert Autoencoding(tiny_dc())(images, torch.Generator()).commitment == 0
 
 
 def test_negative_latent_noise_is_refused():

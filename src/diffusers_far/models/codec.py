@@ -1,4 +1,4 @@
-"""Images to latents and back, the same for every image autoencoder of diffusers."""
+"""Images to latents and back, the same for every image autoencoder of diffusers; to codes and back for `VQModel`."""
 
 import torch
 
@@ -56,6 +56,42 @@ def decode_video(
     """The video of scaled latents (F, C, H, W), `batch_size` frames at a time: (F, 3, height, width) in [0, 1]."""
     latents = unscale_latents(vae, latents.to(device or vae.device, vae.dtype))
     return torch.cat([(vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in latents.split(batch_size)])
+
+
+@torch.no_grad()
+def encode_codes(vq: torch.nn.Module, video: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Codes of a video, `batch_size` frames at a time.
+
+    Args:
+        vq (`VQModel`): A VQ autoencoder.
+        video (`torch.Tensor` of shape `(F, 3, height, width)`): uint8, or float in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(F, H, W)`, int64, in `[0, num_vq_embeddings)`.
+    """
+    parts = []
+    for frames in video.split(batch_size):
+        images = frames.to(vq.device, vq.dtype) / (255 if frames.dtype == torch.uint8 else 1) * 2 - 1
+        latents = encode_images(vq, images)
+        parts.append(nearest_codes(vq, latents))
+    return torch.cat(parts)
+
+
+def nearest_codes(vq: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """The code that each latent is quantized to: `(B, D, H, W)`, raw, to `(B, H, W)`, int64."""
+    _, _, (_, _, codes) = vq.quantize(latents)
+    return codes.view(latents.shape[0], *latents.shape[2:])
+
+
+@torch.no_grad()
+def decode_codes(vq: torch.nn.Module, codes: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """The video of codes (F, H, W), `batch_size` frames at a time: (F, 3, height, width) in [0, 1]."""
+    parts = []
+    for part in codes.to(vq.device).split(batch_size):
+        latents = vq.quantize.get_codebook_entry(part.flatten(), shape=(*part.shape, -1))
+        # It quantizes once more, which leaves the codebook's entries as they are.
+        parts.append((vq.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+    return torch.cat(parts)
 
 
 def spatial_compression(vae: torch.nn.Module) -> int:

@@ -13,17 +13,26 @@ from ..models.codec import encode_images
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an autoencoder made: `images` (B, 3, height, width) around [-1, 1]; `kl`, nats per latent value."""
+    """What an autoencoder made.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, height, width)`): Around [-1, 1].
+        kl (`torch.Tensor` of shape `()`): Nats per latent value; 0 without a distribution.
+        commitment (`torch.Tensor` of shape `()`): How far latents and codebook are apart; 0 without a codebook.
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): What was decoded; before it was quantized, with a codebook.
+    """
 
     images: torch.Tensor
     kl: torch.Tensor
+    commitment: torch.Tensor
+    latents: torch.Tensor
 
 
 class Autoencoding(nn.Module):
     """An autoencoder whose `forward` is its training pass, so that wrappers such as DDP see one call.
 
     Args:
-        vae (`nn.Module`): `AutoencoderDC` or `AutoencoderKL`.
+        vae (`nn.Module`): `AutoencoderDC`, `AutoencoderKL` or `VQModel`.
         latent_noise (`float`): Standard deviation of Gaussian noise added to the latents before decoding, relative to
             the latents' own. A decoder that is fed predicted latents should forgive small errors. Unlike the KL
             term's noise it cannot be escaped by larger latents.
@@ -44,11 +53,18 @@ class Autoencoding(nn.Module):
             latents = mean + std * _noise_like(mean, generator)
             kl = 0.5 * (mean.pow(2) + std.pow(2) - 1 - 2 * std.log()).mean()
         else:
-            latents = encoded.latent
+            latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
             kl = latents.new_zeros(())
         if self.latent_noise > 0:
             latents = latents + self.latent_noise * latents.detach().std() * _noise_like(latents, generator)
-        return Reconstruction(images=self.vae.decode(latents).sample, kl=kl)
+        decoded = self.vae.decode(latents)
+        commitment = getattr(decoded, "commit_loss", None)
+        return Reconstruction(
+            images=decoded.sample,
+            kl=kl,
+            commitment=latents.new_zeros(()) if commitment is None else commitment,
+            latents=latents.detach(),
+        )
 
 
 def _noise_like(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

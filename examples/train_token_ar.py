@@ -1,0 +1,223 @@
+"""Train the token-autoregressive baseline: a decoder of transformers that predicts a video code by code.
+
+    accelerate launch examples/train_token_ar.py --codes_dir codes --vq vq-maze \
+        --model_config examples/configs/token_ar_maze.json --num_frames 16 --output_dir token-ar-maze --use_ema
+
+The codes come from `cache_latents.py` with a `VQModel`. The result in `--output_dir` loads with
+`TokenARForVideo.from_pretrained`, the VQ autoencoder from its subfolder `vq`, beside the run's checkpoints and logs.
+"""
+
+import argparse
+import json
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers import VQModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from diffusers_far import TokenARConfig, TokenARForVideo
+from diffusers_far.data.latents import LatentDataset
+from diffusers_far.training.arguments import add_checkpoint_arguments, add_optimization_arguments, build_optimizer
+from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.clips import TrainingBatches
+from diffusers_far.training.measurement import describe_metrics
+from diffusers_far.training.objective import TrainingObjective
+from diffusers_far.training.run import (
+    build_accelerator,
+    evaluated,
+    is_out_of_time,
+    require_finite,
+    run_identity,
+    seed_step,
+)
+from diffusers_far.training.token_clips import check_codes, measure_tokens, token_loss
+
+
+logger = get_logger(__name__)
+
+# What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
+IDENTITY = (
+    "num_frames train_batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps optimizer "
+    "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm condition_dropout use_ema ema_decay "
+    "mixed_precision seed"
+).split()
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codes_dir", required=True, help="Folder that cache_latents.py wrote with a VQModel.")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--validation_split", default="validation", help="Measured where it is cached too.")
+    parser.add_argument("--vq", required=True, help="Folder or Hub id of the VQModel that made the codes.")
+    parser.add_argument(
+        "--model_config", required=True, help="JSON file: `decoder`, and what else TokenARConfig takes."
+    )
+    parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
+    parser.add_argument("--num_frames", type=int, default=16, help="Frames of a clip.")
+    parser.add_argument("--condition_dropout", type=float, default=0.1, help="Share of actions that become null.")
+    add_optimization_arguments(parser)
+    parser.add_argument("--use_ema", action="store_true")
+    parser.add_argument("--ema_decay", type=float, default=0.9999)
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--validation_steps", type=int, default=500)
+    parser.add_argument("--num_validation_clips", type=int, default=64, help="Clips of the held-out loss.")
+    parser.add_argument("--num_validation_videos", type=int, default=8, help="Clips that are continued; 0: none.")
+    parser.add_argument("--num_validation_frames", type=int, default=8, help="Frames that are generated in each.")
+    return parser.parse_args(arguments)
+
+
+def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) -> dict:
+    """The arguments of `TokenARConfig`: the file's, and from codebook and data what it leaves open."""
+    _, height, width = codes.latent_shape
+    return {
+        "num_codes": vq.config.num_vq_embeddings,
+        "tokens_per_frame": height * width,
+        "num_actions": codes.num_actions,
+        "trained_frames": args.num_frames,
+    } | json.loads(Path(args.model_config).read_text())
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    output_dir = Path(args.output_dir)
+    accelerator = build_accelerator(args)
+    set_seed(args.seed)
+
+    # 1. Data and models
+    vq = VQModel.from_pretrained(args.vq).to(accelerator.device).requires_grad_(False).eval()
+    codes = LatentDataset(args.codes_dir, args.dataset_split)
+    check_codes(codes, vq)
+    validation_codes = None
+    if (Path(args.codes_dir) / args.validation_split).is_dir():
+        validation_codes = LatentDataset(args.codes_dir, args.validation_split)
+    config_arguments = model_config(args, vq, codes)
+    token_ar = TokenARForVideo(TokenARConfig(**config_arguments))
+    config = token_ar.config
+    if args.gradient_checkpointing:
+        token_ar.activation_checkpointing_enable()
+    batches = TrainingBatches(
+        codes,
+        TrainingObjective(condition_dropout=args.condition_dropout),  # of its draws only the dropped actions count
+        num_frames=args.num_frames,
+        short_window=None,
+        interval=1,
+        batch_size=args.train_batch_size,
+        num_accumulated=args.gradient_accumulation_steps,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+
+    # 2. Optimizer
+    optimizer = build_optimizer(args, token_ar.parameters())
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    model, optimizer = accelerator.prepare(token_ar, optimizer)
+    ema = EMAModel(token_ar.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
+    accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
+
+    # 3. Start or resume
+    identity = run_identity(args, IDENTITY, codes, accelerator.num_processes, model=config_arguments)
+    first_step = 0
+    if checkpoint is not None:
+        first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
+    if ema is not None:
+        ema.to(accelerator.device)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers("train_token_ar")
+    logger.info(
+        f"{token_ar.num_parameters() / 1e6:.2f} M parameters; {len(batches.trajectories)} of {len(codes)} trajectories "
+        f"are long enough for {args.num_frames} frames of {config.tokens_per_frame} codes; from step {first_step}"
+    )
+
+    def validate(step: int) -> None:
+        if validation_codes is None or not accelerator.is_main_process:
+            return
+        with evaluated(token_ar, ema):
+            metrics = measure_tokens(
+                token_ar,
+                vq,
+                validation_codes,
+                num_frames=args.num_frames,
+                num_clips=args.num_validation_clips,
+                num_videos=args.num_validation_videos,
+                num_new_frames=args.num_validation_frames,
+                batch_size=args.train_batch_size,
+            )
+        accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+        logger.info(f"step {step}: {describe_metrics(metrics)}")
+
+    # 4. Train
+    token_ar.train()
+    num_accumulated = args.gradient_accumulation_steps
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first_step * num_accumulated, args.max_train_steps * num_accumulated),
+        num_workers=args.dataloader_num_workers,
+    )
+    loaded = iter(loader)
+    progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
+    start_time, finished = time.perf_counter(), first_step
+    for step in range(first_step, args.max_train_steps):
+        seed_step(args.seed, step, accelerator.process_index)
+        step_loss = torch.zeros((), device=accelerator.device)
+        for accumulated in range(num_accumulated):
+            clips, draw = (part.to(accelerator.device) for part in next(loaded))
+            is_last = accumulated == num_accumulated - 1
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                loss = token_loss(model, config, clips, draw) / num_accumulated
+                accelerator.backward(loss)
+            step_loss += loss.detach()
+        step_loss = accelerator.reduce(step_loss, reduction="mean").item()
+        require_finite(step_loss, step, args.output_dir)
+        gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        if ema is not None:
+            ema.step(token_ar.parameters())
+
+        finished = step + 1
+        scalars = {
+            "train/loss": step_loss,
+            "train/gradient_norm": float(gradient_norm),
+            "train/learning_rate": lr_scheduler.get_last_lr()[0],
+        }
+        accelerator.log(scalars, step=finished)
+        progress.set_postfix(loss=f"{step_loss:.4f}", refresh=False)
+        progress.update()
+        if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
+            save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+        if finished % args.validation_steps == 0 and finished < args.max_train_steps:
+            validate(finished)
+        if is_out_of_time(accelerator, args.max_train_hours, start_time):
+            logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
+            break
+    progress.close()
+
+    # 5. Save
+    save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+    validate(finished)
+    if accelerator.is_main_process:
+        with evaluated(token_ar, ema):
+            token_ar.save_pretrained(output_dir)
+        vq.save_pretrained(output_dir / "vq")
+        logger.info(f"Saved the model to {output_dir} after step {finished}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,65 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_vq
+
+from diffusers_far import TokenARConfig, TokenARForVideo
+from diffusers_far.models.codec import decode_codes
+from diffusers_far.training.clips import ClipBatch
+from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
+from diffusers_far.training.token_clips import continue_clips, token_conditions, token_loss
+
+
+DECODER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def tiny_token_ar(num_actions: int | None = 3) -> TokenARForVideo:
+    torch.manual_seed(0)
+    config = TokenARConfig(num_codes=16, tokens_per_frame=6, num_actions=num_actions, decoder=DECODER)
+    return TokenARForVideo(config).eval()
+
+
+@pytest.fixture
+def clips() -> ClipBatch:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (2, 4, 1, 2, 3), generator=generator)
+    return ClipBatch(codes, torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]]), None)
+
+
+def draw_for(clips: ClipBatch, dropout: float) -> ObjectiveDraw:
+    objective = TrainingObjective(condition_dropout=dropout)
+    draws = [objective.draw(4, 0, (1, 2, 3), torch.Generator().manual_seed(seed)) for seed in range(2)]
+    return ObjectiveDraw.stack(draws)
+
+
+def test_each_frame_is_fed_the_action_that_led_to_it_and_the_first_none(clips):
+    conditions = token_conditions(clips, tiny_token_ar().config)
+    assert conditions["actions"][:, 1:].tolist() == [[0, 1, 2], [2, 2, 1]]
+    assert conditions["action_mask"].tolist() == [[False, True, True, True]] * 2
+
+
+def test_dropped_actions_are_null_and_the_first_frame_has_none_in_any_case(clips):
+    config = tiny_token_ar().config
+    kept = token_conditions(clips, config, draw_for(clips, 0.0))["action_mask"]
+    dropped = token_conditions(clips, config, draw_for(clips, 1.0))["action_mask"]
+    assert kept.tolist() == [[False, True, True, True]] * 2 and not dropped.any()
+
+
+def test_a_model_without_actions_is_fed_none(clips):
+    assert token_conditions(clips, tiny_token_ar(None).config) == {}
+    assert torch.isfinite(token_loss(tiny_token_ar(None), tiny_token_ar(None).config, replace(clips, actions=None)))
+
+
+def test_the_loss_of_an_untrained_model_is_about_that_of_a_guess(clips):
+    model = tiny_token_ar()
+    assert token_loss(model, model.config, clips).item() == pytest.approx(torch.tensor(16.0).log().item(), abs=0.3)
+
+
+def test_clips_are_continued_at_true_actions_the_same_every_time_against_decoded_codes(clips):
+    model, vq = tiny_token_ar(), tiny_vq()
+    generated, truth = continue_clips(model, vq, clips, 2)
+    assert generated.shape == truth.shape == (2, 2, 3, 4, 6)
+    torch.testing.assert_close(truth[1], decode_codes(vq, clips.latents[1, 2:, 0]))
+    again, _ = continue_clips(model, vq, clips, 2)
+    assert torch.equal(generated, again)
