@@ -1,26 +1,24 @@
-"""Train a FAR transformer on cached latents: next-frame prediction with flow matching.
+"""Train a FAR transformer: next-frame prediction with flow matching, on cached latents or on a dataset as it is.
 
     accelerate launch examples/train_far.py --latents_dir latents --vae vae-maze \
         --transformer_config examples/configs/far_maze.json --num_frames 40 --output_dir far-maze --use_ema
 
-The latents come from `cache_latents.py`. The result in `--output_dir` is a pipeline folder that
-`FARPipeline.from_pretrained` loads, beside the run's checkpoints and logs.
+The latents come from `cache_latents.py`; `--dataset_name` encodes each clip when it is drawn instead. The result in
+`--output_dir` is a pipeline folder that `FARPipeline.from_pretrained` loads, beside the run's checkpoints and logs.
 """
 
 import argparse
 import json
 import logging
-import math
 import resource
 import time
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -28,159 +26,98 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline, FARTransformer3DModel
-from diffusers_far.data.latents import LatentDataset
+from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.presets import PRESETS, preset_config
+from diffusers_far.pipelines.model_card import model_card
+from diffusers_far.training.arguments import (
+    RUN_IDENTITY,
+    add_checkpoint_arguments,
+    add_data_arguments,
+    add_hub_arguments,
+    add_objective_arguments,
+    add_optimization_arguments,
+    add_validation_arguments,
+    build_optimizer,
+    num_fed_actions,
+    require_one_source,
+    training_objective,
+)
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.clip_sources import has_split, open_clips
 from diffusers_far.training.clips import TrainingBatches, clip_loss
-from diffusers_far.training.objective import OBJECTIVES, TrainingObjective
-from diffusers_far.training.validation import held_out_losses, psnr_per_horizon, rollout, validation_clips
+from diffusers_far.training.hub import open_repo, push_folder, results_section, write_card
+from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
+from diffusers_far.training.pretrained import with_conditions
+from diffusers_far.training.run import (
+    accumulate_gradients,
+    build_accelerator,
+    check_data,
+    evaluated,
+    is_out_of_time,
+    require_finite,
+    run_identity,
+    seed_step,
+    training_batches,
+    training_facts,
+)
 
 
 logger = get_logger(__name__)
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
-
-# What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
-IDENTITY = (
-    "num_frames frame_interval train_batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
-    "optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm clean_context_ratio "
-    "clean_prefix_ratio teacher_forcing condition_dropout logit_mean logit_std use_ema ema_decay mixed_precision objective seed"
-).split()
+DEFAULT_FPS = 8  # of the videos that are written, where the pipeline has none
+SAMPLE = "sample.mp4"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents_dir", required=True, help="Folder that cache_latents.py wrote.")
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--validation_split", default="validation", help="Measured where it is cached too.")
-    parser.add_argument("--vae", required=True, help="Folder or Hub id of the VAE that made the latents.")
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--vae", required=True, help="Folder or Hub id of the VAE; of latents, the one that made them."
+    )
     parser.add_argument("--transformer_config", help=f"JSON file, or one of {', '.join(PRESETS)}.")
     parser.add_argument("--pretrained_model_name_or_path", help="Pipeline or transformer to start from instead.")
-    parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
     parser.add_argument("--fps", type=float, help="Frames per second of the clips; goes into the pipeline.")
     parser.add_argument("--action_names", nargs="*", help="Names of the actions; go into the pipeline.")
-
-    parser.add_argument("--objective", choices=OBJECTIVES, default="far")
-    parser.add_argument("--num_frames", type=int, default=16, help="Longest clip, long frames included.")
-    parser.add_argument("--frame_interval", type=int, default=1)
-    parser.add_argument("--clean_context_ratio", type=float, default=0.1, help="Share of frames that are clean.")
-    parser.add_argument("--clean_prefix_ratio", type=float, default=0.0, help="Share of clips with a clean start.")
-    parser.add_argument("--teacher_forcing", action="store_true", help="All frames noisy, all context clean.")
-    parser.add_argument("--condition_dropout", type=float, default=0.1)
-    parser.add_argument("--logit_mean", type=float, default=0.0, help="Of the noise levels; above 0: more noise.")
-    parser.add_argument("--logit_std", type=float, default=1.0)
-
-    parser.add_argument("--max_train_steps", type=int, default=10_000)
-    parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
-    parser.add_argument("--train_batch_size", type=int, default=16, help="Clips per process and pass.")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument(
-        "--lr_scheduler", default="constant_with_warmup", help="Name known to `diffusers.optimization`."
-    )
-    parser.add_argument("--lr_warmup_steps", type=int, default=500)
-    parser.add_argument("--adam_beta1", type=float, default=0.9)
-    parser.add_argument("--adam_beta2", type=float, default=0.999)
-    parser.add_argument("--adam_weight_decay", type=float, default=0.0)
-    parser.add_argument("--adam_epsilon", type=float, default=1e-8)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--use_ema", action="store_true")
+    add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    parser.add_argument("--use_ema", action="store_true", help="Average the weights; the pipeline gets the average.")
     parser.add_argument("--ema_decay", type=float, default=0.9999)
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="Compile the blocks with `torch.compile`.")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry_run", action="store_true", help="Two steps on the longest clips; print their cost.")
-
-    parser.add_argument("--checkpointing_steps", type=int, default=500)
-    parser.add_argument("--checkpoints_total_limit", type=int, default=2)
-    parser.add_argument("--resume_from_checkpoint", help="'latest', the name of a checkpoint, or a path.")
-    parser.add_argument("--allow_changed_run", action="store_true", help="Resume although data or settings changed.")
-    parser.add_argument("--validation_steps", type=int, default=500)
-    parser.add_argument("--num_validation_clips", type=int, default=64, help="Clips of the held-out loss.")
-    parser.add_argument("--num_validation_videos", type=int, default=8, help="Clips that are continued; 0: none.")
-    parser.add_argument("--num_validation_frames", type=int, default=8, help="Frames that are predicted in each.")
-    parser.add_argument("--num_validation_inference_steps", type=int, default=20)
-    parser.add_argument("--report_to", default="tensorboard", help="tensorboard, trackio, wandb or none.")
-    return parser.parse_args(arguments)
+    add_checkpoint_arguments(parser)
+    add_validation_arguments(parser)
+    add_hub_arguments(parser)
+    args = parser.parse_args(arguments)
+    require_one_source(parser, args)
+    return args
 
 
-def build_transformer(args: argparse.Namespace, latents: LatentDataset) -> FARTransformer3DModel:
+def build_transformer(args: argparse.Namespace, in_channels: int, num_actions: int | None) -> FARTransformer3DModel:
     """The model to train, new or pretrained; what the config leaves open is taken from the data."""
     if args.pretrained_model_name_or_path is not None:
         path = Path(args.pretrained_model_name_or_path)
         is_pipeline = not path.is_dir() or (path / "transformer").is_dir()
-        return FARTransformer3DModel.from_pretrained(path, subfolder="transformer" if is_pipeline else None)
+        transformer = FARTransformer3DModel.from_pretrained(
+            args.pretrained_model_name_or_path,
+            subfolder="transformer" if is_pipeline else None,
+            torch_dtype=torch.float32,
+        )
+        if num_actions is not None and num_actions > (transformer.config.num_actions or 0):
+            return with_conditions(transformer, num_actions=num_actions, action_dim=None)
+        return transformer
     if args.transformer_config is None:
         raise ValueError(
             "`--transformer_config` is missing; give a preset or a JSON file, or `--pretrained_model_name_or_path`."
         )
     if args.transformer_config in PRESETS:
-        config = preset_config(args.transformer_config, action_shift=1)
+        config = preset_config(args.transformer_config, action_shift=1, num_actions=num_actions)
     else:
         config = json.loads(Path(args.transformer_config).read_text())
-    config = {"in_channels": latents.latent_shape[0]} | config
+    config = {"in_channels": in_channels} | config
     if args.objective == "video_dit":
         config |= {"frame_causal": False, "long_patch_size": None}
     return FARTransformer3DModel(**config)
-
-
-def check_data(latents: LatentDataset, transformer: FARTransformer3DModel) -> None:
-    """Refuse data that the model cannot be trained on, before any step."""
-    config = transformer.config
-    if latents.latent_shape[0] != config.in_channels:
-        raise ValueError(
-            f"The latents have {latents.latent_shape[0]} channels but the transformer has `in_channels` "
-            f"{config.in_channels}; change the transformer's config, or cache latents of another VAE."
-        )
-    clip = latents.clip(0, 0, 1)
-    if transformer.takes_actions and clip.actions is None:
-        raise ValueError(
-            "The transformer takes actions but the latents have none; leave `num_actions` out of its config."
-        )
-    if transformer.takes_labels and clip.label is None:
-        raise ValueError(
-            "The transformer takes classes but the latents have none; leave `num_classes` out of its config."
-        )
-
-
-@contextmanager
-def averaged_weights(transformer: FARTransformer3DModel, ema: EMAModel | None):
-    """The transformer with its EMA weights, where there are any, and in `eval` mode."""
-    if ema is not None:
-        ema.store(transformer.parameters())
-        ema.copy_to(transformer.parameters())
-    transformer.eval()
-    yield
-    transformer.train()
-    if ema is not None:
-        ema.restore(transformer.parameters())
-
-
-def validate(args: argparse.Namespace, pipeline: FARPipeline, latents: LatentDataset) -> dict[str, float]:
-    """Held-out loss per noise level, and PSNR of each predicted frame against the VAE's reconstruction."""
-    device = pipeline.transformer.device
-    clips = validation_clips(latents, args.num_validation_clips, args.num_frames, args.frame_interval)
-    losses = held_out_losses(pipeline.transformer, clips.to(device), batch_size=args.train_batch_size)
-    metrics = {f"loss_at_{level}": loss for level, loss in losses.items()} | {
-        "loss": np.mean([*losses.values()]).item()
-    }
-    num_context_frames = args.num_frames - args.num_validation_frames
-    if args.num_validation_videos and num_context_frames > 0 and pipeline.transformer.config.frame_causal:
-        clips = validation_clips(latents, args.num_validation_videos, args.num_frames, args.frame_interval)
-        predicted, truth = rollout(
-            pipeline,
-            clips.to(device),
-            num_context_frames=num_context_frames,
-            num_inference_steps=args.num_validation_inference_steps,
-        )
-        psnr = psnr_per_horizon(predicted, truth)
-        metrics |= {f"psnr_of_frame_{horizon}": value for horizon, value in enumerate(psnr, start=1)}
-        metrics["psnr"] = np.mean(psnr).item()
-    return metrics
 
 
 def dry_run(args: argparse.Namespace, accelerator: Accelerator, model, optimizer, batches: TrainingBatches) -> None:
@@ -209,69 +146,72 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator, model, optimizer
     )
 
 
-def is_out_of_time(accelerator: Accelerator, max_hours: float | None, start_time: float) -> bool:
-    """Whether this launch has run for `max_hours`; the same answer on all processes."""
-    if max_hours is None:
-        return False
-    if time.perf_counter() - start_time > max_hours * 3600:
-        accelerator.set_trigger()
-    return accelerator.check_trigger()
+def log_measurement(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: FARPipeline, measurement: Measurement, step: int
+) -> None:
+    """The figures to the log and the trackers, the predicted videos to the trackers that take images and to a file."""
+    logger.info(f"step {step}: {describe_metrics(measurement.metrics)}")
+    accelerator.log({f"validation/{name}": value for name, value in measurement.metrics.items()}, step=step)
+    if measurement.predicted is None:
+        return
+    folder = Path(args.output_dir) / "validation"
+    folder.mkdir(exist_ok=True)
+    write_video(pipeline, measurement, folder / f"step-{step:07}.mp4")
+    pairs = zip(measurement.truth[:4], measurement.predicted[:4])
+    sheet = np.asarray(contact_sheet([video for pair in pairs for video in pair]))
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation/truth_above_prediction": sheet[None]}, step=step, **options)
 
 
-def training_facts(args: argparse.Namespace, num_steps: int, objective: TrainingObjective) -> dict[str, str]:
-    """What the model card says of this run."""
-    return {
-        "Data": f"{Path(args.latents_dir).name}, split {args.dataset_split}, encoded by the VAE of this pipeline",
-        "Clips": f"up to {args.num_frames} frames, every {args.frame_interval}",
-        "Steps": f"{num_steps} of {args.train_batch_size * args.gradient_accumulation_steps} clips per process",
-        "Objective": str(objective),
-        "Optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, {args.lr_scheduler}",
-        "EMA": str(args.ema_decay) if args.use_ema else "none",
-        "Seed": str(args.seed),
-    }
+def write_video(pipeline: FARPipeline, measurement: Measurement, path: Path) -> None:
+    video = side_by_side(measurement.truth, measurement.predicted)
+    write_mp4(path, video, fps=pipeline.config.fps or DEFAULT_FPS, scale=2)
+
+
+def save_result(
+    args: argparse.Namespace,
+    pipeline: FARPipeline,
+    facts: dict[str, str],
+    measurement: Measurement | None,
+    repo_id: str | None,
+) -> None:
+    """Write the pipeline, a sample video and the card, and push them."""
+    output_dir, sample = Path(args.output_dir), None
+    if measurement is not None and measurement.predicted is not None:
+        sample = SAMPLE
+        write_video(pipeline, measurement, output_dir / sample)
+    card = model_card(pipeline, repo_id or output_dir.resolve().name, facts)
+    metrics = None if measurement is None else measurement.metrics
+    write_card(output_dir, f"{card}\n{results_section(None, metrics, sample)}")
+    pipeline.save_pretrained(output_dir)
+    logger.info(f"Saved the pipeline to {output_dir}")
+    if repo_id is not None:
+        url = push_folder(output_dir, repo_id, commit_message=f"FAR after {facts['Steps']}")
+        logger.info(f"Pushed to {url}")
 
 
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        # The long frames' parameters have no gradient in a step without long frames.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = build_accelerator(args)
     set_seed(args.seed)
 
     # 1. Data and models
-    latents = LatentDataset(args.latents_dir, args.dataset_split)
-    vae = AutoModel.from_pretrained(args.vae).to(accelerator.device).requires_grad_(False).eval()
-    latents.require_vae(vae)
-    transformer = build_transformer(args, latents)
-    check_data(latents, transformer)
+    vae = AutoModel.from_pretrained(args.vae, torch_dtype=torch.float32)
+    vae = vae.to(accelerator.device).requires_grad_(False).eval()
+    latents = open_clips(args, args.dataset_split, vae)
+    validation_latents = (
+        open_clips(args, args.validation_split, vae) if has_split(args, args.validation_split) else None
+    )
+    num_actions = num_fed_actions(args, latents.num_actions)
+    transformer = build_transformer(args, latents.latent_shape[0], num_actions)
+    check_data(latents, transformer, num_actions)
     config = transformer.config
-    objective = TrainingObjective(
-        args.objective,
-        args.clean_context_ratio,
-        args.clean_prefix_ratio,
-        args.teacher_forcing,
-        args.condition_dropout,
-        args.logit_mean,
-        args.logit_std,
-    )
-    batches = TrainingBatches(
-        latents,
-        objective,
-        num_frames=args.num_frames,
-        short_window=None if config.long_patch_size is None else config.short_window,
-        interval=args.frame_interval,
-        batch_size=args.train_batch_size,
-        num_accumulated=args.gradient_accumulation_steps,
-        seed=args.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+    objective = training_objective(args)
+    batches = training_batches(args, latents, objective, config, accelerator)
     # Conditions are dropped by the objective, each clip's by its own generator, so the model must not drop more.
     transformer.register_to_config(condition_dropout=0.0, trained_frames=args.num_frames)
     if args.gradient_checkpointing:
@@ -280,13 +220,7 @@ def main(args: argparse.Namespace) -> None:
         transformer.compile_repeated_blocks(dynamic=True)
 
     # 2. Optimizer
-    optimizer = OPTIMIZERS[args.optimizer](
-        transformer.parameters(),
-        args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    optimizer = build_optimizer(args, transformer.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -295,41 +229,46 @@ def main(args: argparse.Namespace) -> None:
     # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
 
-    # 3. Start or resume
-    identity = {name: getattr(args, name) for name in IDENTITY} | {
-        "transformer": {name: value for name, value in config.items() if not name.startswith("_")},
-        "dataset": latents.source.dataset_fingerprint,
-        "vae": latents.source.vae_hash,
-        "num_processes": accelerator.num_processes,
-    }
-    if not args.lr_scheduler.startswith("constant"):
-        identity["max_train_steps"] = args.max_train_steps
-    first_step = 0
-    if checkpoint is not None:
-        first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
-    if ema is not None:
-        ema.to(accelerator.device)
-    if accelerator.is_main_process and not args.dry_run:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers("train_far")
-    logger.info(
-        f"{transformer.num_parameters() / 1e6:.2f} M parameters; {len(batches.trajectories)} of {len(latents)} trajectories are long "
-        f"enough for {args.num_frames} frames; from step {first_step}"
-    )
-
     if args.dry_run:
         dry_run(args, accelerator, model, optimizer, batches)
         return
 
+    # 3. Start or resume
+    identity = run_identity(
+        args,
+        (*RUN_IDENTITY, "use_ema", "ema_decay"),
+        latents,
+        accelerator.num_processes,
+        transformer={name: value for name, value in config.items() if not name.startswith("_")},
+    )
+    first_step, repo_id = 0, None
+    if checkpoint is not None:
+        first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
+    if ema is not None:
+        ema.to(accelerator.device)
+    if accelerator.is_main_process:
+        repo_id = open_repo(output_dir, args.hub_model_id) if args.push_to_hub else None
+        output_dir.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers("train_far")
+    logger.info(
+        f"{transformer.num_parameters() / 1e6:.2f} M parameters; {len(batches.trajectories)} of {len(latents)} "
+        f"trajectories are long enough for {args.num_frames} frames; from step {first_step}"
+    )
+
     # 4. The pipeline that is measured and, in the end, saved
-    validation_latents = None
-    if (Path(args.latents_dir) / args.validation_split).is_dir():
-        validation_latents = LatentDataset(args.latents_dir, args.validation_split)
     height, width = (size * spatial_compression(vae) for size in latents.latent_shape[1:])
     pipeline = FARPipeline(
         transformer, vae, FlowMatchEulerDiscreteScheduler(), args.fps, args.action_names, height, width
     )
     pipeline.set_progress_bar_config(disable=True)
+
+    def measure_held_out(step: int) -> Measurement | None:
+        if validation_latents is None or not accelerator.is_main_process:
+            return None
+        with evaluated(transformer, ema), accelerator.autocast():
+            measurement = measure(args, pipeline, validation_latents)
+        log_measurement(args, accelerator, pipeline, measurement, step)
+        return measurement
 
     # 5. Train
     transformer.train()
@@ -343,21 +282,19 @@ def main(args: argparse.Namespace) -> None:
     loaded = iter(loader)
     progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
     start_time, training_seconds, num_trained_frames, finished = time.perf_counter(), 0.0, 0, first_step
+    measurement = None
     for step in range(first_step, args.max_train_steps):
-        step_start_time, step_loss = time.perf_counter(), torch.zeros((), device=accelerator.device)
-        for accumulated in range(num_accumulated):
-            clips, draw = (part.to(accelerator.device) for part in next(loaded))
-            is_last = accumulated == num_accumulated - 1
-            with nullcontext() if is_last else accelerator.no_sync(model):
-                loss = clip_loss(model, config, clips, draw, teacher_forcing=args.teacher_forcing) / num_accumulated
-                accelerator.backward(loss)
-            step_loss += loss.detach()
-        step_loss = accelerator.reduce(step_loss, reduction="mean").item()
-        if not math.isfinite(step_loss):
-            raise RuntimeError(
-                f"The loss is {step_loss} at step {step}. The last checkpoint in {args.output_dir!r} is intact: lower "
-                "`--learning_rate` or `--max_grad_norm` and resume from it with `--allow_changed_run`."
-            )
+        step_start_time = time.perf_counter()
+        seed_step(args.seed, step, accelerator.process_index)
+        outcome = accumulate_gradients(
+            accelerator,
+            model,
+            config,
+            loaded,
+            num_accumulated=num_accumulated,
+            teacher_forcing=args.teacher_forcing,
+        )
+        require_finite(outcome.loss, step, args.output_dir)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -366,25 +303,21 @@ def main(args: argparse.Namespace) -> None:
             ema.step(transformer.parameters())
 
         finished = step + 1
-        num_trained_frames += batches.clips_per_step * clips.latents.shape[1]
+        num_trained_frames += outcome.num_frames
         training_seconds += time.perf_counter() - step_start_time
         frames_per_second = num_trained_frames / training_seconds
         scalars = {
-            "train/loss": step_loss,
+            "train/loss": outcome.loss,
             "train/gradient_norm": float(gradient_norm),
             "train/learning_rate": lr_scheduler.get_last_lr()[0],
             "train/frames_per_second": frames_per_second,
         }
         accelerator.log(scalars, step=finished)
-        progress.set_postfix(loss=f"{step_loss:.4f}", frames_per_second=f"{frames_per_second:.0f}", refresh=False)
+        progress.set_postfix(loss=f"{outcome.loss:.4f}", frames_per_second=f"{frames_per_second:.0f}", refresh=False)
         progress.update()
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-        if validation_latents and accelerator.is_main_process and finished % args.validation_steps == 0:
-            with averaged_weights(transformer, ema):
-                metrics = validate(args, pipeline, validation_latents)
-            accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=finished)
-            logger.info(f"step {finished}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        measurement = measure_held_out(finished) if finished % args.validation_steps == 0 else None
         if is_out_of_time(accelerator, args.max_train_hours, start_time):
             logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
             break
@@ -393,10 +326,12 @@ def main(args: argparse.Namespace) -> None:
     # 6. Save
     save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
     if accelerator.is_main_process:
+        measurement = measurement or measure_held_out(finished)
         transformer.register_to_config(condition_dropout=args.condition_dropout)
-        with averaged_weights(transformer, ema):
-            pipeline.save_pretrained(output_dir, training_facts=training_facts(args, finished, objective))
-        logger.info(f"Saved the pipeline to {output_dir} after step {finished}")
+        facts = training_facts(args, args.latents_dir or args.dataset_name, finished, objective)
+        facts["EMA"] = str(args.ema_decay) if args.use_ema else "none"
+        with evaluated(transformer, ema):
+            save_result(args, pipeline, facts, measurement, repo_id)
     accelerator.end_training()
 
 

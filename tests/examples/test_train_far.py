@@ -15,11 +15,13 @@ import pytest
 import torch
 from datasets import Features, List, Value
 from diffusers import AutoencoderDC
+from local_hub import LocalHub, run_python
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_dc
+from video_files import write_video
 
-from diffusers_far import FARPipeline
+from diffusers_far import FARPipeline, FARTransformer3DModel
 from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentSource, write_shard
 
@@ -260,3 +262,111 @@ def test_a_run_out_of_time_stops_with_a_checkpoint_and_a_pipeline(workplace):
     assert (workplace / "timed" / "checkpoint-1").is_dir()
     config = json.loads((workplace / "timed" / "transformer" / "config.json").read_text())
     assert config["frame_causal"] is False and config["long_patch_size"] is None
+
+
+def test_a_run_leaves_what_it_predicted_for_people_to_look_at(trained):
+    assert (trained / "validation" / "step-0000009.mp4").stat().st_size > 0
+    assert (trained / "sample.mp4").stat().st_size > 0
+    card = (trained / "README.md").read_text()
+    assert "PSNR of the first predicted frame" in card and 'src="sample.mp4"' in card
+    assert "9 of 4 clips per process" in card
+    images = [
+        events.Tags()["images"]
+        for events in (EventAccumulator(str(path)).Reload() for path in trained.rglob("events*"))
+    ]
+    assert ["validation/truth_above_prediction"] in images
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoints_intact(workplace):
+    result = train(
+        workplace, "diverged", "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30"
+    )
+    assert result.returncode != 0
+    assert "The last checkpoint in" in result.stderr and "lower `--learning_rate`" in result.stderr
+    assert not (workplace / "diverged" / "model_index.json").exists()
+
+
+def test_a_pretrained_model_with_fewer_actions_gets_a_new_table(workplace, trained):
+    config = TRANSFORMER | {"num_actions": 2}
+    FARTransformer3DModel(**config).save_pretrained(workplace / "two-actions")
+    result = train(
+        workplace,
+        "three-actions",
+        *("--pretrained_model_name_or_path", str(workplace / "two-actions"), "--max_train_steps", "1"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "`num_actions` was 2 and is 3" in result.stderr
+    assert FARPipeline.from_pretrained(workplace / "three-actions").transformer.config.num_actions == 3
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory) -> Path:
+    """mp4 files with actions, as `datasets` opens them: a `videofolder`."""
+    folder = tmp_path_factory.mktemp("videos")
+    random, lines = np.random.default_rng(0), []
+    for number in range(4):
+        write_video(folder / f"{number}.mp4", random.integers(0, 256, (14, 16, 16, 3), dtype=np.uint8))
+        lines.append(json.dumps({"file_name": f"{number}.mp4", "actions": random.integers(0, 3, 14).tolist()}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def video_arguments(workplace: Path, output: Path, dataset: str) -> list[str]:
+    arguments = {
+        "dataset_name": dataset,
+        "vae": workplace / "vae",
+        "transformer_config": workplace / "transformer.json",
+        "output_dir": output,
+        "num_frames": 6,
+        "frame_interval": 2,
+        "combine_actions": "last",
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+    }
+    return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+
+
+def test_videos_train_without_cached_latents(workplace, video_folder):
+    result = subprocess.run(
+        [
+            sys.executable,
+            *ACCELERATE,
+            str(SCRIPT),
+            *video_arguments(workplace, workplace / "videos", str(video_folder)),
+        ],
+        env=environment(workplace),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert FARPipeline.from_pretrained(workplace / "videos").transformer.config.trained_frames == 6
+
+
+def test_from_a_dataset_on_the_hub_to_a_model_on_the_hub(workplace, tmp_path):
+    push = """
+        import sys
+        import numpy as np
+        from datasets import Dataset, Features, Image, List, Value
+
+        random = np.random.default_rng(0)
+        features = Features({"video": List(Image()), "actions": List(Value("int64"))})
+        videos = [list(random.integers(0, 256, (14, 16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+        rows = {"video": videos, "actions": random.integers(0, 3, (4, 14)).tolist()}
+        Dataset.from_dict(rows, features=features).push_to_hub("org/walks")
+    """
+    generate = """
+        import torch
+        from diffusers_far import FARPipeline, FARTransformer3DModel
+
+        pipe = FARPipeline.from_pretrained("org/far-walks")
+        video, actions = torch.rand(1, 3, 3, 16, 16), [[0, 1, 2, 0, 1]]
+        print(pipe(video=video, actions=actions, num_frames=2, num_inference_steps=2, output_type="pt").frames.shape)
+    """
+    with LocalHub() as hub:
+        run_python(push, hub)
+        arguments = video_arguments(workplace, tmp_path / "far-walks", "org/walks")
+        run_python(SCRIPT, hub, *arguments, "--push_to_hub", "--hub_model_id", "org/far-walks")
+        files = hub.repos["models/org/far-walks"].find("main").files
+        assert "torch.Size([1, 2, 3, 16, 16])" in run_python(generate, hub)
+    assert {"model_index.json", "README.md"} <= files.keys()
+    assert not [name for name in files if name.startswith(("checkpoint-", "logs"))]

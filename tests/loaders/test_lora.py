@@ -40,10 +40,10 @@ def rollout(request):
     return run
 
 
-def save_lora(folder, seed=0, rank=2, alpha=6):
+def save_lora(folder, seed=0, rank=2, alpha=6, dropout=0.0):
     """A LoRA file with random layers, as a training script would write it."""
     transformer = tiny_transformer(num_actions=3, long_patch_size=2)
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(seed)
     layers = {
         key: 0.3 * torch.randn(tensor.shape, generator=generator)
@@ -78,6 +78,12 @@ def test_saved_layers_come_back_with_their_alpha(pipe, rollout, tmp_path):
     changed = rollout(pipe)
     assert differs(changed, plain)
     torch.testing.assert_close(changed, rollout(tiny_pipeline(merged)), **ROUNDING)
+
+
+def test_layers_that_were_trained_with_dropout_drop_nothing_in_a_rollout(pipe, rollout, tmp_path):
+    save_lora(tmp_path, dropout=0.5)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(rollout(pipe), rollout(pipe))
 
 
 def test_layers_given_as_a_dict_are_left_as_they_are(pipe, tmp_path):

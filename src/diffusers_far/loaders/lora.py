@@ -125,6 +125,8 @@ class FARLoraLoaderMixin(LoraBaseMixin):
             hotswap=hotswap,
             _pipeline=_pipeline,
         )
+        # PEFT adds layers in training mode, where a LoRA that was trained with dropout drops at inference too.
+        transformer.train(transformer.training)
 
     @classmethod
     def save_lora_weights(

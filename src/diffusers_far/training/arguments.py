@@ -1,0 +1,144 @@
+"""The arguments that the FAR training scripts share, in groups, and what is built from them.
+
+A script whose defaults differ says so with `parser.set_defaults`.
+"""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+
+from ..data.actions import COMBINATION_RULES, ActionCombiner
+from .objective import OBJECTIVES, TrainingObjective
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+
+# What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
+RUN_IDENTITY = (
+    "num_frames frame_interval combine_actions num_actions train_batch_size gradient_accumulation_steps "
+    "learning_rate lr_scheduler lr_warmup_steps optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon "
+    "max_grad_norm objective clean_context_ratio clean_prefix_ratio teacher_forcing condition_dropout logit_mean "
+    "logit_std mixed_precision seed"
+).split()
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the clips come from, see [`~training.clip_sources.open_clips`], and where the result goes."""
+    parser.add_argument("--latents_dir", help="Folder that cache_latents.py wrote.")
+    parser.add_argument("--dataset_name", help="Instead: a dataset's folder or Hub id, encoded again at every step.")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--validation_split", default="validation", help="Measured where there is one.")
+    parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
+
+
+def require_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with the rule unless `add_data_arguments` was given exactly one source of clips that can be read as asked."""
+    if (args.latents_dir is None) == (args.dataset_name is None):
+        parser.error("give `--latents_dir` or `--dataset_name`, one of the two.")
+    if args.dataset_name is not None and args.dataloader_num_workers:
+        parser.error("`--dataloader_num_workers` is for cached latents: with `--dataset_name` the VAE encodes here.")
+
+
+def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
+    """The clips and the objective, see [`TrainingObjective`]."""
+    parser.add_argument("--objective", choices=OBJECTIVES, default="far")
+    parser.add_argument("--num_frames", type=int, default=16, help="Longest clip, long frames included.")
+    parser.add_argument("--frame_interval", type=int, default=1)
+    parser.add_argument(
+        "--combine_actions", choices=COMBINATION_RULES, help="What becomes of the actions of skipped frames."
+    )
+    parser.add_argument("--num_actions", type=int, help="Discrete actions in the data, to combine them jointly.")
+    parser.add_argument("--clean_context_ratio", type=float, default=0.1, help="Share of frames that are clean.")
+    parser.add_argument("--clean_prefix_ratio", type=float, default=0.0, help="Share of clips with a clean start.")
+    parser.add_argument("--teacher_forcing", action="store_true", help="All frames noisy, all context clean.")
+    parser.add_argument("--condition_dropout", type=float, default=0.1)
+    parser.add_argument("--logit_mean", type=float, default=0.0, help="Of the noise levels; above 0: more noise.")
+    parser.add_argument("--logit_std", type=float, default=1.0)
+
+
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    """Length of the run, batches, optimizer and schedule."""
+    parser.add_argument("--max_train_steps", type=int, default=10_000)
+    parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
+    parser.add_argument("--train_batch_size", type=int, default=16, help="Clips per process and pass.")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument(
+        "--lr_scheduler", default="constant_with_warmup", help="Name known to `diffusers.optimization`."
+    )
+    parser.add_argument("--lr_warmup_steps", type=int, default=500)
+    parser.add_argument("--adam_beta1", type=float, default=0.9)
+    parser.add_argument("--adam_beta2", type=float, default=0.999)
+    parser.add_argument("--adam_weight_decay", type=float, default=0.0)
+    parser.add_argument("--adam_epsilon", type=float, default=1e-8)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--dataloader_num_workers", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Checkpoints, resuming and logs."""
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--checkpoints_total_limit", type=int, default=2)
+    parser.add_argument("--resume_from_checkpoint", help="'latest', the name of a checkpoint, or a path.")
+    parser.add_argument("--allow_changed_run", action="store_true", help="Resume although data or settings changed.")
+    parser.add_argument("--report_to", default="tensorboard", help="tensorboard, trackio, wandb or none.")
+
+
+def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What [`~training.measurement.measure`] measures, and how often."""
+    parser.add_argument("--validation_steps", type=int, default=500)
+    parser.add_argument("--num_validation_clips", type=int, default=64, help="Clips of the held-out loss.")
+    parser.add_argument("--num_validation_videos", type=int, default=8, help="Clips that are continued; 0: none.")
+    parser.add_argument("--num_validation_frames", type=int, default=8, help="Frames that are predicted in each.")
+    parser.add_argument("--num_validation_inference_steps", type=int, default=20)
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether and where the result is uploaded; the token is the one of `hf auth login` or `HF_TOKEN`."""
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload the result, without checkpoints and logs.")
+    parser.add_argument(
+        "--hub_model_id", help="Repo to upload to; the name of --output_dir in your namespace if left out."
+    )
+
+
+def action_combiner(args: argparse.Namespace) -> ActionCombiner | None:
+    """What makes one action of those of skipped frames; `None` where `--combine_actions` was left out."""
+    return None if args.combine_actions is None else ActionCombiner(args.combine_actions, args.num_actions)
+
+
+def num_fed_actions(args: argparse.Namespace, num_actions: int | None) -> int | None:
+    """Discrete actions that the model is fed: the `num_actions` of the data, or their sequences where they are joined."""
+    return args.num_actions**args.frame_interval if args.combine_actions == "joint" else num_actions
+
+
+def training_objective(args: argparse.Namespace) -> TrainingObjective:
+    """The objective that `add_objective_arguments` asked for.
+
+    Raises:
+        ValueError: A share is none, or the arguments contradict each other.
+    """
+    return TrainingObjective(
+        args.objective,
+        args.clean_context_ratio,
+        args.clean_prefix_ratio,
+        args.teacher_forcing,
+        args.condition_dropout,
+        args.logit_mean,
+        args.logit_std,
+    )
+
+
+def build_optimizer(args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that `add_optimization_arguments` asked for, over `parameters`."""
+    return OPTIMIZERS[args.optimizer](
+        parameters,
+        args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )

@@ -1,0 +1,245 @@
+"""The pieces of a FAR training run that its scripts share; the loop itself stands in each script.
+
+B batch, F frames.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
+
+from ..data.encoded import EncodedDataset
+from ..data.latents import LatentDataset
+from .clips import ClipBatch, TrainingBatches, clip_loss
+from .objective import ObjectiveDraw, TrainingObjective
+from .order import step_generator
+
+
+DROPOUT_STREAM = 3  # beside the streams of `clips`: what the network itself draws in a step
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate for `args.output_dir`, `args.mixed_precision` and `args.report_to`.
+
+    On a machine without an accelerator it is told so: processes that torchrun starts there would otherwise not know of
+    each other, and each would train and write alone.
+    """
+    output_dir = Path(args.output_dir)
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        # The long frames' parameters have no gradient in a step without long frames.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def check_data(
+    latents: LatentDataset | EncodedDataset, transformer: torch.nn.Module, num_fed_actions: int | None
+) -> None:
+    """Refuse data that the model cannot be trained on, before any step.
+
+    Args:
+        latents (`LatentDataset` or `EncodedDataset`): To train on.
+        transformer ([`FARTransformer3DModel`]): To be trained.
+        num_fed_actions (`int`, *optional*): Discrete actions that it will be fed, see `arguments.num_fed_actions`.
+
+    Raises:
+        ValueError: Channels or the number of actions do not fit, or the latents lack the actions or classes that the
+            transformer takes.
+    """
+    config = transformer.config
+    if latents.latent_shape[0] != config.in_channels:
+        raise ValueError(
+            f"The latents have {latents.latent_shape[0]} channels but the transformer has `in_channels` "
+            f"{config.in_channels}; change the transformer's config, or cache latents of another VAE."
+        )
+    clip = latents.clip(0, 0, 1)
+    if transformer.takes_actions and clip.actions is None:
+        raise ValueError(
+            "The transformer takes actions but the latents have none; leave `num_actions` out of its config."
+        )
+    if config.num_actions is not None and num_fed_actions is not None and num_fed_actions > config.num_actions:
+        raise ValueError(
+            f"The actions go up to {num_fed_actions - 1} but the transformer has `num_actions` {config.num_actions}; "
+            f"give at least {num_fed_actions} in its config."
+        )
+    if transformer.takes_labels and clip.label is None:
+        raise ValueError(
+            "The transformer takes classes but the latents have none; leave `num_classes` out of its config."
+        )
+
+
+def training_batches(
+    args: argparse.Namespace,
+    latents: LatentDataset | EncodedDataset,
+    objective: TrainingObjective,
+    transformer_config,
+    accelerator: Accelerator,
+) -> TrainingBatches:
+    """This process's batches of the whole run, see [`TrainingBatches`]."""
+    is_long = transformer_config.long_patch_size is not None
+    return TrainingBatches(
+        latents,
+        objective,
+        num_frames=args.num_frames,
+        short_window=transformer_config.short_window if is_long else None,
+        interval=args.frame_interval,
+        batch_size=args.train_batch_size,
+        num_accumulated=args.gradient_accumulation_steps,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+
+
+def run_identity(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    latents: LatentDataset | EncodedDataset,
+    num_processes: int,
+    **facts: Any,
+) -> dict[str, Any]:
+    """What a resumed run must share with the run that it continues, for `save_checkpoint` and `load_checkpoint`.
+
+    Args:
+        args (`argparse.Namespace`): Of the script.
+        names (sequence of `str`): The arguments that matter, such as `RUN_IDENTITY`.
+        latents (`LatentDataset` or `EncodedDataset`): What is trained on.
+        num_processes (`int`): Of the run.
+        facts: What else must be the same; JSON values.
+    """
+    identity = {name: getattr(args, name) for name in names} | {
+        "dataset": latents.dataset_fingerprint,
+        "vae": latents.vae_hash,
+        "num_processes": num_processes,
+    }
+    if not args.lr_scheduler.startswith("constant"):
+        identity["max_train_steps"] = args.max_train_steps
+    return identity | facts
+
+
+def model_hash(model: torch.nn.Module) -> str:
+    """Sha256 (hex) of a model's class, config and weights, every bit of them; stored in half or in full precision, the
+    same values have one hash."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def seed_step(seed: int, step: int, process_index: int = 0) -> None:
+    """Make what the network itself draws in a step, such as dropout, a function of the seed and the step: measuring,
+    resuming or worker processes cannot change it."""
+    torch.manual_seed(step_generator(seed, step, process_index, stream=DROPOUT_STREAM).initial_seed())
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What came of one step's forward and backward passes.
+
+    Args:
+        loss (`float`): Mean over the batches of all processes.
+        num_frames (`int`): Frames of the clips of all processes.
+    """
+
+    loss: float
+    num_frames: int
+
+
+def accumulate_gradients(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    transformer_config,
+    loaded: Iterator[tuple[ClipBatch, ObjectiveDraw]],
+    *,
+    num_accumulated: int,
+    teacher_forcing: bool = False,
+) -> StepOutcome:
+    """Forward and backward of one step; the mean gradient is left in the parameters, the same on all processes.
+
+    Args:
+        accelerator (`Accelerator`): Holds `model`.
+        model (`torch.nn.Module`): The transformer as `accelerator.prepare` returned it.
+        transformer_config: Of the transformer.
+        loaded (iterator): Gives the step's `num_accumulated` batches next.
+        num_accumulated (`int`): Batches of the step on this process.
+        teacher_forcing (`bool`): See [`TrainingObjective`].
+    """
+    step_loss, num_frames = torch.zeros((), device=accelerator.device), 0
+    for accumulated in range(num_accumulated):
+        clips, draw = (part.to(accelerator.device) for part in next(loaded))
+        is_last = accumulated == num_accumulated - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            loss = clip_loss(model, transformer_config, clips, draw, teacher_forcing=teacher_forcing) / num_accumulated
+            accelerator.backward(loss)
+        step_loss += loss.detach()
+        num_frames += clips.latents.shape[0] * clips.latents.shape[1]
+    step_loss = accelerator.reduce(step_loss, reduction="mean").item()
+    return StepOutcome(step_loss, num_frames * accelerator.num_processes)
+
+
+def require_finite(loss: float, step: int, output_dir: str) -> None:
+    """Stop a run whose loss is NaN or infinite, before it changes the weights."""
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"The loss is {loss} at step {step}. The last checkpoint in {output_dir!r} is intact: lower "
+            "`--learning_rate` or `--max_grad_norm` and resume from it with `--allow_changed_run`."
+        )
+
+
+def is_out_of_time(accelerator: Accelerator, max_hours: float | None, start_time: float) -> bool:
+    """Whether this launch has run for `max_hours` since `start_time` (of `time.perf_counter`); the same answer on all
+    processes, which all ask."""
+    if max_hours is None:
+        return False
+    if time.perf_counter() - start_time > max_hours * 3600:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
+
+
+@contextmanager
+def evaluated(transformer: torch.nn.Module, ema=None):
+    """The transformer in `eval` mode, and with its averaged weights where there are any; afterwards as it trains.
+
+    Args:
+        transformer (`torch.nn.Module`): In `train` mode.
+        ema (`diffusers.training_utils.EMAModel`, *optional*): Of its parameters.
+    """
+    if ema is not None:
+        ema.store(transformer.parameters())
+        ema.copy_to(transformer.parameters())
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train()
+        if ema is not None:
+            ema.restore(transformer.parameters())
+
+
+def training_facts(
+    args: argparse.Namespace, data: str, num_steps: int, objective: TrainingObjective
+) -> dict[str, str]:
+    """What a card says of a run; a folder of data by its name, not where it lies."""
+    return {
+        "Data": f"{Path(data).name}, split {args.dataset_split}, encoded by the VAE of the pipeline",
+        "Clips": f"up to {args.num_frames} frames, every {args.frame_interval}",
+        "Steps": f"{num_steps} of {args.train_batch_size * args.gradient_accumulation_steps} clips per process",
+        "Objective": str(objective),
+        "Optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, {args.lr_scheduler}",
+        "Seed": str(args.seed),
+    }
