@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, VQModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -310,3 +310,20 @@ def models_with_clips(draw, is_long: bool | None = None, min_frames: int = 1, ma
         seed,
     )
     return model, clip
+
+
+def tiny_vq() -> VQModel:
+    """2 times smaller, 16 codes."""
+    torch.manual_seed(0)
+    vq = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=16,
+        mid_block_add_attention=False,
+    )
+    # As initialised all entries lie so close together that one of them is the nearest to everything.
+    torch.nn.init.normal_(vq.quantize.embedding.weight)
+    return vq.eval()
