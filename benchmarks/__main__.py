@@ -6,15 +6,10 @@ python -m benchmarks step --output step.json
 
 import argparse
 import json
-import os
-import platform
-import time
 from pathlib import Path
 
-import diffusers
-import torch
-
 from . import step
+from .timing import describe_machine
 
 
 CASES = {"step": step.run}
@@ -50,12 +45,7 @@ def main(args: argparse.Namespace) -> None:
             rows.append(row)
     if args.output is not None:
         machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
+            **describe_machine(),
             "seed": 0,
             "num_rounds": args.num_rounds,
         }

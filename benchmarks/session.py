@@ -5,17 +5,16 @@ python -m benchmarks.session --model checkpoints/far-maze --num_steps 2000 --out
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import diffusers
 import psutil
 import torch
 
 from diffusers_far import FARPipeline, FARSession
+
+from .timing import describe_machine
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,12 +95,7 @@ def main(args: argparse.Namespace) -> None:
         rows.append(row)
     if args.output is not None:
         machine = {
-            "date": time.strftime("%Y-%m-%d"),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
+            **describe_machine(),
             "seed": args.seed,
             "model": args.model,
             "num_inference_steps": args.num_inference_steps,

@@ -1,10 +1,15 @@
 """Rivals timed in turn in one process: the machine's noise then hits all of them alike."""
 
+import os
+import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import diffusers
+import torch
 
 
 @dataclass(frozen=True)
@@ -37,3 +42,15 @@ def time_in_turn(rivals: Mapping[str, Callable[[], object]], num_rounds: int) ->
 def peak_memory() -> float:
     """The largest resident size of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def describe_machine() -> dict[str, str | int]:
+    """What a figure was measured on, and when."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
