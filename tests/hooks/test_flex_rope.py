@@ -65,7 +65,8 @@ def test_a_constant_slope_takes_slope_per_frame_of_distance_from_each_logit(long
     expected[frames[None] > frames[:, None]] = float("-inf")
     for mask in masks_of(calls):
         assert mask.dtype == torch.float32
-        torch.testing.assert_close(mask[0, 0], expected)
+        # The last layer has no queries of long frames.
+        torch.testing.assert_close(mask[0, 0], expected[expected.shape[0] - mask.shape[-2] :])
 
 
 def test_beyond_training_the_slope_grows_over_one_more_trained_length():

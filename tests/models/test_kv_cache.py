@@ -94,6 +94,17 @@ def test_masked_actions_survive_the_rebuild_of_the_short_window():
     assert (predict_cached(model, clip) - expected).abs().max() > 1e-2  # all actions given: another prediction
 
 
+def test_a_long_context_is_written_in_parts_of_bounded_size(monkeypatch):
+    monkeypatch.setattr("diffusers_far.models.kv_cache.WRITTEN_TOKENS", 2 * 24)
+    model = long_model(long_patch_size=None)
+    clip = random_clip(model, 8).clean_but_last()
+    sizes = []
+    model.x_embedder.register_forward_pre_hook(lambda embedder, args: sizes.append(args[0].shape[1]))
+    cached = predict_cached(model, clip, [7])
+    assert sizes == [2, 2, 2, 1, 1]  # the context, two frames at a time, then the noisy frame
+    torch.testing.assert_close(cached, predict(model, clip)[:, -1:], atol=1e-5, rtol=1e-5)
+
+
 # What writing and reading leave as it is
 
 

@@ -4,12 +4,14 @@ B batch, F frames, L tokens of a pass (long ones first), N heads, D head dim.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+from .causal_chunks import CausalChunks
 from .context_plan import ContextPlan
 from .functional import apply_rotary_embedding, frame_ids
 from .kv_cache import LayerKVCache
@@ -63,7 +65,8 @@ class FARAttentionBias(nn.Module):
     """
 
     def forward(self, attention_mask, frames: AttentionFrames):
-        """Return `attention_mask`: `None` (against a cache, or where all see all), a dense mask or a `BlockMask`."""
+        """Return `attention_mask`: `None` (against a cache, or where all see all), [`CausalChunks`], a dense mask or a
+        `BlockMask`."""
         return attention_mask
 
 
@@ -81,35 +84,53 @@ class FARAttnProcessor:
         rotary_emb: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         kv_cache: LayerKVCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))  # (B, L_short, N, D)
-        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)))
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
-
-        num_long_tokens = 0
-        if long_hidden_states is not None:
-            num_long_tokens = long_hidden_states.shape[1]
-            long_query = attn.norm_added_q(attn.add_q_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
-            long_key = attn.norm_added_k(attn.add_k_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
-            long_value = attn.add_v_proj(long_hidden_states).unflatten(-1, (attn.heads, -1))
-            query = torch.cat([long_query, query], dim=1)  # (B, L, N, D)
-            key = torch.cat([long_key, key], dim=1)
-            value = torch.cat([long_value, value], dim=1)
-
-        query = apply_rotary_embedding(query, rotary_emb).to(value.dtype)
+        num_output_tokens: int | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        query_states, long_query_states = hidden_states, long_hidden_states
+        if num_output_tokens is not None:
+            query_states = hidden_states[:, hidden_states.shape[1] - num_output_tokens :]
+            long_query_states = None
+        key, value = self._project_keys(attn, hidden_states, long_hidden_states)  # (B, L, N, D)
         # Rotated before caching: positions never change, so old keys are rotated once.
         key = apply_rotary_embedding(key, rotary_emb).to(value.dtype)
-        if kv_cache is None:
-            hidden_states = self._attend(query, key, value, attention_mask)
-        else:
-            hidden_states = self._attend_to_cache(query, key, value, attention_mask, kv_cache)
-        hidden_states = hidden_states.flatten(2)  # (B, L, N * D)
+        if kv_cache is not None:
+            kv_cache.write(key, value)
+        if num_output_tokens == 0:
+            return None, None
 
+        query = self._project_queries(attn, query_states, long_query_states)  # (B, L_query, N, D)
+        num_unread = key.shape[1] - query.shape[1]
+        query = apply_rotary_embedding(query, rotary_emb[num_unread:]).to(value.dtype)
+        if kv_cache is None:
+            hidden_states = self._attend_to_pass(query, key, value, attention_mask)
+        else:
+            hidden_states = self._attend_to_cache(query, attention_mask, kv_cache)
+        hidden_states = hidden_states.flatten(2)  # (B, L_query, N * D)
+
+        num_long_tokens = 0 if long_query_states is None else long_query_states.shape[1]
         long_output = None
-        if long_hidden_states is not None and not attn.context_pre_only:
+        if num_long_tokens and not attn.context_pre_only:
             long_output = attn.to_add_out(hidden_states[:, :num_long_tokens])
         output = attn.to_out[0](hidden_states[:, num_long_tokens:])
         return attn.to_out[1](output), long_output
+
+    def _project_queries(self, attn: "FARAttention", hidden_states, long_hidden_states) -> torch.Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))
+        if long_hidden_states is None:
+            return query
+        long_query = attn.norm_added_q(attn.add_q_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
+        return torch.cat([long_query, query], dim=1)
+
+    def _project_keys(
+        self, attn: "FARAttention", hidden_states, long_hidden_states
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)))
+        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
+        if long_hidden_states is None:
+            return key, value
+        long_key = attn.norm_added_k(attn.add_k_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
+        long_value = attn.add_v_proj(long_hidden_states).unflatten(-1, (attn.heads, -1))
+        return torch.cat([long_key, key], dim=1), torch.cat([long_value, value], dim=1)
 
     def _attend(self, query, key, value, attention_mask):
         return dispatch_attention_fn(
@@ -121,9 +142,15 @@ class FARAttnProcessor:
             parallel_config=self._parallel_config,
         )
 
-    def _attend_to_cache(self, query, key, value, attention_bias, kv_cache: LayerKVCache):
+    def _attend_to_pass(self, query, key, value, attention_mask):
+        if isinstance(attention_mask, CausalChunks):
+            return attention_mask.attend(self._attend, query, key, value)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-2] > query.shape[1]:
+            attention_mask = attention_mask[..., attention_mask.shape[-2] - query.shape[1] :, :]
+        return self._attend(query, key, value, attention_mask)
+
+    def _attend_to_cache(self, query, attention_bias, kv_cache: LayerKVCache):
         """Frame by frame: each sees one contiguous view of the stores, so causality needs no mask."""
-        kv_cache.write(key, value)
         first_key = kv_cache.cache_pass.view_start
         outputs = []
         for frame, span in enumerate(kv_cache.cache_pass.queries):
@@ -189,20 +216,25 @@ class FARAttention(nn.Module, AttentionModuleMixin):
         hidden_states: torch.Tensor,
         long_hidden_states: torch.Tensor | None = None,
         rotary_emb: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         kv_cache: LayerKVCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        num_output_tokens: int | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Attend.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L_short, dim)`).
             long_hidden_states (`torch.Tensor` of shape `(B, L_long, dim)`, *optional*).
             rotary_emb (`torch.Tensor` of shape `(L, D / 2)`): Rotations of the pass's tokens, long ones first.
-            attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)` or a `BlockMask`, *optional*): With a
-                cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
+            attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)`, `CausalChunks` or `BlockMask`, *optional*):
+                With a cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
             kv_cache (`LayerKVCache`, *optional*): Stores the pass's keys and values and adds the cached ones.
+            num_output_tokens (`int`, *optional*): Only the last so many short tokens have an output that anybody reads;
+                against a cache 0 or all. With 0 the pass only stores.
 
         Returns:
-            The outputs for the short and for the long tokens; `None` for the latter where nobody reads them.
+            The outputs for the short and for the long tokens; `None` where nobody reads them.
         """
-        return self.processor(self, hidden_states, long_hidden_states, rotary_emb, attention_mask, kv_cache)
+        return self.processor(
+            self, hidden_states, long_hidden_states, rotary_emb, attention_mask, kv_cache, num_output_tokens
+        )

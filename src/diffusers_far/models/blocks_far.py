@@ -90,22 +90,35 @@ class FARTransformerBlock(nn.Module):
         rotary_emb: torch.Tensor,
         attention_mask: torch.Tensor | None,
         kv_cache: LayerKVCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` (B, F_short, T_short, dim) with `temb` (B, F_short, dim), and likewise for the long frames."""
+        num_output_frames: int | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`hidden_states` (B, F_short, T_short, dim) with `temb` (B, F_short, dim), and likewise for the long frames.
+
+        In the last block nobody reads every output. With `num_output_frames` it returns the last so many short frames
+        alone; with 0, which needs a `kv_cache`, it only stores keys and values.
+        """
         # 1. Attention, over the tokens of all frames at once
         attn_input, gate = self._modulated_norm1(hidden_states, temb)
         long_attn_input, long_gate = None, None
         if long_hidden_states is not None:
             long_attn_input, long_gate = self._modulated_norm1(long_hidden_states, long_temb)
+        num_output_tokens = None
+        if num_output_frames is not None:
+            num_output_tokens = num_output_frames * hidden_states.shape[2]
         attn_output, long_attn_output = self.attn(
             attn_input,
             long_attn_input,
             rotary_emb=rotary_emb,
             attention_mask=attention_mask,
             kv_cache=kv_cache,
+            num_output_tokens=num_output_tokens,
         )
+        if num_output_frames == 0:
+            return None, None
 
         # 2. Gated residuals and MLP, for each kind of token
+        if num_output_frames is not None:
+            hidden_states, temb, gate = (each[:, -num_output_frames:] for each in (hidden_states, temb, gate))
         hidden_states = self._feed_forward(hidden_states + gate * attn_output.view_as(hidden_states), temb)
         if long_attn_output is None:
             return hidden_states, None

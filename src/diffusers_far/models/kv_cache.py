@@ -16,6 +16,7 @@ from .frame_batch import FrameBatch
 from .functional import apply_rotary_embedding
 
 
+WRITTEN_TOKENS = 1024  # at once; enough to keep matrix products busy
 EVICTIONS_PER_MEMORY = 8  # the oldest eighth of the long frames goes at once, so that keys are seldom rotated anew
 
 
@@ -290,10 +291,14 @@ class FARKVCache:
         self._window_is_stale = self._window_is_stale or new.num_long_frames < old.num_long_frames
 
     def pieces(self, frames: FrameBatch) -> list[FrameBatch]:
-        """The parts in which frames are to be written, so that what is forgotten never has to be stored first."""
-        if self.options.max_long_frames is None:
+        """The parts in which frames are to be written: so few that what is forgotten never has to be stored first, and
+        that a long context needs no more memory for activations than a short one."""
+        if self.options.max_long_frames is not None:
+            size = self._eviction_size
+        elif self._largest_plan.long_patch_size is None:
+            size = max(1, WRITTEN_TOKENS // self._largest_plan.tokens_per_short_frame)
+        else:  # each part would encode the short window anew
             return [frames]
-        size = self._eviction_size
         return [frames.between(start, start + size) for start in range(0, frames.num_frames, size)]
 
     def begin_noisy(self) -> tuple[ContextPlan, CachePass]:

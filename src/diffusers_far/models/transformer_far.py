@@ -22,7 +22,9 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from .attention_far import AttentionFrames, FARAttentionBias, attention_frames_of
 from .blocks_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
 from .cache_options import CacheOptions
+from .causal_chunks import CausalChunks, frame_causal_chunks
 from .conditions import check_condition
+from .config_checks import check_config
 from .context_plan import ContextPlan
 from .frame_batch import FrameBatch
 from .functional import (
@@ -325,21 +327,36 @@ class FARTransformer3DModel(
             attention_mask = None
         attention_mask = self.attention_bias(attention_mask, attention_frames)
 
-        # 4. Blocks
+        # 4. Blocks; of the last one only what is read
+        is_write = cache_pass is not None and not cache_pass.is_noisy
+        num_output_frames = self._num_output_frames(plan, attention_mask, is_write=is_write, has_twins=has_twins)
+        last_block = self.transformer_blocks[-1]
         for block, layer in zip(self.transformer_blocks, layers):
             inputs = (short_states, long_states, temb, long_temb, rotary_emb, attention_mask, layer)
+            if block is last_block:
+                inputs += (num_output_frames,)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
+            elif block is last_block and is_write:
+                # With its hooks, but not compiled: so little work is not worth it.
+                short_states, long_states = block._call_impl(*inputs)
             else:
                 short_states, long_states = block(*inputs)
-
-        if cache_pass is not None and not cache_pass.is_noisy:
-            return None  # a write: nobody reads the velocity of clean frames
+        if is_write:
+            return None
 
         # 5. Velocity, of the twins where there are any
         scale, shift = self.norm_out.modulation(temb[:, -plan.num_short_frames :])
         patches = self.proj_out(self.norm_out.norm(short_states[:, -plan.num_short_frames :]) * (1 + scale) + shift)
         return unpatchify(patches, plan.patch_size, plan.height, plan.width)
+
+    def _num_output_frames(self, plan: ContextPlan, attention_mask, *, is_write: bool, has_twins: bool) -> int | None:
+        """How many of the last block's short frames are read; `None` where all are, or cannot be told apart."""
+        if is_write:
+            return 0
+        is_everything = not has_twins and plan.num_long_frames == 0
+        is_block_mask = attention_mask is not None and not isinstance(attention_mask, (torch.Tensor, CausalChunks))
+        return None if is_everything or is_block_mask else plan.num_short_frames
 
     def _time_rotation(self, num_frames: int) -> torch.Tensor:
         """The rotary embedding of a shift in time, `(1, D / 2)`."""
@@ -385,15 +402,21 @@ class FARTransformer3DModel(
         return temb
 
     def _attention_mask(self, plan: ContextPlan, frames: AttentionFrames):
-        """`None` where every query sees every key; else a `BlockMask` for flex attention, a dense mask for others."""
+        """`None` where every query sees every key; else a `BlockMask` for flex attention, [`CausalChunks`] for the native
+        one, a dense mask for others and for compiled blocks, which chunks would compile again and again."""
         if (plan.num_frames == 1 and frames.is_twin is None) or not self.config.frame_causal:
             return None
-        backend = self.transformer_blocks[0].attn.processor._attention_backend
+        first_block = self.transformer_blocks[0]
+        backend = first_block.attn.processor._attention_backend
         if backend is None:
             backend, _ = _AttentionBackendRegistry.get_active_backend()
         if backend == AttentionBackendName.FLEX:
             return frame_causal_block_mask(frames.query_frames, frames.key_frames, frames.is_twin)
-        return frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)[None, None]
+        mask = frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)
+        is_compiled = torch.compiler.is_compiling() or first_block._compiled_call_impl is not None
+        if backend == AttentionBackendName.NATIVE and not is_compiled:
+            return frame_causal_chunks(plan, mask, has_twins=frames.is_twin is not None)
+        return mask[None, None]
 
     def _check_inputs(
         self,
@@ -439,31 +462,6 @@ class FARTransformer3DModel(
             reason = "`kv_cache` holds the clean frames" if kv_cache is not None else "no frame is causal"
             raise ValueError(f"`clean_hidden_states` was given but {reason}; leave it out.")
         check_condition("clean_hidden_states", clean_hidden_states, True, tuple(frames.latents.shape))
-
-
-def check_config(config) -> None:
-    """Refuse impossible sizes at construction, the values named."""
-    if sum(config.axes_dims_rope) != config.attention_head_dim or any(dim % 2 for dim in config.axes_dims_rope):
-        raise ValueError(
-            f"`axes_dims_rope` is {tuple(config.axes_dims_rope)} and `attention_head_dim` {config.attention_head_dim}; "
-            "the axes must be even and add up to the head dim."
-        )
-    if config.long_patch_size is not None and config.long_patch_size % config.patch_size:
-        raise ValueError(
-            f"`long_patch_size` is {config.long_patch_size} and `patch_size` {config.patch_size}; a long patch must "
-            "cover whole short patches, so choose a multiple."
-        )
-    if config.short_window < 1:
-        raise ValueError(f"`short_window` is {config.short_window}; the noisy frame alone needs 1.")
-    if config.action_shift not in (0, 1):
-        raise ValueError(f"`action_shift` is {config.action_shift}; it is 0 or 1.")
-    if config.num_actions is not None and config.action_dim is not None:
-        raise ValueError(
-            f"`num_actions` is {config.num_actions} and `action_dim` {config.action_dim}; actions are discrete or "
-            "continuous, so give one of the two."
-        )
-    if not 0 <= config.condition_dropout < 1:
-        raise ValueError(f"`condition_dropout` is {config.condition_dropout}; it is a share, at least 0 and below 1.")
 
 
 def initialize_weights(model: FARTransformer3DModel) -> None:
