@@ -62,6 +62,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_split", default="test")
     if protocol == "world_model":
         parser.add_argument("--output", type=Path, help="JSON file for the figures; must not exist.")
+        parser.add_argument(
+            "--int8", action="store_true", help="Linear layers in int8, on the CPU; see docs/speed.md."
+        )
     else:
         parser.add_argument("--output", type=Path, required=True, help="Folder; one of the same evaluation goes on.")
         parser.add_argument("--lpips_weights", help="File with the state dict of `lpips.LPIPS(net='vgg')`.")
@@ -96,12 +99,14 @@ def describe_run() -> dict:
 
 def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol) -> None:
     walks = load_walks(load_split(args.dataset_name, args.dataset_split), protocol)
-    pipe = FARPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = FARPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() and not args.int8 else "cpu")
+    if args.int8:
+        pipe.transformer.quantize_int8()
     protocol = protocol.with_defaults_of(pipe)
 
     start = time.perf_counter()
     scores = score_walks(predict_walks(pipe, walks, protocol), walks, protocol)
-    scores["seconds"] = time.perf_counter() - start
+    scores |= {"seconds": time.perf_counter() - start, "int8": args.int8}
     scores |= describe_run()
     print(format_scores(scores))
     if args.output is not None:

@@ -24,6 +24,7 @@ class WorldModelProtocol:
         num_frames (`int`): Frames that it then predicts.
         num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): What the pipeline is shipped with
             by default.
+        short_cache (`str`): `"exact"`, `"rolling"` or a number, as of a pipeline's call.
         mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
         seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
         batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
@@ -35,6 +36,7 @@ class WorldModelProtocol:
     num_frames: int = 8
     num_inference_steps: int = None  # the type of what is given, which the command line reads
     guidance_scale: float = None
+    short_cache: str = "exact"
     mirrored_actions: tuple[int, int] = (1, 2)
     seed: int = 0
     batch_size: int = 16
@@ -103,6 +105,8 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
         video, actions = walks.video[batch], walks.actions[batch]
         context = encode_video(pipe.vae, video.flatten(0, 1)).unflatten(0, video.shape[:2])
 
+        short_cache = int(protocol.short_cache) if protocol.short_cache.isdigit() else protocol.short_cache
+
         def continue_walks(actions: torch.Tensor, num_frames: int) -> torch.Tensor:
             return pipe(
                 video_latents=context[:, :num_context],
@@ -110,6 +114,7 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
                 num_frames=num_frames,
                 num_inference_steps=protocol.num_inference_steps,
                 guidance_scale=protocol.guidance_scale,
+                short_cache=short_cache,
                 generator=[torch.Generator().manual_seed(protocol.seed + start + walk) for walk in range(len(video))],
                 output_type="pt",
             ).frames

@@ -35,6 +35,7 @@ from .functional import (
     rotary_embedding,
     unpatchify,
 )
+from .int8 import Int8Mixin
 from .kv_cache import CachePass, FARKVCache
 from .loading import CompleteWeightsMixin
 from .twins import pair_with_clean
@@ -57,7 +58,7 @@ class FARTransformerOutput(BaseOutput):
 
 
 class FARTransformer3DModel(
-    CompleteWeightsMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
+    CompleteWeightsMixin, Int8Mixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
 ):
     r"""
     Frame-autoregressive diffusion transformer (FAR), base and long in one class.

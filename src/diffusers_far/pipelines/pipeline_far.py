@@ -22,6 +22,7 @@ from .inputs import CALLBACK_TENSORS, PipelineInputs, check_call, repeat_samples
 from .latency import LatencyBudget
 from .noise import NoiseSource, new_generator
 from .pipeline_output import FARPipelineOutput, Frame, join_frames
+from .precision import warn_of_slow_dtype
 from .rollout import Rollout, RolloutConfig
 from .session import FARSession
 from .session_history import SessionHistory, check_max_history, smallest_history
@@ -395,6 +396,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         if self.transformer.training:
             logger.warning("The transformer is in training mode and drops conditions; call `pipe.transformer.eval()`.")
         inputs, device = generation.inputs, self._execution_device
+        warn_of_slow_dtype(self.transformer.dtype, device.type)
         repeats = inputs.num_videos_per_context
 
         def on_device(tensor):
