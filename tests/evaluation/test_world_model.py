@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.evaluation.world_model import (
     Predictions,
@@ -9,6 +10,7 @@ from diffusers_far.evaluation.world_model import (
     WorldModelProtocol,
     format_scores,
     load_walks,
+    predict_walks,
     score_walks,
 )
 
@@ -54,6 +56,16 @@ def test_the_truth_is_the_ceiling_and_follows_every_turn(perfect, walks, protoco
 
 def test_walks_without_a_turn_say_nothing_about_following(perfect, walks, protocol):
     assert score_walks(perfect, walks, protocol)["follows_actions"]["num_samples"] == 0
+
+
+@pytest.mark.parametrize("short_cache", ["rolling", "2"])
+def test_walks_are_predicted_with_the_cache_that_is_asked_for(walks, protocol, short_cache):
+    # A window of 3 frames, so that the 4 new ones move it again and again.
+    pipe = tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1, long_patch_size=2, short_window=3))
+    protocol = replace(protocol, num_inference_steps=2, guidance_scale=1.0)
+    exact = predict_walks(pipe, walks, protocol).predicted
+    cheap = predict_walks(pipe, walks, replace(protocol, short_cache=short_cache)).predicted
+    assert not torch.equal(cheap, exact)
 
 
 def test_too_few_walks_and_too_short_ones_are_refused(dataset, protocol):
