@@ -2,9 +2,10 @@ import logging
 
 import pytest
 import torch
-from tiny_models import random_clip, tiny_transformer
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_models import random_clip, tiny_pipeline, tiny_transformer
 
-from diffusers_far.training.pretrained import with_conditions
+from diffusers_far.training.pretrained import pipeline_settings, with_conditions
 
 
 def test_another_number_of_actions_renews_that_table_and_says_so(caplog):
@@ -38,3 +39,24 @@ def test_equal_conditions_change_nothing():
 def test_what_is_no_condition_is_refused():
     with pytest.raises(ValueError, match="`conditions` has \\['num_layers'\\]"):
         with_conditions(tiny_transformer(), num_layers=1)
+
+
+def test_what_a_pipeline_says_of_itself_is_taken_over(tmp_path):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=0.5)
+    names = ["forward", "left", "right"]
+    pipe = tiny_pipeline(tiny_transformer(num_actions=3), scheduler=scheduler, fps=8.75, action_names=names)
+    pipe.register_to_config(num_inference_steps=5, guidance_scale=1.4)
+    pipe.save_pretrained(tmp_path)
+    settings = pipeline_settings(str(tmp_path), num_actions=3)
+    assert settings.pop("scheduler").config.shift == 0.5
+    trained = tiny_pipeline(tiny_transformer(num_actions=3), **settings)
+    assert trained.config.fps == 8.75 and trained.config.action_names == names
+    assert trained.default_inference_steps == 5 and trained.default_guidance_scale == 1.4
+    assert "action_names" not in pipeline_settings(str(tmp_path), num_actions=4)
+
+
+def test_a_transformer_alone_brings_no_settings(tmp_path):
+    tiny_transformer().save_pretrained(tmp_path)
+    for start in (None, str(tmp_path)):
+        settings = pipeline_settings(start, num_actions=None)
+        assert settings.keys() == {"scheduler"} and settings["scheduler"].config.shift == 1.0

@@ -1,8 +1,11 @@
-"""A pretrained transformer made ready for other conditions."""
+"""A pretrained pipeline as the start of a training: what is taken over, and what other conditions change."""
 
 import logging
+from pathlib import Path
 
+import diffusers
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from ..models.transformer_far import FARTransformer3DModel
 
@@ -11,6 +14,31 @@ logger = logging.getLogger(__name__)
 
 CONDITIONS = ("num_actions", "action_dim", "num_classes")
 CONDITION_EMBEDDERS = ("action_embedder.", "label_embedder.")
+INHERITED_SETTINGS = ("fps", "num_inference_steps", "guidance_scale")
+
+
+def is_pipeline(name_or_path: str) -> bool:
+    """Whether a folder holds a whole pipeline, not a transformer alone; a repo on the Hub is taken for one."""
+    return not Path(name_or_path).is_dir() or (Path(name_or_path) / "transformer").is_dir()
+
+
+def pipeline_settings(name_or_path: str | None, num_actions: int | None) -> dict:
+    """Scheduler and settings, as arguments of [`FARPipeline`], of the pipeline that training starts from.
+
+    Args:
+        name_or_path (`str`, *optional*): Folder or Hub id. For a transformer alone, or `None`, there is only a scheduler.
+        num_actions (`int`, *optional*): Of the model that is trained; names of another number of actions are left out.
+    """
+    if name_or_path is None or not is_pipeline(name_or_path):
+        return {"scheduler": FlowMatchEulerDiscreteScheduler()}
+    config = DiffusionPipeline.load_config(name_or_path)
+    scheduler_class = getattr(diffusers, config["scheduler"][1])
+    settings = {"scheduler": scheduler_class.from_pretrained(name_or_path, subfolder="scheduler")}
+    settings |= {name: config[name] for name in INHERITED_SETTINGS if config.get(name) is not None}
+    action_names = config.get("action_names") or {}
+    if len(action_names) == num_actions:
+        settings["action_names"] = action_names
+    return settings
 
 
 def with_conditions(transformer: FARTransformer3DModel, **conditions: int | None) -> FARTransformer3DModel:
