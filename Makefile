@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+# The documentation is built from source: its environment has no torch.
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 
-.PHONY: demo test test-full lint bench app space clean
+.PHONY: demo test test-full lint bench app docs space clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir outputs/demo
@@ -26,6 +29,10 @@ bench: $(READY)
 app: $(READY)
 	$(VENV)/bin/python examples/app.py
 
+# Static pages that load nothing from elsewhere: open outputs/docs/index.html.
+docs: $(DOCS_READY)
+	$(DOCS_VENV)/bin/python scripts/build_docs.py --output_dir outputs/docs
+
 # All that a Hugging Face Space needs, ready to be pushed.
 space:
 	mkdir -p outputs
@@ -35,9 +42,14 @@ space:
 	find outputs/space -name __pycache__ -prune -exec rm -r {} +
 
 clean:
-	rm -rf $(VENV) outputs build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) outputs build .pytest_cache .ruff_cache .hypothesis
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+$(DOCS_READY): docs/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q -c constraints.txt -r docs/requirements.txt
 	touch $@
