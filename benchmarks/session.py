@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 
 from diffusers_far import FARPipeline, FARSession
 
+from .measurement import Measurement, Row
+from .memory import resident_memory
+from .table import ScreenTable
 from .timing import describe_machine
 
 
@@ -37,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def run(session: FARSession, num_steps: int, steps_per_fork: int, steps_per_row: int, seed: int) -> Iterator[dict]:
+def run(session: FARSession, num_steps: int, steps_per_fork: int, steps_per_row: int, seed: int) -> Iterator[Row]:
     """Take random actions; yield a row every `steps_per_row` steps, and after the last one.
 
     Raises:
@@ -56,15 +58,16 @@ def run(session: FARSession, num_steps: int, steps_per_fork: int, steps_per_row:
         if (step + 1) % steps_per_fork == 0:
             session.fork().step(random_action(config, generator))
         if (step + 1) % steps_per_row == 0 or step + 1 == num_steps:
-            yield {
-                "case": "session",
-                "steps": step + 1,
-                "seconds_per_step": seconds / (step + 1 - first_step),
-                "resident_bytes": psutil.Process().memory_info().rss,
-                "session_bytes": session.num_bytes,
-                "cache_bytes": session.rollout.num_bytes,
-                "remembered_frames": len(session.history.frames),
-            }
+            yield Row(
+                case="session",
+                settings={"steps": step + 1, "remembered": len(session.history.frames)},
+                measurements={
+                    "a step": Measurement((seconds / (step + 1 - first_step),), "s"),
+                    "resident": Measurement((resident_memory(),), "bytes"),
+                    "session": Measurement((session.num_bytes,), "bytes"),
+                    "cache": Measurement((session.rollout.num_bytes,), "bytes"),
+                },
+            )
             seconds, first_step = 0.0, step + 1
 
 
@@ -84,25 +87,14 @@ def main(args: argparse.Namespace) -> None:
         max_history=args.max_history,
         output_type="pt",
     )
-    rows = []
-    print(f"{'steps':>7}{'a step':>10}{'resident':>11}{'session':>11}")
+    settings = ("model", "num_inference_steps", "max_long_frames", "max_history", "seed")
+    results = {"machine": describe_machine(), **{name: getattr(args, name) for name in settings}, "rows": []}
+    table = ScreenTable()
     for row in run(session, args.num_steps, args.steps_per_fork, args.steps_per_row, args.seed):
-        print(
-            f"{row['steps']:>7}{row['seconds_per_step']:>9.3f}s{row['resident_bytes'] / 2**20:>7.0f} MiB"
-            f"{row['session_bytes'] / 2**20:>7.1f} MiB",
-            flush=True,
-        )
-        rows.append(row)
+        table.print(row)
+        results["rows"].append(row.to_json())
     if args.output is not None:
-        machine = {
-            **describe_machine(),
-            "seed": args.seed,
-            "model": args.model,
-            "num_inference_steps": args.num_inference_steps,
-            "max_long_frames": args.max_long_frames,
-            "max_history": args.max_history,
-        }
-        args.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,95 @@
-import sys
-from pathlib import Path
+"""The naive reference is equal in result, and works as wastefully as it says."""
 
 import pytest
 import torch
-from tiny_models import predict_cached, random_clip, tiny_transformer
+from tiny_models import predict, predict_cached, random_clip, tiny_transformer
+
+from benchmarks import naive as naive_module
+from benchmarks.naive import NaiveFAR
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROUNDING = {"atol": 1e-5, "rtol": 1e-5}  # float32
+KINDS = [{}, {"long_patch_size": 2}, {"long_patch_size": 4, "patch_size": 2}]
 
-from benchmarks.naive import NaiveFAR  # noqa: E402
+
+def model_and_clip(config: dict, num_frames: int = 7):
+    model = tiny_transformer(num_actions=3, **config)
+    return model, random_clip(model, num_frames, 4, 8)
 
 
-@pytest.mark.parametrize("long_patch_size", [None, 2])
-def test_the_naive_reference_is_equal_in_result(long_patch_size):
-    model = tiny_transformer(num_actions=3, long_patch_size=long_patch_size)
-    clip = random_clip(model, 7).clean_but_last()
+def write(naive: NaiveFAR, clip, parts: list[int]):
+    """A cache of the first frames of a clip, written in parts."""
+    cache, first = None, 0
+    for num_frames in parts:
+        part = clip.frames(first, first + num_frames)
+        cache, first = naive.write(part.latents, part.actions, cache), first + num_frames
+    return cache
+
+
+@pytest.mark.parametrize("config", KINDS)
+@pytest.mark.parametrize("parts", [[6], [1] * 6, [2, 1, 3]])
+def test_a_step_is_equal_however_the_context_was_written(config, parts):
+    model, clip = model_and_clip(config)
+    clip = clip.clean_but_last()
     clip.timestep[:, -1] = 400
     naive = NaiveFAR(model)
-    cache = naive.encode(clip.latents[:, :-1], clip.actions[:, :-1])
-    step = naive.step(clip.latents[:, -1:], 400.0, clip.actions[:, -1:], cache)
-    torch.testing.assert_close(step, predict_cached(model, clip), atol=1e-5, rtol=1e-5)
+    step = naive.step(clip.latents[:, -1:], 400.0, clip.actions[:, -1:], write(naive, clip, parts))
+    torch.testing.assert_close(step, predict_cached(model, clip), **ROUNDING)
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_the_velocity_of_a_whole_clip_is_equal(config):
+    model, clip = model_and_clip(config)
+    velocity = NaiveFAR(model)(clip.latents, clip.timestep, clip.actions)
+    torch.testing.assert_close(velocity, predict(model, clip), **ROUNDING)
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_training_has_equal_gradients(config):
+    model, clip = model_and_clip(config)
+    gradients = []
+    for velocity in (model(clip.latents, clip.timestep, clip.actions).sample, NaiveFAR(model)(*inputs_of(clip))):
+        model.zero_grad(set_to_none=True)
+        velocity.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, theirs in gradients[1].items():
+        ours = torch.zeros_like(theirs) if gradients[0][name] is None else gradients[0][name]
+        torch.testing.assert_close(ours, theirs, **ROUNDING, msg=name)
+
+
+def inputs_of(clip) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return clip.latents, clip.timestep, clip.actions
+
+
+def test_forgetting_is_writing_without_the_forgotten_frames_where_nobody_saw_them():
+    """In the first layer keys depend on their own frame alone, so with one layer to read nothing is left of others."""
+    model, clip = model_and_clip({"long_patch_size": 2, "num_layers": 1})
+    naive = NaiveFAR(model)
+    forgotten = write(naive, clip, [6]).without_first(2)
+    anew = write(naive, clip.frames(2, 7), [4])
+    noisy = clip.frames(6, 7)
+    steps = [naive.step(noisy.latents, 400.0, noisy.actions, cache) for cache in (forgotten, anew)]
+    torch.testing.assert_close(*steps, **ROUNDING)
+
+
+def test_every_step_rotates_all_keys_in_every_layer_and_masks_all_tokens(monkeypatch):
+    model, clip = model_and_clip({"long_patch_size": 2})
+    naive, rotated, masked = NaiveFAR(model), [], []
+    cache = write(naive, clip, [6])
+    rotate, mask = naive_module.apply_rotary_emb, naive_module.dense_mask
+
+    def watch_rotation(states, tables):
+        rotated.append(states.shape[2])
+        return rotate(states, tables)
+
+    def watch_mask(frames):
+        masked.append(len(frames))
+        return mask(frames)
+
+    monkeypatch.setattr(naive_module, "apply_rotary_emb", watch_rotation)
+    monkeypatch.setattr(naive_module, "dense_mask", watch_mask)
+    noisy = clip.frames(6, 7)
+    naive.step(noisy.latents, 400.0, noisy.actions, cache)
+    plan = model.context_plan(7, 4, 8)
+    assert rotated == [plan.tokens_per_short_frame, plan.num_tokens] * 2
+    assert masked == [plan.num_tokens]

@@ -1,14 +1,8 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from session_walks import pipeline
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.session import run  # noqa: E402
+from benchmarks.session import run
 
 
 @pytest.mark.parametrize("config", [{}, {"num_actions": None, "action_dim": 2}, {"num_actions": None}])
@@ -17,9 +11,10 @@ def test_a_row_sums_up_so_many_steps_and_forks_leave_nothing_behind(config):
         height=8, width=12, num_inference_steps=1, max_history=4, max_long_frames=4, output_type="pt"
     )
     rows = list(run(session, num_steps=20, steps_per_fork=3, steps_per_row=8, seed=0))
-    assert [row["steps"] for row in rows] == [8, 16, 20]
+    assert [row.settings["steps"] for row in rows] == [8, 16, 20]
     assert session.num_frames == 20
-    assert rows[1]["session_bytes"] == rows[2]["session_bytes"] and rows[2]["remembered_frames"] == 4
+    held = [row.measurements["session"].median for row in rows]
+    assert held[1] == held[2] and rows[2].settings["remembered"] == 4
 
 
 def test_a_frame_that_is_not_finite_ends_the_run():

@@ -1,0 +1,92 @@
+"""The models that are measured, and clips for them; random, from one seed.
+
+B batch, F frames, C latent channels, H/W latent height/width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+
+from diffusers_far import FARPipeline, FARTransformer3DModel, preset_config
+
+
+SEED = 0
+CONDITIONS = {"num_actions": 4, "action_shift": 1}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames with actions.
+
+    Args:
+        latents (`torch.Tensor` of shape `(1, F, C, H, W)`).
+        noise (`torch.Tensor` of shape `(1, F, C, H, W)`).
+        actions (`torch.Tensor` of shape `(1, F)`): Taken at each frame.
+        fed_actions (`torch.Tensor` of shape `(1, F)`): As a model with `action_shift=1` is fed them: those that led to each
+            frame, and to the first one the null action.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    actions: torch.Tensor
+    fed_actions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BenchmarkModel:
+    """A size of FAR.
+
+    Args:
+        name (`str`): In tables.
+        config (`dict`): Arguments of `FARTransformer3DModel`; with discrete actions and `action_shift=1`.
+        latent_size (`int`): Height and width of the latents.
+    """
+
+    name: str
+    config: dict[str, Any] = field(hash=False)
+    latent_size: int = 8
+
+    def build(self) -> FARTransformer3DModel:
+        """A transformer with random weights. As it initialises itself, its output would be zero."""
+        torch.manual_seed(SEED)
+        transformer = FARTransformer3DModel(**self.config).eval()
+        for parameter in transformer.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        return transformer
+
+    def clip(self, num_frames: int) -> Clip:
+        generator = torch.Generator().manual_seed(SEED)
+        num_actions = self.config["num_actions"]
+        shape = (1, num_frames, self.config.get("in_channels", 32), self.latent_size, self.latent_size)
+        actions = torch.randint(0, num_actions, (1, num_frames), generator=generator)
+        return Clip(
+            latents=torch.randn(shape, generator=generator),
+            noise=torch.randn(shape, generator=generator),
+            actions=actions,
+            fed_actions=torch.cat([torch.tensor([[num_actions]]), actions[:, :-1]], dim=1),
+        )
+
+
+FAR_B = BenchmarkModel("far-b", preset_config("far-b", **CONDITIONS))
+FAR_B_LONG = BenchmarkModel("far-b-long", preset_config("far-b-long", **CONDITIONS))
+# Small enough for whole rollouts: 16 tokens a short frame, 1 a long one.
+SMALL_CONFIG = {"num_layers": 4, "num_attention_heads": 4, "in_channels": 8, **CONDITIONS}
+SMALL = BenchmarkModel("small", SMALL_CONFIG, latent_size=4)
+SMALL_LONG = BenchmarkModel("small-long", {**SMALL_CONFIG, "long_patch_size": 4}, latent_size=4)
+
+
+def latent_pipeline(transformer: FARTransformer3DModel) -> FARPipeline:
+    """A quiet pipeline that makes latents; its VAE only completes it."""
+    vae = AutoencoderTiny(
+        latent_channels=transformer.config.in_channels,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    pipe = FARPipeline(transformer, vae.eval(), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,1 @@
+"""Studies: the claims about FAR, measured at a size that a desk can afford. `python -m benchmarks.studies --help`."""

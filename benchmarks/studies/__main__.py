@@ -1,0 +1,90 @@
+"""Measure the claims about FAR, at a size that a desk can afford.
+
+    python -m benchmarks.studies prepare --data_dir studies-data
+    python -m benchmarks.studies convergence --data_dir studies-data --work_dir studies
+    python -m benchmarks.studies plan
+    python -m benchmarks.studies plot
+    python -m benchmarks.studies report
+
+A study that was interrupted goes on when the same command is given again. Its numbers go to `docs/results/STUDY.json`, from which
+`plot` draws and `report` writes the tables of `docs/results.md`.
+"""
+
+import argparse
+from pathlib import Path
+
+from .cache import CacheStudy
+from .data import DataFolder, prepare
+from .plan import describe_plan
+from .plots import draw
+from .report import all_sections, rewrite
+from .results import STUDIES, read_results, run_study, write_results
+from .scripts import ROOT
+from .settings import CacheSettings, read_settings
+from .study import Study
+
+
+RESULTS, IMAGES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in STUDIES:
+        study = commands.add_parser(name, help="A study; runs what is left of it.")
+        study.add_argument("--data_dir", type=Path, required=True, help="What `prepare` has made.")
+        study.add_argument("--work_dir", type=Path, required=True, help="Gets a folder of this study's runs.")
+        study.add_argument("--results_dir", type=Path, help="For the numbers; docs/results, or in the work folder.")
+        study.add_argument(
+            "--smoke", action="store_true", help="Seconds instead of hours, and figures without meaning."
+        )
+    data = commands.add_parser("prepare", help="Mazes, latents and codes.")
+    data.add_argument("--data_dir", type=Path, required=True)
+    data.add_argument("--smoke", action="store_true", help="Very little of everything.")
+    plan = commands.add_parser("plan", help="Runs, operations and hours of each study.")
+    plan.add_argument("--flops_per_second", type=float, default=4e10, help="Of this machine, in training.")
+    plot = commands.add_parser("plot", help="Draw the studies that were run.")
+    plot.add_argument("studies", nargs="*", choices=[[], *STUDIES], help="All by default.")
+    report = commands.add_parser("report", help="Rewrite the tables of the page.")
+    report.add_argument("--page", type=Path, default=PAGE)
+    for command in (plot, report):
+        command.add_argument("--results_dir", type=Path, default=RESULTS)
+        command.add_argument("--images_dir", type=Path, default=IMAGES)
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """A study, up to its file of numbers."""
+    settings = read_settings(args.command, smoke=args.smoke)
+    kind = CacheStudy if isinstance(settings, CacheSettings) else Study
+    results = run_study(kind(settings, DataFolder(args.data_dir), args.work_dir / args.command), smoke=args.smoke)
+    results_dir = args.results_dir or (args.work_dir / "results" if args.smoke else RESULTS)
+    print(f"Wrote {write_results(results, results_dir)}")
+
+
+def plot(args: argparse.Namespace) -> None:
+    for name in args.studies or STUDIES:
+        results = read_results(name, args.results_dir)
+        if results is None:
+            print(f"{name}: not run yet")
+            continue
+        path = args.images_dir / f"study-{name}.png"
+        draw(results, path)
+        print(f"Drew {path}")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.command in STUDIES:
+        run(args)
+    elif args.command == "prepare":
+        prepare(DataFolder(args.data_dir), smoke=args.smoke)
+    elif args.command == "plan":
+        print(describe_plan(args.flops_per_second))
+    elif args.command == "plot":
+        plot(args)
+    else:
+        args.page.write_text(rewrite(args.page.read_text(), all_sections(args.results_dir, args.images_dir)))
+
+
+if __name__ == "__main__":
+    main(parse_args())

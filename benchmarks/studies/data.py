@@ -1,0 +1,109 @@
+"""What the studies train on and are measured on: plain mazes of 5 by 5 cells, their latents, and their codes.
+
+DIR/mazes      made by make_maze_dataset.py
+DIR/latents    by cache_latents.py, with the shipped VAE
+DIR/vq         a VQ autoencoder, by train_vae.py, for the token-autoregressive baseline
+DIR/codes      by cache_latents.py, with that
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .scripts import EXAMPLES, ROOT, command_line, run_script
+from .settings import CONFIGS, merge
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """Where the data lie.
+
+    Args:
+        path (`Path`): The folder.
+    """
+
+    path: Path
+
+    @property
+    def mazes(self) -> Path:
+        return self.path / "mazes"
+
+    @property
+    def latents(self) -> Path:
+        return self.path / "latents"
+
+    @property
+    def vae(self) -> Path:
+        """The shipped VAE, which made the latents."""
+        return ROOT / read_data_settings()["vae"]
+
+    @property
+    def vq(self) -> Path:
+        return self.path / "vq"
+
+    @property
+    def codes(self) -> Path:
+        return self.path / "codes"
+
+    def require(self, *folders: Path) -> None:
+        """Refuse to start on data that are not there.
+
+        Raises:
+            ValueError: Names what is missing, and the command that makes it.
+        """
+        missing = [folder.relative_to(self.path) for folder in folders if not folder.is_dir()]
+        if missing:
+            raise ValueError(
+                f"`--data_dir` {str(self.path)!r} lacks {', '.join(map(str, missing))}; make it with "
+                f"`python -m benchmarks.studies prepare --data_dir {self.path}`."
+            )
+
+
+def read_data_settings(*, smoke: bool = False) -> dict:
+    """The committed numbers of the data."""
+    values = json.loads((CONFIGS / "data.json").read_text())
+    overrides = values.pop("smoke")
+    return merge(values, overrides) if smoke else values
+
+
+def prepare(data: DataFolder, *, smoke: bool = False) -> None:
+    """Make what is not there yet; interrupted, it goes on with the same call.
+
+    Args:
+        data ([`DataFolder`]): May hold some of it already.
+        smoke (`bool`): Very little of everything.
+    """
+    settings = read_data_settings(smoke=smoke)
+    data.path.mkdir(parents=True, exist_ok=True)
+    if not data.mazes.is_dir():
+        # The engine's processes import the script that started them, so it runs on its own.
+        arguments = command_line({"output_dir": data.mazes, **settings["mazes"]})
+        subprocess.run([sys.executable, str(EXAMPLES / "make_maze_dataset.py"), *arguments], check=True)
+    cache(data, data.vae, data.latents)
+    if not (data.vq / "config.json").is_file():
+        run_script(
+            "train_vae",
+            {
+                "dataset_name": data.mazes,
+                "vae_config": ROOT / settings["vq_config"],
+                "output_dir": data.vq,
+                "resume_from_checkpoint": "latest",
+                "report_to": "none",
+                **settings["vq_training"],
+            },
+        )
+    cache(data, data.vq, data.codes)
+
+
+def cache(data: DataFolder, autoencoder: Path, folder: Path) -> None:
+    """Encode every split; shards that are there are kept."""
+    for split in SPLITS:
+        run_script(
+            "cache_latents",
+            {"dataset_name": data.mazes, "dataset_split": split, "vae": autoencoder, "output_dir": folder},
+        )

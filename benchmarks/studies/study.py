@@ -1,0 +1,116 @@
+"""Running a study of trained models: every variant under every seed, measured where its settings say.
+
+The work folder holds a folder for each run, and in it a file for each measurement that is done. What is done is not done
+again; what was interrupted goes on.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers_far.evaluation.results import write_whole
+
+from .data import DataFolder
+from .measure import measure
+from .predictors import load_predictor
+from .settings import StudySettings, keep_settings
+from .training import TrainingRun, num_steps, step_flops
+from .walks import HeldOutWalks
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study in its work folder.
+
+    Args:
+        settings ([`StudySettings`]): What it is.
+        data ([`DataFolder`]): On what.
+        path (`Path`): Its work folder.
+    """
+
+    settings: StudySettings
+    data: DataFolder
+    path: Path
+
+    def run(self) -> list[dict]:
+        """Do all that is left to do.
+
+        Returns:
+            The records: a `dict` for each variant, seed, share of the training, task and method, with its scores.
+
+        Raises:
+            ValueError: Data are missing, or the folder holds a study of other settings.
+        """
+        self._check()
+        records = []
+        for variant, seed in self._runs():
+            run = self.training_run(variant, seed)
+            for share in self.settings.budget.shares:
+                records += self._measured(run, variant, share)
+        return records
+
+    def costs(self) -> dict[str, dict]:
+        """What a training step of each variant costs, by its name, see [`TrainingRun.measure_cost`]; nothing where the
+        settings do not ask for it."""
+        if not self.settings.measures_cost:
+            return {}
+        costs = {}
+        for variant in self.settings.variants:
+            run = self.training_run(variant, self.settings.seeds[0])
+            file = run.path / "cost.json"
+            if not file.exists():
+                write_whole(file, json.dumps(run.measure_cost()))
+            costs[variant] = {**json.loads(file.read_text()), "seconds_in_training": run.seconds_per_step}
+        return costs
+
+    def training_run(self, variant: str, seed: int) -> TrainingRun:
+        folder = self.path / f"{variant}-seed{seed}"
+        return TrainingRun(folder, self.settings, self.settings.variants[variant], seed, self.data)
+
+    def _runs(self) -> Iterator[tuple[str, int]]:
+        """Variants and seeds, in the order in which they run: all variants once, then all once more."""
+        for seed in self.settings.seeds:
+            for variant in self.settings.variants:
+                yield variant, seed
+
+    def _check(self) -> None:
+        needs_codes = any(variant.script == "train_token_ar" for variant in self.settings.variants.values())
+        folders = (self.data.vq, self.data.codes) if needs_codes else ()
+        self.data.require(self.data.mazes, self.data.latents, *folders)
+        keep_settings(self.settings, self.path)
+
+    def _measured(self, run: TrainingRun, variant: str, share: float) -> list[dict]:
+        """The records of a run at one share of its training; trained and measured as far as it is not yet."""
+        steps = num_steps(self.settings, run.variant, share)
+        files = {
+            (task, method): run.path / f"step-{steps:06}" / f"{task}-{method}.json"
+            for task in self.settings.tasks
+            for method in self.settings.methods
+        }
+        missing = {cell: file for cell, file in files.items() if not file.exists()}
+        if missing:
+            print(f"{self.settings.name}: {run.path.name}, up to step {steps}", flush=True)
+            run.train(steps)
+            self._measure(run, missing)
+        facts = {"variant": variant, "seed": run.seed, "share": share, "steps": steps}
+        facts["flops"] = steps * step_flops(self.settings, run.variant)
+        return [
+            {**facts, "task": task, "method": method, **json.loads(file.read_text())}
+            for (task, method), file in files.items()
+        ]
+
+    def _measure(self, run: TrainingRun, files: Mapping[tuple[str, str], Path]) -> None:
+        """Measure what a run has saved, a file for each task and method."""
+        predictor, walks = load_predictor(run.variant, run.model_dir), self._walks(run)
+        for (task, method), file in files.items():
+            scores = measure(
+                predictor, walks, self.settings.tasks[task], self.settings.methods[method], self.settings.evaluation
+            )
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, json.dumps(scores))
+
+    def _walks(self, run: TrainingRun) -> HeldOutWalks:
+        is_tokens = run.variant.script == "train_token_ar"
+        latents_dir = self.data.codes if is_tokens else self.data.latents
+        return HeldOutWalks(self.data.mazes, latents_dir, self.settings.evaluation)

@@ -1,0 +1,141 @@
+"""The committed settings are whole, and what contradicts itself is refused before anything is run."""
+
+import json
+
+import pytest
+
+from benchmarks.studies.data import read_data_settings
+from benchmarks.studies.results import STUDIES
+from benchmarks.studies.settings import (
+    MOST_REVISITS,
+    CacheSettings,
+    StudySettings,
+    keep_settings,
+    merge,
+    read_settings,
+)
+
+
+NUM_WALK_FRAMES = 300  # of make_maze_dataset.py, where nothing else is said
+
+MINIMAL = {
+    "seeds": [0],
+    "latent_size": 8,
+    "transformer": {"num_layers": 1},
+    "training": {"num_frames": 4, "train_batch_size": 2},
+    "variants": {"a": {"label": "A"}, "b": {"label": "B"}},
+    "budget": {"steps": 4, "shares": [0.5, 1]},
+    "tasks": {"half": {"label": "half", "num_context_frames": 2, "num_frames": 2, "first_new_frame": 4}},
+    "evaluation": {"num_walks": 2, "num_inference_steps": 1},
+    "comparisons": [
+        {"claim": "A wins", "paper": "so", "higher": {"variant": "a"}, "lower": {"variant": "b"}, "metric": "psnr"}
+    ],
+}
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["whole", "smoke"])
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_committed_settings_fit_the_walks(study, smoke):
+    settings, mazes = read_settings(study, smoke=smoke), read_data_settings(smoke=smoke)["mazes"]
+    num_frames = mazes.get("num_frames", NUM_WALK_FRAMES)
+    assert settings.evaluation.num_walks <= mazes["num_test"]
+    assert settings.comparisons
+    tasks = [settings.task] if isinstance(settings, CacheSettings) else settings.tasks.values()
+    for task in tasks:
+        first = task.history if task.first_new_frame == MOST_REVISITS else task.first_new_frame
+        assert first + task.num_frames <= num_frames
+    if isinstance(settings, StudySettings):
+        assert settings.training["num_frames"] <= num_frames
+
+
+def test_a_study_over_lengths_says_where_its_tasks_stand():
+    for study in ("extrapolation", "memory"):
+        tasks = read_settings(study).tasks.values()
+        assert all(task.length is not None for task in tasks)
+    assert all(task.length == task.num_context_frames for task in read_settings("memory").tasks.values())
+    extrapolation = read_settings("extrapolation")
+    for task in extrapolation.tasks.values():
+        assert task.length == task.num_context_frames + task.num_frames
+    assert {task.length / 16 for task in extrapolation.tasks.values()} == {1, 2, 4, 8, 16}
+    assert extrapolation.training["num_frames"] == 16
+
+
+def test_the_longest_context_of_the_memory_study_fits_its_training():
+    memory = read_settings("memory")
+    longest = max(task.num_context_frames + task.num_frames for task in memory.tasks.values())
+    assert longest <= memory.training["num_frames"]
+
+
+def test_minimal_settings_are_enough():
+    settings = StudySettings.of("minimal", MINIMAL)
+    assert list(settings.methods) == ["plain"] and settings.variants["a"].script == "train_far"
+    higher, lower = settings.comparisons[0].sides
+    assert higher == {"share": 1, "variant": "a"} and lower == {"share": 1, "variant": "b"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sedes": [0]}, "`minimal` has sedes; it takes name, seeds"),
+        ({"latent_size": None}, "`minimal` lacks latent_size"),
+        ({"seeds": [0, 0]}, r"`seeds` is \[0, 0\]"),
+        ({"variants": {"a": None, "b": None}}, "`variants` is empty"),
+        ({"variants": {"a": {"script": "train_vae"}}}, "`variants.a`: `script` is 'train_vae'"),
+        ({"variants": {"a": {"colour": "red"}}}, "`variants.a` has colour; it takes label"),
+        ({"budget": {"steps": 0}}, "`budget`: `steps` is 0"),
+        ({"budget": {"shares": [0.5]}}, "`budget`: `shares` is"),
+        ({"budget": {"shares": [1, 0.5]}}, "`budget`: `shares` is"),
+        ({"budget": {"variant": "c"}}, "`budget.variant` is 'c'; the variants are a, b"),
+        ({"tasks": {"half": {"num_frames": 0}}}, "`num_frames` 0; both are at least 1"),
+        ({"tasks": {"half": {"first_new_frame": 1}}}, "only 1 frames come before"),
+        ({"tasks": {"half": {"first_new_frame": "last"}}}, "`first_new_frame` is 'last'"),
+        ({"tasks": {"half": {"first_new_frame": MOST_REVISITS}}}, "only 0 frames come before"),
+        ({"methods": {"x": {"label": "X", "kind": "magic"}}}, "`methods.x`: `kind` is 'magic'"),
+        ({"methods": {"x": {"label": "X", "kind": "decay"}}}, "a slope above 0 is for 'decay' alone"),
+        ({"methods": {"x": {"label": "X", "slope": 0.1}}}, "a slope above 0 is for 'decay' alone"),
+        ({"evaluation": {"num_walks": 0}}, "`evaluation`: `num_walks` is 0"),
+        ({"evaluation": {"max_recent_age": 32}}, "`max_recent_age` is 32 and `min_revisit_age` 32"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        StudySettings.of("minimal", merge(MINIMAL, overrides))
+
+
+@pytest.mark.parametrize(
+    ("comparison", "message"),
+    [
+        ({"lower": {"variant": "c"}}, "names the variant 'c'; there are a, b"),
+        ({"lower": {}}, "leaves the variant open; name one of a, b"),
+        ({"lower": {"variant": "b", "share": 0.25}}, "names the share 0.25; there are 0.5, 1"),
+        ({"lower": {"variant": "b", "colour": "red"}}, "has colour; it takes variant"),
+        ({"metric": "beauty"}, "`metric` is 'beauty'"),
+        ({"margin": -1.0}, "`margin` is -1.0"),
+    ],
+)
+def test_a_claim_that_nothing_measures_is_refused(comparison, message):
+    values = merge(MINIMAL, {"comparisons": [{**MINIMAL["comparisons"][0], **comparison}]})
+    with pytest.raises(ValueError, match=message):
+        StudySettings.of("minimal", values)
+
+
+def test_claims_of_the_cache_study_name_its_modes(tmp_path):
+    values = json.loads(json.dumps(read_settings("cache").to_json()))
+    del values["name"]
+    values["speed_claims"][0]["faster"] = "magic"
+    with pytest.raises(ValueError, match="names the mode magic; there are none, plain"):
+        CacheSettings.of("cache", values)
+
+
+def test_overrides_replace_key_by_key_and_none_removes():
+    values = {"a": {"b": 1, "c": 2}, "d": [1], "e": 3}
+    assert merge(values, {"a": {"b": None, "x": 9}, "d": [2], "e": None}) == {"a": {"c": 2, "x": 9}, "d": [2]}
+    assert values == {"a": {"b": 1, "c": 2}, "d": [1], "e": 3}
+
+
+def test_a_work_folder_belongs_to_one_study_whose_claims_may_be_worded_anew(tmp_path):
+    settings = StudySettings.of("minimal", MINIMAL)
+    keep_settings(settings, tmp_path)
+    keep_settings(StudySettings.of("minimal", merge(MINIMAL, {"comparisons": []})), tmp_path)
+    with pytest.raises(ValueError, match="`budget.steps` was 4 and is 5"):
+        keep_settings(StudySettings.of("minimal", merge(MINIMAL, {"budget": {"steps": 5}})), tmp_path)

@@ -1,0 +1,177 @@
+"""The studies, shrunk to seconds: they run from data to page, and what is interrupted goes on."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.studies import __main__ as command
+from benchmarks.studies import study as study_module
+from benchmarks.studies.data import DataFolder, prepare
+from benchmarks.studies.report import study_section
+from benchmarks.studies.results import STUDIES, read_results
+from benchmarks.studies.scripts import load_script
+from benchmarks.studies.settings import StudySettings, merge, read_settings
+from benchmarks.studies.study import Study
+from benchmarks.studies.training import TrainingRun
+
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets-cache")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def data(workplace) -> DataFolder:
+    folder = DataFolder(workplace / "data")
+    prepare(folder, smoke=True)
+    return folder
+
+
+def run_command(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["studies", *map(str, words)])
+    command.main(command.parse_args())
+
+
+def small_study(path: Path, data: DataFolder, **overrides) -> Study:
+    """Two variants, measured twice in their training."""
+    values = read_settings("clean_context", smoke=True).to_json()
+    del values["name"]
+    shrunk = {"variants": {"without": None}, "tasks": {"one": None}, "comparisons": [], "budget": {"steps": 4}}
+    return Study(StudySettings.of("small", merge(merge(values, shrunk), overrides)), data, path)
+
+
+def test_what_is_prepared_is_not_made_again(data):
+    files = [path for path in data.path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    prepare(data, smoke=True)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    for folder in (data.latents, data.codes):
+        assert sorted(path.name for path in folder.iterdir()) == ["test", "train", "validation"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_from_data_to_page(name, data, workplace, monkeypatch):
+    work = workplace / "work"
+    run_command(monkeypatch, name, "--data_dir", data.path, "--work_dir", work, "--smoke")
+    results, settings = read_results(name, work / "results"), read_settings(name, smoke=True)
+    assert results["smoke"] and results["study"] == name and results["settings"]["name"] == name
+    assert results["records"]
+    for record in results["records"]:
+        assert len(record["by_walk"]["psnr"]) == settings.evaluation.num_walks
+        assert all(0 < value < 100 for value in record["by_walk"]["psnr"])
+    if name == "cache":
+        assert len(results["timings"]) == len(settings.modes) * len(settings.num_frames)
+        assert all(len(each["seconds"]) == settings.num_rounds for each in results["timings"])
+    else:
+        groups = (settings.seeds, settings.variants, settings.budget.shares, settings.tasks, settings.methods)
+        expected = 1
+        for group in groups:
+            expected *= len(group)
+        assert len(results["records"]) == expected
+        assert set(results["costs"]) == (set(settings.variants) if settings.measures_cost else set())
+    assert "smoke test" in study_section(name, results, workplace / "images")
+
+    again = []
+    monkeypatch.setattr(TrainingRun, "train", lambda run, last_step: again.append(run.path))
+    run_command(monkeypatch, name, "--data_dir", data.path, "--work_dir", work, "--smoke")
+    assert not again
+    repeated = read_results(name, work / "results")
+    assert {**repeated, "machine": None} == {**results, "machine": None}
+
+
+def test_an_interrupted_study_goes_on_and_ends_as_an_uninterrupted_one(data, workplace, monkeypatch):
+    whole = small_study(workplace / "whole", data).run()
+    trained, measured, measure, train = [], [], study_module.measure, TrainingRun.train
+
+    def interrupted_measure(*arguments):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(arguments)
+        return measure(*arguments)
+
+    def counted_train(run, last_step):
+        trained.append((run.path.name, last_step))
+        train(run, last_step)
+
+    monkeypatch.setattr(study_module, "measure", interrupted_measure)
+    monkeypatch.setattr(TrainingRun, "train", counted_train)
+    study = small_study(workplace / "interrupted", data)
+    with pytest.raises(KeyboardInterrupt):
+        study.run()
+    assert trained == [(name, step) for name in ("with-seed0", "teacher_forcing-seed0") for step in (2, 4)]
+    trained.clear()
+    monkeypatch.setattr(study_module, "measure", measure)
+    assert study.run() == whole
+    assert trained == [("teacher_forcing-seed0", 4)]  # to be saved as it is; no step was left
+
+
+def test_a_run_that_was_killed_in_training_ends_with_the_weights_of_an_uninterrupted_one(data, workplace, monkeypatch):
+    settings = {"training": {"checkpointing_steps": 1}, "budget": {"steps": 4, "shares": [1]}}
+    runs = []
+    for name in ("killed", "alive"):
+        run = small_study(workplace / name, data, **settings).training_run("with", 0)
+        if name == "killed":
+            script = load_script("train_far")
+            save = script.save_checkpoint
+
+            def save_and_die(accelerator, output_dir, step, *arguments):
+                save(accelerator, output_dir, step, *arguments)
+                if step == 2:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(script, "save_checkpoint", save_and_die)
+                with pytest.raises(KeyboardInterrupt):
+                    run.train(4)
+            assert run.steps == 2 and run.seconds_per_step is None
+        run.train(4)
+        assert run.steps == 4
+        runs.append(load_file(run.model_dir / "transformer" / "diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
+def test_a_folder_of_other_settings_is_refused_and_so_is_one_beyond_its_step(data, workplace):
+    study = small_study(workplace / "refusing", data, budget={"steps": 2, "shares": [1]})
+    study.run()
+    with pytest.raises(ValueError, match="`seeds` was .* and is"):
+        small_study(workplace / "refusing", data, budget={"steps": 2, "shares": [1]}, seeds=[0, 1]).run()
+    with pytest.raises(ValueError, match="is at step 2, beyond 1"):
+        study.training_run("with", 0).train(1)
+
+
+def test_missing_data_are_named_with_the_command_that_makes_them(tmp_path):
+    with pytest.raises(ValueError, match="lacks mazes, latents; make it with `python -m benchmarks.studies prepare"):
+        small_study(tmp_path / "work", DataFolder(tmp_path / "data")).run()
+
+
+def test_evaluate_takes_the_folder_of_a_video_dit(data, workplace):
+    """What `train_far.py --objective video_dit` saves, measured by `evaluate.py` like any other model."""
+    overrides = {
+        "variants": {
+            "with": None,
+            "teacher_forcing": None,
+            "video_dit": {"label": "Video DiT", "arguments": {"objective": "video_dit"}, "context_mode": "noised"},
+        },
+        "budget": {"steps": 1, "shares": [1]},
+    }
+    study = small_study(workplace / "evaluated", data, **overrides)
+    study.run()
+    script = load_script("evaluate")
+    frames = ["--num_context_frames", "2", "--num_frames", "2", "--num_videos", "2", "--num_trajectories", "1"]
+    what = ["--model", str(study.training_run("video_dit", 0).model_dir), "--dataset_name", str(data.mazes)]
+    output = workplace / "scores"
+    steps = ["--num_inference_steps", "2", "--output", str(output)]
+    script.main(script.parse_args(["--protocol", "mcvd", *what, *frames, *steps]))
+    scores = json.loads((output / "scores.json").read_text())
+    assert 0 < scores["tasks"]["prediction"]["psnr"]["best"]["mean"] < 100

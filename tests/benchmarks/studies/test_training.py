@@ -1,0 +1,93 @@
+"""Equal budgets are equal, and a variant's script is told what its settings say."""
+
+import json
+from dataclasses import replace
+
+import torch
+
+from benchmarks.studies.data import DataFolder
+from benchmarks.studies.plan import describe_plan
+from benchmarks.studies.scripts import command_line
+from benchmarks.studies.settings import read_settings
+from benchmarks.studies.training import DRY_RUN, TrainingRun, model_config, num_steps, step_flops
+from diffusers_far import FARTransformer3DModel, TokenARConfig, TokenARForVideo
+
+
+def test_variants_of_equal_operations_differ_by_less_than_a_step():
+    settings = read_settings("convergence")
+    reference = settings.budget.steps * step_flops(settings, settings.variants["far"])
+    for variant in settings.variants.values():
+        cost = step_flops(settings, variant)
+        for share in settings.budget.shares:
+            assert abs(num_steps(settings, variant, share) * cost - share * reference) <= cost / 2
+    assert num_steps(settings, settings.variants["far"], 1) == settings.budget.steps
+
+
+def test_variants_of_equal_steps_take_them_whatever_they_cost():
+    settings = read_settings("clean_context")
+    costs = {name: step_flops(settings, variant) for name, variant in settings.variants.items()}
+    assert costs["with"] == costs["without"] < costs["teacher_forcing"] < 2 * costs["with"]
+    steps = {num_steps(settings, variant, 0.5) for variant in settings.variants.values()}
+    assert steps == {settings.budget.steps // 2}
+
+
+def test_the_models_that_converge_are_of_about_one_size():
+    """Within 15%, conditions and codes included."""
+    settings, sizes = read_settings("convergence"), {}
+    for name, variant in settings.variants.items():
+        config = model_config(settings, variant)
+        with torch.device("meta"):
+            if variant.script == "train_far":
+                model = FARTransformer3DModel(**config)
+            else:
+                model = TokenARForVideo(TokenARConfig(num_codes=512, tokens_per_frame=64, num_actions=3, **config))
+        sizes[name] = model.num_parameters()
+    assert max(sizes.values()) < 1.15 * min(sizes.values()), sizes
+
+
+def test_a_video_dit_costs_more_a_step_for_it_masks_nothing():
+    settings = read_settings("convergence")
+    assert step_flops(settings, settings.variants["video_dit"]) > step_flops(settings, settings.variants["far"])
+
+
+def test_a_variant_s_arguments_win_over_the_study_s(tmp_path):
+    settings = read_settings("memory")
+    run = TrainingRun(tmp_path / "run", settings, settings.variants["kernel4"], 3, DataFolder(tmp_path / "data"))
+    arguments = run.arguments(last_step=7)
+    assert arguments["seed"] == 3 and arguments["max_train_steps"] == 7 and arguments["teacher_forcing"] is True
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config == {**settings.transformer, "long_patch_size": 8}
+
+    settings = read_settings("clean_context")
+    variant = replace(settings.variants["without"], arguments={"clean_context_ratio": 0.0, "num_frames": 9})
+    run = TrainingRun(tmp_path / "other", settings, variant, 0, DataFolder(tmp_path / "data"))
+    assert run.arguments(last_step=7)["num_frames"] == 9
+    words = command_line(run.arguments(last_step=7))
+    assert words[words.index("--clean_context_ratio") + 1] == "0.0" and "--teacher_forcing" not in words
+
+
+def test_flags_are_named_or_left_out():
+    assert command_line({"a": True, "b": False, "c": None, "d": 0, "e": "x"}) == ["--a", "--d", "0", "--e", "x"]
+
+
+def test_the_cost_that_a_dry_run_prints_is_read():
+    printed = (
+        "600 tokens per clip of 40 frames, 88 of them long\n5.87 M parameters\n"
+        "1.25 GiB of memory at the peak, 0.98 s per step of 8 clips\n"
+    )
+    found = {name: float(value) for name, value in DRY_RUN.search(printed).groupdict().items()}
+    assert found == {"tokens": 600, "parameters": 5.87, "gib": 1.25, "seconds": 0.98}
+
+
+def test_seconds_of_a_step_are_those_of_all_stretches(tmp_path):
+    settings = read_settings("memory")
+    run = TrainingRun(tmp_path, settings, settings.variants["kernel2"], 0, DataFolder(tmp_path))
+    assert run.seconds_per_step is None and run.steps == 0
+    run._log({"first_step": 0, "last_step": 10, "seconds": 20.0})
+    run._log({"first_step": 10, "last_step": 20, "seconds": 40.0})
+    assert run.seconds_per_step == 3.0
+
+
+def test_the_plan_has_a_line_for_each_study():
+    plan = describe_plan(4e10)
+    assert all(f"{name} " in plan for name in ("convergence", "clean_context", "extrapolation", "memory", "cache"))

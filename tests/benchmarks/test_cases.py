@@ -1,0 +1,107 @@
+"""Every case runs, compares its output with the naive reference's, and its results are written with all that they need."""
+
+import json
+import sys
+from unittest.mock import patch
+
+import pytest
+import torch
+from tiny_benchmarks import LONG, TINY_CASES, call_here, peak_here
+
+from benchmarks import __main__ as command
+from benchmarks.cases import growth, loading, prefill, training
+from benchmarks.checks import require_close
+from benchmarks.naive import NaiveFAR
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(growth, "in_fresh_process", call_here)
+    monkeypatch.setattr(prefill, "peak_memory_of", peak_here)
+    monkeypatch.setattr(training, "peak_memory_of", peak_here)
+    monkeypatch.setattr(loading, "STATEMENTS", {"FAR": "pass", "diffusers": "pass"})
+
+
+@pytest.mark.parametrize("name", TINY_CASES)
+def test_a_case_runs_and_is_right(name, in_this_process):
+    rows = list(TINY_CASES[name](2))
+    assert rows and all(row.case == name for row in rows)
+    for row in rows:
+        timings = [each for each in row.measurements.values() if each.unit == "s"]
+        assert timings and all(len(timing.values) == 2 and min(timing.values) > 0 for timing in timings)
+        if row.settings.get("what") != "import":
+            assert 0 <= row.measurements["difference"].median < 1e-4
+
+
+def run_command(*arguments) -> None:
+    with patch.object(sys, "argv", ["benchmarks", *map(str, arguments)]), patch.object(command, "CASES", TINY_CASES):
+        command.main(command.parse_args())
+
+
+def test_results_have_machine_versions_seed_and_spread(tmp_path):
+    output = tmp_path / "results.json"
+    run_command("step", "frame", "--num_rounds", 3, "--output", output)
+    results = json.loads(output.read_text())
+    assert {"processor", "cores", "threads", "python", "torch", "diffusers", "diffusers_far"} <= set(
+        results["machine"]
+    )
+    assert results["seed"] == 0 and results["num_rounds"] == 3
+    assert {row["case"] for row in results["rows"]} == {"step", "frame"}
+    far = results["rows"][0]["measurements"]["FAR"]
+    assert far["low"] <= far["median"] <= far["high"] and len(far["values"]) == 3
+    assert "differences" in " ".join(results["rows"][0]["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_rounds", 1], "2 runs at least"),
+        (["--output", __file__], "exists"),
+        (["no_such_case"], "invalid choice"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run_command("step", *arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["step", "frame", "rollout", "prefill", "growth"])
+def test_a_wrong_result_has_no_figures(name, in_this_process, monkeypatch):
+    right = NaiveFAR.step
+    monkeypatch.setattr(NaiveFAR, "step", lambda *arguments, **named: right(*arguments, **named) * 1.01)
+    with pytest.raises(RuntimeError, match="differ by"):
+        list(TINY_CASES[name](2))
+
+
+def test_a_wrong_gradient_has_no_figures(in_this_process, monkeypatch):
+    right = NaiveFAR.__call__
+
+    def wrong(naive, *inputs):
+        velocity = right(naive, *inputs)
+        velocity.register_hook(lambda gradient: gradient * 1.01)  # the loss stays as it is
+        return velocity
+
+    monkeypatch.setattr(NaiveFAR, "__call__", wrong)
+    with pytest.raises(RuntimeError, match="the gradient of"):
+        list(TINY_CASES["training"](2))
+
+
+def test_not_a_number_is_not_right():
+    with pytest.raises(RuntimeError, match="nan"):
+        require_close(torch.tensor([float("nan")]), torch.tensor([0.0]), "a test")
+
+
+def test_a_frame_is_made_at_the_same_place_in_every_round():
+    """After each run the session stands where it stood: so a later run makes the same frame."""
+    from benchmarks.cases.frame import start_session
+
+    transformer, clip = LONG.build(), LONG.clip(8)
+    session = start_session(transformer, clip)
+    frames = []
+    for _ in range(3):
+        frames.append(session.advance(clip.actions[:, -2], noise=clip.noise[:, -1:]))
+        assert session.num_frames == 8
+        session.rewind(1)
+    torch.testing.assert_close(frames[1], frames[0], atol=1e-6, rtol=1e-6)
+    assert torch.equal(frames[2], frames[1])
