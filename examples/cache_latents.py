@@ -4,11 +4,13 @@
 
 Writes `output_dir/split/latents-*.arrow`: a row per trajectory with `latents` (F, C, H, W) in float16, already
 multiplied by the VAE's scaling factor, and the dataset's other columns. Of a `VQModel` it writes codes, (F, 1, H, W)
-unsigned integers. Interrupted, it goes on with the shards that are missing.
+unsigned integers. Interrupted, it goes on with the shards that are missing. With `--streaming` a dataset on the Hub is
+encoded as it comes, in one pass, and takes no room on the disk.
 """
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from tqdm.auto import tqdm
 from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
 from diffusers_far.data.frames import VideoFrames
 from diffusers_far.data.latents import LatentSource, read_source, write_shard
-from diffusers_far.data.loading import load_split
+from diffusers_far.data.loading import load_split, stream_split
+from diffusers_far.data.streaming import StreamedSplit
 from diffusers_far.models.codec import encode_codes, encode_video
 
 
@@ -36,19 +39,41 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trajectories_per_shard", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64, help="Frames that the VAE encodes at once.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    parser.add_argument("--streaming", action="store_true", help="Read the dataset as it is needed; copy nothing.")
+    args = parser.parse_args(arguments)
+    if args.streaming and args.num_processes > 1:
+        parser.error(
+            f"--num_processes is {args.num_processes}, but a stream is read from its front, by one process; leave out "
+            "one of the two."
+        )
+    return args
 
 
-def open_dataset(args: argparse.Namespace) -> Dataset:
-    return load_split(args.dataset_name, args.dataset_split)
+def load_vae(args: argparse.Namespace) -> torch.nn.Module:
+    return AutoModel.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
 
 
-def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> int:
-    """Encode the trajectories of one shard in a process of its own; returns the number of frames."""
+def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> None:
+    """Encode the trajectories of one shard in a process of its own."""
     torch.set_num_threads(max(1, torch.get_num_threads() // args.num_processes))
-    dataset = open_dataset(args)
-    vae = AutoModel.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
-    trajectories = dataset.select(source.shard_rows(shard))
+    dataset = load_split(args.dataset_name, args.dataset_split)
+    encode_trajectories(args, load_vae(args), dataset.select(source.shard_rows(shard)), source, shard)
+
+
+def encode_stream(args: argparse.Namespace, split: StreamedSplit, source: LatentSource, shards: list[int]) -> None:
+    """Encode the missing `shards` of a stream, in one pass over it."""
+    vae, first = load_vae(args), shards[0]
+    rows = split.all_rows(source.shard_rows(first).start)
+    for shard in tqdm(range(first, source.num_shards), desc="shards"):
+        read = list(islice(rows, len(source.shard_rows(shard))))
+        if shard in shards:
+            encode_trajectories(args, vae, split.in_memory(read), source, shard)
+
+
+def encode_trajectories(
+    args: argparse.Namespace, vae: torch.nn.Module, trajectories: Dataset, source: LatentSource, shard: int
+) -> None:
+    """Encode the trajectories of one shard and write it."""
     frames = VideoFrames(trajectories, args.video_column)
     latents = []
     for trajectory, num_frames in enumerate(frames.num_frames):
@@ -61,18 +86,22 @@ def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> 
     carried = trajectories.remove_columns(args.video_column)
     path = source.shard_path(Path(args.output_dir) / args.dataset_split, shard)
     write_shard(path, latents, carried.with_format("arrow")[:], carried.features, source)
-    return int(frames.num_frames.sum())
 
 
 def main(args: argparse.Namespace) -> None:
     # 1. What the latents are made of
-    dataset = open_dataset(args)
+    if args.streaming:
+        dataset = stream_split(args.dataset_name, args.dataset_split, args.video_column)
+        fingerprint, num_trajectories = dataset.fingerprint, dataset.num_rows
+    else:
+        dataset = load_split(args.dataset_name, args.dataset_split)
+        fingerprint, num_trajectories = dataset_fingerprint(dataset), len(dataset)
     vae = AutoModel.from_pretrained(args.vae)
     source = LatentSource(
         vae_hash=vae_hash(vae),
         scaling_factor=vae.config.scaling_factor,
-        dataset_fingerprint=dataset_fingerprint(dataset),
-        num_trajectories=len(dataset),
+        dataset_fingerprint=fingerprint,
+        num_trajectories=num_trajectories,
         trajectories_per_shard=args.trajectories_per_shard,
     )
 
@@ -88,14 +117,16 @@ def main(args: argparse.Namespace) -> None:
     shards = [shard for shard in range(source.num_shards) if not source.shard_path(folder, shard).is_file()]
 
     # 3. Encode the rest
-    if args.num_processes == 1:
+    if args.streaming and shards:
+        encode_stream(args, dataset, source, shards)
+    elif args.num_processes == 1:
         for shard in tqdm(shards, desc="shards"):
             encode_shard(args, source, shard)
-        return
-    with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(encode_shard, args, source, shard) for shard in shards]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="shards"):
-            future.result()
+    else:
+        with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(encode_shard, args, source, shard) for shard in shards]
+            for future in tqdm(as_completed(futures), total=len(futures), desc="shards"):
+                future.result()
 
 
 if __name__ == "__main__":

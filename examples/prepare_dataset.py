@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 SHARES = ("validation_share", "test_share")
+KEYS = {"video_key": ("lerobot", "npz"), "action_key": ("npz",)}  # and the sources that take them
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +58,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_actions", type=int, help="Number of discrete actions, for --combine_actions joint.")
     parser.add_argument("--size", type=int, nargs="+", help="Height and width, or one for both: crop and resize.")
-    parser.add_argument("--video_key", help="For lerobot: which camera, if there are several.")
+    parser.add_argument(
+        "--video_key",
+        help="For lerobot: which camera, if there are several. For npz: the array's name if not `video`.",
+    )
+    parser.add_argument("--action_key", help="For npz: the array's name if not `actions`.")
 
     parser.add_argument("--split", choices=SPLITS, default="train", help="Where trajectories go that no share takes.")
     parser.add_argument("--validation_share", type=float, default=0.0, help="By a hash of the trajectory's name.")
@@ -94,7 +99,8 @@ class ShardReport:
 
 
 def open_source(args: argparse.Namespace) -> TrajectorySource:
-    return SOURCES[args.source](args.input, **({"video_key": args.video_key} if args.video_key else {}))
+    keys = {name: getattr(args, name) for name in KEYS if getattr(args, name) is not None}
+    return SOURCES[args.source](args.input, **keys)
 
 
 def build_preparation(args: argparse.Namespace) -> Preparation:
@@ -112,8 +118,11 @@ def check_request(args: argparse.Namespace) -> None:
     shares = (args.validation_share, args.test_share)
     if min(shares) < 0 or sum(shares) > 1:
         raise ValueError(f"`--validation_share` and `--test_share` are {shares}; they must be in [0, 1] together.")
-    if args.video_key is not None and args.source != "lerobot":
-        raise ValueError(f"`--video_key` is for lerobot only, but `--source` is {args.source!r}; leave it out.")
+    for name, sources in KEYS.items():
+        if getattr(args, name) is not None and args.source not in sources:
+            raise ValueError(
+                f"`--{name}` is for {' and '.join(sources)} only, but `--source` is {args.source!r}; leave it out."
+            )
     if args.num_actions is not None and args.combine_actions != "joint":
         raise ValueError(f"`--num_actions` is {args.num_actions}, which only `--combine_actions joint` takes.")
     if not re.fullmatch(r"[a-z0-9.\-]+", args.license):
@@ -209,7 +218,7 @@ def describe_columns(args: argparse.Namespace, form: RowForm) -> str:
 def command_line(args: argparse.Namespace) -> str:
     """What made the dataset, but for the folders, which are the maker's own."""
     command = f"python examples/prepare_dataset.py --source {args.source} --input DIR --output DIR"
-    for name in ("frame_interval", "combine_actions", "num_actions", "size", "video_key", "split", *SHARES):
+    for name in ("frame_interval", "combine_actions", "num_actions", "size", *KEYS, "split", *SHARES):
         value = getattr(args, name)
         if value:
             command += f" --{name} {' '.join(map(str, value)) if name == 'size' else value}"

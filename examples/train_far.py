@@ -3,8 +3,9 @@
     accelerate launch examples/train_far.py --latents_dir latents --vae vae-maze \
         --transformer_config examples/configs/far_maze.json --num_frames 40 --output_dir far-maze --use_ema
 
-The latents come from `cache_latents.py`; `--dataset_name` encodes each clip when it is drawn instead. The result in
-`--output_dir` is a pipeline folder that `FARPipeline.from_pretrained` loads, beside the run's checkpoints and logs.
+The latents come from `cache_latents.py`; `--dataset_name` encodes each clip when it is drawn instead, and with
+`--streaming` such a dataset is read as it is needed. The result in `--output_dir` is a pipeline folder that
+`FARPipeline.from_pretrained` loads, beside the run's checkpoints and logs.
 """
 
 import argparse
@@ -19,10 +20,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline, FARTransformer3DModel
@@ -44,11 +44,11 @@ from diffusers_far.training.arguments import (
     training_objective,
 )
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clip_sources import has_split, open_clips
-from diffusers_far.training.clips import TrainingBatches, clip_loss
+from diffusers_far.training.clip_sources import open_clips, open_validation_clips
+from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches
 from diffusers_far.training.hub import open_repo, push_folder, results_section, write_card
 from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
-from diffusers_far.training.pretrained import with_conditions
+from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import (
     accumulate_gradients,
     build_accelerator,
@@ -96,11 +96,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def build_transformer(args: argparse.Namespace, in_channels: int, num_actions: int | None) -> FARTransformer3DModel:
     """The model to train, new or pretrained; what the config leaves open is taken from the data."""
     if args.pretrained_model_name_or_path is not None:
-        path = Path(args.pretrained_model_name_or_path)
-        is_pipeline = not path.is_dir() or (path / "transformer").is_dir()
         transformer = FARTransformer3DModel.from_pretrained(
             args.pretrained_model_name_or_path,
-            subfolder="transformer" if is_pipeline else None,
+            subfolder="transformer" if is_pipeline(args.pretrained_model_name_or_path) else None,
             torch_dtype=torch.float32,
         )
         if num_actions is not None and num_actions > (transformer.config.num_actions or 0):
@@ -120,15 +118,16 @@ def build_transformer(args: argparse.Namespace, in_channels: int, num_actions: i
     return FARTransformer3DModel(**config)
 
 
-def dry_run(args: argparse.Namespace, accelerator: Accelerator, model, optimizer, batches: TrainingBatches) -> None:
+def dry_run(
+    args: argparse.Namespace, accelerator: Accelerator, model, vae: torch.nn.Module, optimizer, batches: StepBatches
+) -> None:
     """Print what two steps on the longest clips cost."""
     transformer = accelerator.unwrap_model(model)
-    num_long_frames = 0 if batches.short_window is None else args.num_frames - batches.short_window
-    for step in range(2):
+    loaded = encode_batches(batches.longest.load(0, 2), vae)
+    for _ in range(2):
         start_time = time.perf_counter()
-        for accumulated in range(args.gradient_accumulation_steps):
-            clips, draw = batches.batch(step, accumulated, num_long_frames)
-            clips, draw = clips.to(accelerator.device), draw.to(accelerator.device)
+        for _ in range(args.gradient_accumulation_steps):
+            clips, draw = (part.to(accelerator.device) for part in next(loaded))
             loss = clip_loss(model, transformer.config, clips, draw, teacher_forcing=args.teacher_forcing)
             accelerator.backward(loss / args.gradient_accumulation_steps)
         optimizer.step()
@@ -138,7 +137,7 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator, model, optimizer
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-    plan = transformer.context_plan(args.num_frames, *batches.dataset.latent_shape[1:])
+    plan = transformer.context_plan(args.num_frames, *batches.latent_shape[1:])
     accelerator.print(
         f"{plan.num_tokens} tokens per clip of {args.num_frames} frames, {plan.num_long_tokens} of them long\n"
         f"{transformer.num_parameters() / 1e6:.2f} M parameters\n"
@@ -203,9 +202,7 @@ def main(args: argparse.Namespace) -> None:
     vae = AutoModel.from_pretrained(args.vae, torch_dtype=torch.float32)
     vae = vae.to(accelerator.device).requires_grad_(False).eval()
     latents = open_clips(args, args.dataset_split, vae)
-    validation_latents = (
-        open_clips(args, args.validation_split, vae) if has_split(args, args.validation_split) else None
-    )
+    validation_latents = open_validation_clips(args, vae)
     num_actions = num_fed_actions(args, latents.num_actions)
     transformer = build_transformer(args, latents.latent_shape[0], num_actions)
     check_data(latents, transformer, num_actions)
@@ -230,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
 
     if args.dry_run:
-        dry_run(args, accelerator, model, optimizer, batches)
+        dry_run(args, accelerator, model, vae, optimizer, batches)
         return
 
     # 3. Start or resume
@@ -250,16 +247,13 @@ def main(args: argparse.Namespace) -> None:
         repo_id = open_repo(output_dir, args.hub_model_id) if args.push_to_hub else None
         output_dir.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers("train_far")
-    logger.info(
-        f"{transformer.num_parameters() / 1e6:.2f} M parameters; {len(batches.trajectories)} of {len(latents)} "
-        f"trajectories are long enough for {args.num_frames} frames; from step {first_step}"
-    )
+    logger.info(f"{transformer.num_parameters() / 1e6:.2f} M parameters; {batches.extent}; from step {first_step}")
 
     # 4. The pipeline that is measured and, in the end, saved
     height, width = (size * spatial_compression(vae) for size in latents.latent_shape[1:])
-    pipeline = FARPipeline(
-        transformer, vae, FlowMatchEulerDiscreteScheduler(), args.fps, args.action_names, height, width
-    )
+    settings = pipeline_settings(args.pretrained_model_name_or_path, config.num_actions)
+    settings |= {name: getattr(args, name) for name in ("fps", "action_names") if getattr(args, name) is not None}
+    pipeline = FARPipeline(transformer, vae, height=height, width=width, **settings)
     pipeline.set_progress_bar_config(disable=True)
 
     def measure_held_out(step: int) -> Measurement | None:
@@ -273,13 +267,7 @@ def main(args: argparse.Namespace) -> None:
     # 5. Train
     transformer.train()
     num_accumulated = args.gradient_accumulation_steps
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first_step * num_accumulated, args.max_train_steps * num_accumulated),
-        num_workers=args.dataloader_num_workers,
-    )
-    loaded = iter(loader)
+    loaded = encode_batches(batches.load(first_step, args.max_train_steps, args.dataloader_num_workers), vae)
     progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
     start_time, training_seconds, num_trained_frames, finished = time.perf_counter(), 0.0, 0, first_step
     measurement = None

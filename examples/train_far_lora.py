@@ -4,8 +4,9 @@
         --rank 16 --output_dir far-maze-doom
 
 The latents come from `cache_latents.py` with the pipeline's VAE; `--dataset_name` encodes each clip when it is drawn
-instead. The result in `--output_dir` is `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights` loads, a card
-and a sample video, beside the run's checkpoints and logs.
+instead, and with `--streaming` such a dataset is read as it is needed. The result in `--output_dir` is
+`pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights` loads, a card and a sample video, beside the run's
+checkpoints and logs.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline
@@ -36,7 +36,8 @@ from diffusers_far.training.arguments import (
     training_objective,
 )
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clip_sources import has_split, open_clips
+from diffusers_far.training.clip_sources import open_clips, open_validation_clips
+from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.hub import open_repo, push_folder, results_section, write_card
 from diffusers_far.training.lora import (
     LAYER_GROUPS,
@@ -137,9 +138,7 @@ def main(args: argparse.Namespace) -> None:
     args.num_frames = args.num_frames or config.trained_frames or 16
     latents = open_clips(args, args.dataset_split, pipeline.vae)
     check_data(latents, transformer, num_fed_actions(args, latents.num_actions))
-    validation_latents = None
-    if has_split(args, args.validation_split):
-        validation_latents = open_clips(args, args.validation_split, pipeline.vae)
+    validation_latents = open_validation_clips(args, pipeline.vae)
     objective = training_objective(args)
     batches = training_batches(args, latents, objective, config, accelerator)
 
@@ -183,8 +182,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.init_trackers("train_far_lora")
     logger.info(
         f"{sum(parameter.numel() for parameter in parameters):,} parameters to train in {', '.join(targets)}; "
-        f"{len(batches.trajectories)} of {len(latents)} trajectories are long enough for {args.num_frames} frames; "
-        f"from step {first_step}"
+        f"{batches.extent}; from step {first_step}"
     )
 
     def measure_held_out(step: int) -> Measurement | None:
@@ -202,13 +200,7 @@ def main(args: argparse.Namespace) -> None:
     transformer.enable_adapters()
     transformer.train()
     num_accumulated = args.gradient_accumulation_steps
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first_step * num_accumulated, args.max_train_steps * num_accumulated),
-        num_workers=args.dataloader_num_workers,
-    )
-    loaded = iter(loader)
+    loaded = encode_batches(batches.load(first_step, args.max_train_steps, args.dataloader_num_workers), pipeline.vae)
     progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
     start_time, finished = time.perf_counter(), first_step
     for step in range(first_step, args.max_train_steps):

@@ -3,8 +3,9 @@
     accelerate launch examples/train_vae.py --dataset_name mazes --vae_config examples/configs/vae_maze.json \
         --output_dir vae-maze --max_train_steps 5000
 
-The dataset has a row per trajectory with a column `video` of type `List(Image())`. The result in `--output_dir` loads
-with `from_pretrained`; its config carries the scaling factor that brings its latents to unit variance.
+The dataset has a row per trajectory with a column `video` of type `List(Image())`; with `--streaming` it is read as it is
+needed. The result in `--output_dir` loads with `from_pretrained`; its config carries the scaling factor that brings its
+latents to unit variance.
 """
 
 import argparse
@@ -25,10 +26,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from diffusers_far.data.fingerprint import dataset_fingerprint
-from diffusers_far.data.frames import FrameDataset, evenly_spaced
-from diffusers_far.data.loading import load_split
+from diffusers_far.data.frames import evenly_spaced
 from diffusers_far.models.lpips import load_lpips
+from diffusers_far.training.arguments import add_streaming_arguments
 from diffusers_far.training.autoencoder import (
     Autoencoding,
     decoder_last_layer,
@@ -44,7 +44,8 @@ from diffusers_far.training.discriminator import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from diffusers_far.training.order import StepBatchSampler, step_generator
+from diffusers_far.training.frame_batches import open_frames, open_validation_frames
+from diffusers_far.training.order import step_generator
 
 
 logger = get_logger(__name__)
@@ -66,6 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--validation_split", default="validation")
     parser.add_argument("--video_column", default="video")
+    add_streaming_arguments(parser)
     parser.add_argument("--vae_config", required=True, help="JSON file: `_class_name` and the model's arguments.")
     parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
 
@@ -144,9 +146,8 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
 
     # 1. Data
-    train_trajectories = load_split(args.dataset_name, args.dataset_split)
-    train_frames = FrameDataset(train_trajectories, args.video_column)
-    validation_frames = FrameDataset(load_split(args.dataset_name, args.validation_split), args.video_column)
+    train_frames = open_frames(args, accelerator)
+    validation_frames = open_validation_frames(args)
     validation_frames = Subset(validation_frames, evenly_spaced(len(validation_frames), args.num_validation_frames))
     validation_loader = DataLoader(validation_frames, args.train_batch_size)
 
@@ -182,29 +183,22 @@ def main(args: argparse.Namespace) -> None:
     # 3. Start or resume
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "vae_config": json.loads(Path(args.vae_config).read_text()),
-        "dataset": dataset_fingerprint(train_trajectories),
+        "dataset": train_frames.fingerprint,
         "num_processes": accelerator.num_processes,
     }
     if isinstance(vae, diffusers.VQModel):
         identity |= {name: getattr(args, name) for name in VQ_IDENTITY}
+    if args.streaming:
+        identity |= {"streaming": True, "shuffle_buffer_size": args.shuffle_buffer_size}
     first_step = 0
     if checkpoint is not None:
         first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers("train_vae")
-    sampler = StepBatchSampler(
-        len(train_frames),
-        args.train_batch_size,
-        seed=args.seed,
-        first_step=first_step,
-        last_step=args.max_train_steps,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    train_loader = DataLoader(train_frames, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+    loaded = train_frames.load(first_step, args.max_train_steps, args.dataloader_num_workers)
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    logger.info(f"{num_parameters / 1e6:.2f} M parameters, {len(train_frames)} frames, from step {first_step}")
+    logger.info(f"{num_parameters / 1e6:.2f} M parameters, {train_frames.extent}, from step {first_step}")
 
     def validate(step: int) -> None:
         ema.store(vae.parameters())
@@ -222,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
     autoencoding.train()
     progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
     start_time = time.perf_counter()
-    for step, frames in zip(sampler.steps, train_loader):
+    for step, frames in zip(range(first_step, args.max_train_steps), loaded):
         target = (frames.to(accelerator.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         generator = step_generator(args.seed, step, accelerator.process_index)
         gan_is_on = args.disc_start is not None and step >= args.disc_start
@@ -289,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         validate(args.max_train_steps)
         ema.copy_to(vae.parameters())
-        sample = Subset(train_frames, evenly_spaced(len(train_frames), 2048))
+        sample = Subset(train_frames.sample, evenly_spaced(len(train_frames.sample), 2048))
         scaling_factor = measure_scaling_factor(vae, DataLoader(sample, args.train_batch_size))
         vae.register_to_config(scaling_factor=scaling_factor)
         vae.to(memory_format=torch.contiguous_format).save_pretrained(output_dir)

@@ -1,5 +1,7 @@
 """Small videos for tests, whose frames can be told apart after lossy compression."""
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,17 +30,31 @@ def write_video(
     pixel_format: str = "yuv420p",
     rotation: int = 0,
     container_options: dict[str, str] | None = None,
+    codec_options: dict[str, str] | None = None,
+    times: Sequence[int] | None = None,
+    audio: bool = False,
+    codec_tag: str | None = None,
 ) -> Path:
-    """Encode at 25 frames a second."""
+    """Encode at 25 frames a second, or with each frame shown at its time in `times`, in units of 1/25 second; with a second
+    of silence if `audio`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=25, options=codec_options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixel_format
+        if codec_tag:
+            stream.codec_context.codec_tag = codec_tag
         if rotation:
             stream.set_display_rotation(rotation)
-        for frame in frames:
+        if audio:
+            sound = container.add_stream("mp2", rate=44100)
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.int16), format="s16", layout="mono")
+            silence.sample_rate = 44100
+            container.mux(sound.encode(silence) + sound.encode())
+        for number, frame in enumerate(frames):
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if times is not None:
+                image.pts, image.time_base = times[number], Fraction(1, 25)
             container.mux(stream.encode(image))
         container.mux(stream.encode())
     return path

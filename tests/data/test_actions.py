@@ -24,6 +24,9 @@ def test_actions_one_per_frame_are_left_as_they_are():
     assert align_actions([2, 0, 1], 3).dtype == np.int64
     assert align_actions([[0.5], [1], [2]], 3).tolist() == [[0.5], [1], [2]]
     assert align_actions([[0.5], [1], [2]], 3).dtype == np.float32
+    for dtype in (np.int32, np.uint8, np.float32, np.float64, bool):
+        aligned = align_actions(np.array([1, 0, 1], dtype), 3)
+        assert aligned.dtype == np.int64 and aligned.tolist() == [1, 0, 1]
 
 
 def test_the_missing_action_that_leads_out_of_the_video_repeats_the_last():
@@ -43,7 +46,7 @@ def test_the_missing_action_that_leads_out_of_the_video_repeats_the_last():
         ([0.5, 1.0], 2, r"shape \(2,\) and type float64"),
         ([[0.5], [1.0, 2.0]], 2, "number of channels"),
         ([None, 1], 2, "object"),
-        (["left"], 1, "give \\(F,\\) integers"),
+        (["left"], 1, "give \\(F,\\) whole numbers"),
         (np.zeros((2, 0)), 2, r"shape \(2, 0\)"),
     ],
 )

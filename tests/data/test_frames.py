@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, Features, Video
 from video_files import frame_numbers, gray_frames, write_video
 
+from diffusers_far.data import frames as frames_module
 from diffusers_far.data.fingerprint import dataset_fingerprint
 from diffusers_far.data.frames import FrameDataset, VideoFrames, evenly_spaced
 from diffusers_far.data.loading import load_split
@@ -91,3 +92,51 @@ def test_the_fingerprint_of_video_files_is_of_their_content(video_folder, tmp_pa
 def test_a_column_of_another_type_is_refused(trajectories):
     with pytest.raises(ValueError, match="`column` is 'actions'"):
         VideoFrames(trajectories, "actions")
+
+
+def test_single_frames_of_video_files_are_refused_with_the_cure(video_folder):
+    with pytest.raises(ValueError, match="`column` is 'video', which holds video files.*prepare_dataset.py"):
+        FrameDataset(load_split(str(video_folder), "train"))
+
+
+# What a clip costs
+
+
+@pytest.fixture
+def calls(monkeypatch) -> dict[str, int]:
+    """How often an image was decoded, and a video file searched for its key frames."""
+    calls = {"images": 0, "searches": 0}
+    decode, search = frames_module.IMAGE_DECODER.decode_example, frames_module.read_frame_times
+
+    class CountingDecoder:
+        def decode_example(self, image):
+            calls["images"] += 1
+            return decode(image)
+
+    def counted_search(file):
+        calls["searches"] += 1
+        return search(file)
+
+    monkeypatch.setattr(frames_module, "IMAGE_DECODER", CountingDecoder())
+    monkeypatch.setattr(frames_module, "read_frame_times", counted_search)
+    return calls
+
+
+def test_a_clip_decodes_as_many_images_as_it_has_frames(trajectories, calls):
+    frames = VideoFrames(trajectories)
+    assert calls["images"] == 0
+    frames.clip(3, 1, 2)
+    assert calls["images"] == 2
+    frames.clip(3, 0, 3, 2)
+    assert calls["images"] == 5
+    FrameDataset(trajectories)[7]
+    assert calls["images"] == 6
+
+
+def test_a_video_file_is_searched_for_its_key_frames_once(video_folder, calls):
+    frames = VideoFrames(load_split(str(video_folder), "train"))
+    frames.clip(0, 0, 3)
+    assert calls["searches"] == 0  # nothing comes before the first frame
+    clips = [frames.clip(0, start, 2).permute(0, 2, 3, 1).numpy() for start in (5, 7)]
+    assert calls["searches"] == 1
+    assert [frame_numbers(clip) for clip in clips] == [[5, 6], [7, 8]]

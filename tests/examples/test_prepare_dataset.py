@@ -209,7 +209,11 @@ def test_the_unfinished_work_of_another_run_is_not_touched(npz_folder):
     ("arguments", "message"),
     [
         ("--validation_share 0.6 --test_share 0.6", r"\(0.6, 0.6\)"),
-        ("--video_key top", "`--video_key` is for lerobot only"),
+        ("--source classfolder --action_key act", "`--action_key` is for npz only, but `--source` is 'classfolder'"),
+        (
+            "--source classfolder --video_key top",
+            "`--video_key` is for lerobot and npz only, but `--source` is 'classfolder'",
+        ),
         ("--num_actions 3", "`--num_actions` is 3"),
         ("--license My_Own", "`--license` is 'My_Own'"),
         ("--num_processes 0", "`--num_processes` is 0"),

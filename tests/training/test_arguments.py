@@ -46,7 +46,7 @@ def parse(*arguments: str) -> argparse.Namespace:
     [
         ((), "one of the two"),
         (("--latents_dir", "a", "--dataset_name", "b"), "one of the two"),
-        (("--dataset_name", "b", "--dataloader_num_workers", "2"), "is for cached latents"),
+        (("--latents_dir", "a", "--streaming"), "cached latents are read from where they lie"),
     ],
 )
 def test_clips_come_from_one_source(arguments, message, capsys):

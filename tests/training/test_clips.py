@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image, List, Value
+from tiny_models import tiny_dc
 
+from diffusers_far.data.encoded import EncodedDataset
 from diffusers_far.models.transformer_far import FARTransformer3DModel
-from diffusers_far.training.clips import TrainingBatches, clip_loss
+from diffusers_far.training.clips import TrainingBatches, clip_loss, encode_batches
 from diffusers_far.training.objective import TrainingObjective
 
 
@@ -141,9 +145,13 @@ def test_the_loss_reaches_every_parameter_that_can_matter():
     for block in transformer.transformer_blocks:
         torch.nn.init.normal_(block.norm1.linear.weight)
         torch.nn.init.normal_(block.norm2.linear.weight)
-    clips, draw = make_batches().batch(0, 0, num_long_frames=8)
+    clips, draw = make_batches().longest[0]
     clip_loss(transformer, transformer.config, clips, draw).backward()
-    without = {name for name, parameter in transformer.named_parameters() if not parameter.grad.any()}
+    without = {
+        name
+        for name, parameter in transformer.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
     # After the last block nobody reads the long tokens, so what they ask there changes nothing.
     assert without == {
         f"transformer_blocks.1.attn.{name}" for name in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")
@@ -152,8 +160,49 @@ def test_the_loss_reaches_every_parameter_that_can_matter():
 
 def test_teacher_forcing_feeds_the_transformer_the_clean_latents():
     transformer = make_transformer()
-    clips, draw = make_batches().batch(0, 0, num_long_frames=2)
+    clips, draw = make_batches()[0]
     fed = {}
     transformer.register_forward_pre_hook(lambda module, args, kwargs: fed.update(kwargs), with_kwargs=True)
     clip_loss(transformer, transformer.config, clips, draw, teacher_forcing=True)
     assert torch.equal(fed["clean_hidden_states"], clips.latents)
+
+
+# Videos that are encoded in the process that trains
+
+
+@pytest.fixture
+def videos(tmp_path, monkeypatch) -> Dataset:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    features, random = Features({"video": List(Image()), "actions": List(Value("int64"))}), np.random.default_rng(0)
+    videos = [list(random.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)) for _ in range(5)]
+    return Dataset.from_dict({"video": videos, "actions": [[0, 1, 2] * 3] * 5}, features=features)
+
+
+def load_videos(videos: Dataset, num_workers: int = 0) -> list:
+    encoded = EncodedDataset(videos, tiny_dc())
+    sizes = {"short_window": 3, "interval": 1, "batch_size": 2, "num_accumulated": 1, "seed": 0}
+    batches = TrainingBatches(encoded.videos, TrainingObjective(), encoded.latent_shape, num_frames=5, **sizes)
+    return list(encode_batches(batches.load(0, 4, num_workers), encoded.vae))
+
+
+def test_the_latents_of_a_batch_are_those_that_the_dataset_gives_by_itself(videos):
+    encoded = EncodedDataset(videos, tiny_dc())
+    sizes = {"num_frames": 5, "short_window": 3, "interval": 1, "batch_size": 2, "num_accumulated": 1, "seed": 0}
+    by_itself = TrainingBatches(encoded, TrainingObjective(), **sizes)
+    for step, (clips, draw) in enumerate(load_videos(videos)):
+        expected, expected_draw = by_itself[step]
+        assert torch.equal(clips.latents, expected.latents) and torch.equal(clips.actions, expected.actions)
+        assert torch.equal(draw.noise, expected_draw.noise)
+
+
+@pytest.mark.full
+def test_worker_processes_change_nothing(videos):
+    for (clips, draw), (expected, expected_draw) in zip(load_videos(videos, 2), load_videos(videos), strict=True):
+        assert torch.equal(clips.latents, expected.latents) and torch.equal(draw.timestep, expected_draw.timestep)
+
+
+def test_the_longest_batches_differ_in_length_alone():
+    batches = make_batches()
+    assert {batches.longest[step][0].latents.shape[1] for step in range(20)} == {12}
+    assert torch.equal(batches.longest[3][0].labels, batches[3][0].labels)
+    assert batches.clip_length(3) < 12

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_far.training.order import StepBatchSampler, step_generator, step_indices
+from diffusers_far.training.order import StepBatchSampler, epoch_order, step_generator, step_indices
 
 
 @settings(max_examples=50, deadline=None)
@@ -13,6 +13,13 @@ def test_every_epoch_shows_each_sample_once_whatever_the_batch_size(num_samples,
     served = np.concatenate([step_indices(num_samples, batch_size, seed, step) for step in range(num_steps)])
     for epoch in range(2):
         assert sorted(served[epoch * num_samples : (epoch + 1) * num_samples]) == list(range(num_samples))
+
+
+def test_an_epoch_is_ordered_once_for_all_of_its_steps():
+    epoch_order.cache_clear()
+    for step in range(30):
+        step_indices(100, 7, seed=3, step=step)
+    assert epoch_order.cache_info().misses == 3  # 30 steps of 7 samples: two epochs and the beginning of a third
 
 
 def test_a_sampler_that_starts_late_serves_what_the_uninterrupted_one_served():

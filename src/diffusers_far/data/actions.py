@@ -33,8 +33,9 @@ def align_actions(actions: np.ndarray | Sequence, num_frames: int) -> np.ndarray
     """Check the actions of a trajectory and bring them to one per frame.
 
     Args:
-        actions (`np.ndarray` or sequence): `(F,)` integers, which are discrete, or `(F, A)` numbers, which are
-            continuous; or one fewer: the action that leads out of the video is unknown, so the last one is repeated.
+        actions (`np.ndarray` or sequence): `(F,)` whole numbers of any type, which are discrete, or `(F, A)` numbers,
+            which are continuous; or one fewer: the action that leads out of the video is unknown, so the last one is
+            repeated.
         num_frames (`int`): F.
 
     Returns:
@@ -47,12 +48,12 @@ def align_actions(actions: np.ndarray | Sequence, num_frames: int) -> np.ndarray
         actions = np.asarray(actions)
     except ValueError as error:
         raise ValueError("`actions` differ in their number of channels; give each as many.") from error
-    discrete = actions.ndim == 1 and actions.dtype.kind in "iu"
+    discrete = actions.ndim == 1 and _are_whole(actions)
     continuous = actions.ndim == 2 and actions.dtype.kind in "iuf" and actions.shape[1] > 0
     if not (discrete or continuous):
         raise ValueError(
-            f"`actions` has shape {actions.shape} and type {actions.dtype}; give (F,) integers for discrete actions or "
-            "(F, A) numbers for continuous ones."
+            f"`actions` has shape {actions.shape} and type {actions.dtype}; give (F,) whole numbers for discrete actions "
+            "or (F, A) numbers for continuous ones."
         )
     if len(actions) not in (num_frames, num_frames - 1) or len(actions) == 0:
         raise ValueError(
@@ -66,6 +67,12 @@ def align_actions(actions: np.ndarray | Sequence, num_frames: int) -> np.ndarray
         rule = "indices from 0" if discrete else "finite numbers"
         raise ValueError(f"`actions[{first}]` is {actions[first].tolist()}; actions must be {rule}.")
     return actions if len(actions) == num_frames else np.concatenate([actions, actions[-1:]])
+
+
+def _are_whole(numbers: np.ndarray) -> bool:
+    if numbers.dtype.kind == "f":
+        return numbers.size > 0 and bool(np.isfinite(numbers).all() and (numbers == np.rint(numbers)).all())
+    return numbers.dtype.kind in "iub"
 
 
 def group_actions(actions: np.ndarray, interval: int) -> np.ndarray:
@@ -109,6 +116,12 @@ def clip_actions(
         actions = np.concatenate([actions, np.repeat(actions[-1:], missing, axis=0)]) if missing else actions
         actions = combine_actions(actions.reshape(length, interval, *actions.shape[1:]))
     return actions.astype(np.int64 if actions.dtype.kind in "iu" else np.float32)
+
+
+def read_actions(actions: pa.ListScalar) -> np.ndarray | list:
+    """The actions of one row of an Arrow table: a list per action only where each has several channels."""
+    values = actions.values
+    return values.to_pylist() if pa.types.is_nested(values.type) else values.to_numpy(zero_copy_only=False)
 
 
 def count_actions(actions: pa.ChunkedArray | None) -> int | None:

@@ -7,11 +7,9 @@ import torch
 from datasets import Dataset
 
 from ..models.codec import encode_video, spatial_compression
-from .actions import align_actions, clip_actions, count_actions
-from .faults import BadExampleError
 from .fingerprint import dataset_fingerprint, vae_hash
-from .frames import VideoFrames
 from .latents import LatentClip
+from .video_clips import VideoClips
 
 
 class EncodedDataset:
@@ -25,6 +23,7 @@ class EncodedDataset:
         combine_actions (callable, *optional*): As for [`LatentDataset`].
 
     Attributes:
+        videos ([`VideoClips`]): The same clips before they are encoded.
         num_frames (`np.ndarray` of shape `(num_trajectories,)`, int64): Frames of each trajectory.
         latent_shape (`tuple`): `(C, H, W)`.
         dataset_fingerprint (`str`), vae_hash (`str`): What it is made of.
@@ -38,16 +37,11 @@ class EncodedDataset:
         column: str = "video",
         combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self.frames = VideoFrames(trajectories, column)
+        self.videos = VideoClips(trajectories, column, combine_actions)
         self.vae = vae
-        self.combine_actions = combine_actions
-        self.num_frames = self.frames.num_frames
+        self.num_frames, self.num_actions = self.videos.num_frames, self.videos.num_actions
         self.dataset_fingerprint, self.vae_hash = dataset_fingerprint(trajectories), vae_hash(vae)
-        self.rows = trajectories.remove_columns(column)
-        columns = self.rows.column_names
-        self._has_actions, self._has_labels = "actions" in columns, "label" in columns
-        self.num_actions = count_actions(self.rows.data.column("actions")) if self._has_actions else None
-        first_frame = self.frames.clip(0, 0, 1)
+        first_frame = self.videos.frames.clip(0, 0, 1)
         unit = spatial_compression(vae)
         if first_frame.shape[2] % unit or first_frame.shape[3] % unit:
             raise ValueError(
@@ -65,13 +59,5 @@ class EncodedDataset:
         Raises:
             BadExampleError: If the trajectory's file is damaged or its actions do not fit its frames.
         """
-        latents = encode_video(self.vae, self.frames.clip(trajectory, start, length, interval))
-        row = self.rows[trajectory] if self.rows.column_names else {}
-        actions = None
-        if self._has_actions:
-            try:
-                actions = align_actions(row["actions"], int(self.num_frames[trajectory]))[start:]
-            except ValueError as error:
-                raise BadExampleError(f"Trajectory {trajectory}: {error}") from error
-            actions = torch.from_numpy(clip_actions(actions, length, interval, self.combine_actions))
-        return LatentClip(latents.float().cpu(), actions, row["label"] if self._has_labels else None)
+        clip = self.videos.clip(trajectory, start, length, interval)
+        return LatentClip(encode_video(self.vae, clip.frames).float().cpu(), clip.actions, clip.label)

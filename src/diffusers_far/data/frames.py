@@ -1,14 +1,15 @@
 """Frames of trajectories: single ones, for autoencoders, and runs of them, whether stored as images or as video files."""
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, Video
 
-from .faults import BadExampleError
-from .video import count_frames, iter_video
+from .video import FrameTimes, count_frames, read_frame_times, read_frames
+
+
+IMAGE_DECODER = Image(mode="RGB")
 
 
 class FrameDataset(torch.utils.data.Dataset):
@@ -22,7 +23,7 @@ class FrameDataset(torch.utils.data.Dataset):
         column (`str`): The column of type `List(Image())`.
 
     Raises:
-        ValueError: If `column` is missing or empty.
+        ValueError: If `column` is missing, empty or of another type.
     """
 
     def __init__(self, trajectories: Dataset, column: str = "video") -> None:
@@ -30,9 +31,13 @@ class FrameDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"`column` is {column!r}, but the dataset has {trajectories.column_names}; name the frames'."
             )
+        if holds_video_files(trajectories.features, column):
+            raise ValueError(
+                f"`column` is {column!r}, which holds video files: to find one frame in such a file, many are decoded. "
+                "Turn them into images with prepare_dataset.py."
+            )
         self.rows = trajectories.select_columns([column]).with_format("arrow")
         self.column = column
-        self.decoder = Image(mode="RGB")
         lengths = [len(video) for batch in self.rows.iter(batch_size=64) for video in batch[column]]
         self.first_frame = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         if len(self) == 0:
@@ -50,8 +55,7 @@ class FrameDataset(torch.utils.data.Dataset):
         """`torch.Tensor` of shape `(3, height, width)`, uint8."""
         trajectory, frame = self.locate(index)
         encoded = self.rows[trajectory][self.column][0].values[frame].as_py()
-        image = np.array(self.decoder.decode_example(encoded))
-        return torch.from_numpy(image).permute(2, 0, 1)
+        return decode_images([encoded])[0]
 
 
 class VideoFrames:
@@ -76,9 +80,10 @@ class VideoFrames:
             self.num_frames = np.array(
                 [count_frames(self._file(row)) for row in range(len(self.rows))], dtype=np.int64
             )
+            self._times = {}
         else:
             frames = FrameDataset(trajectories, column)
-            self.rows, self.decoder = frames.rows, frames.decoder
+            self.rows = frames.rows
             self.num_frames = np.diff(frames.first_frame)
 
     def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> torch.Tensor:
@@ -87,19 +92,34 @@ class VideoFrames:
         Raises:
             BadExampleError: If the trajectory's file is damaged, or shorter than it says.
         """
-        end = start + (length - 1) * interval + 1
         if self.holds_files:
-            frames = list(islice(iter_video(self._file(trajectory)), start, end, interval))
-            if len(frames) < length:
-                raise BadExampleError(f"Trajectory {trajectory} ends before frame {end}; copy or encode it again.")
-        else:
-            encoded = self.rows[trajectory][self.column][0].values.slice(start, end - start).to_pylist()
-            frames = [np.array(self.decoder.decode_example(image)) for image in encoded[::interval]]
-        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+            times = self._frame_times(trajectory) if start else None
+            return decode_file(self._file(trajectory), start, length, interval, times)
+        places = np.arange(start, start + (length - 1) * interval + 1, interval)
+        return decode_images(self.rows[trajectory][self.column][0].values.take(places).to_pylist())
 
     def _file(self, trajectory: int) -> str | bytes:
         file = self.rows[trajectory][self.column]
         return file["path"] if file["bytes"] is None else file["bytes"]
+
+    def _frame_times(self, trajectory: int) -> FrameTimes | None:
+        """Read once: they are small beside the file that they spare."""
+        if trajectory not in self._times:
+            self._times[trajectory] = read_frame_times(self._file(trajectory))
+        return self._times[trajectory]
+
+
+def decode_images(images: Iterable[dict]) -> torch.Tensor:
+    """Images as `datasets` stores them, `{"bytes": ..., "path": ...}`: `(F, 3, height, width)`, uint8, RGB."""
+    frames = [np.asarray(IMAGE_DECODER.decode_example(image)) for image in images]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def decode_file(
+    file: str | bytes, start: int, length: int, interval: int = 1, times: FrameTimes | None = None
+) -> torch.Tensor:
+    """As [`read_frames`]: `(length, 3, height, width)`, uint8, RGB."""
+    return torch.from_numpy(read_frames(file, start, length, interval, times)).permute(0, 3, 1, 2)
 
 
 def holds_video_files(features: Features, column: str) -> bool:

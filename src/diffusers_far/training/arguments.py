@@ -23,21 +23,37 @@ RUN_IDENTITY = (
 ).split()
 
 
+# What else, if the data are streamed.
+STREAM_IDENTITY = ("streaming", "shuffle_buffer_size", "clips_per_trajectory")
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the clips come from, see [`~training.clip_sources.open_clips`], and where the result goes."""
     parser.add_argument("--latents_dir", help="Folder that cache_latents.py wrote.")
     parser.add_argument("--dataset_name", help="Instead: a dataset's folder or Hub id, encoded again at every step.")
+    add_streaming_arguments(parser)
+    parser.add_argument(
+        "--clips_per_trajectory", type=int, default=1, help="Of a stream: clips of a trajectory each time it is read."
+    )
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--validation_split", default="validation", help="Measured where there is one.")
     parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
+
+
+def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether a dataset is streamed, and how much of it is mixed at a time."""
+    parser.add_argument("--streaming", action="store_true", help="Read the dataset as it is needed; copy nothing.")
+    parser.add_argument(
+        "--shuffle_buffer_size", type=int, default=128, help="Of a stream: trajectories in memory, mixed."
+    )
 
 
 def require_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with the rule unless `add_data_arguments` was given exactly one source of clips that can be read as asked."""
     if (args.latents_dir is None) == (args.dataset_name is None):
         parser.error("give `--latents_dir` or `--dataset_name`, one of the two.")
-    if args.dataset_name is not None and args.dataloader_num_workers:
-        parser.error("`--dataloader_num_workers` is for cached latents: with `--dataset_name` the VAE encodes here.")
+    if args.streaming and args.latents_dir is not None:
+        parser.error("`--streaming` is for `--dataset_name`: cached latents are read from where they lie as it is.")
 
 
 def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +64,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--combine_actions", choices=COMBINATION_RULES, help="What becomes of the actions of skipped frames."
     )
-    parser.add_argument("--num_actions", type=int, help="Discrete actions in the data, to combine them jointly.")
+    parser.add_argument("--num_actions", type=int, help="Discrete actions in the data: to stream, or combine jointly.")
     parser.add_argument("--clean_context_ratio", type=float, default=0.1, help="Share of frames that are clean.")
     parser.add_argument("--clean_prefix_ratio", type=float, default=0.0, help="Share of clips with a clean start.")
     parser.add_argument("--teacher_forcing", action="store_true", help="All frames noisy, all context clean.")
@@ -108,7 +124,11 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def action_combiner(args: argparse.Namespace) -> ActionCombiner | None:
     """What makes one action of those of skipped frames; `None` where `--combine_actions` was left out."""
-    return None if args.combine_actions is None else ActionCombiner(args.combine_actions, args.num_actions)
+    if args.combine_actions is None:
+        return None
+    # A stream is told the number of actions for a reason of its own.
+    is_for_stream = args.streaming and args.combine_actions != "joint"
+    return ActionCombiner(args.combine_actions, None if is_for_stream else args.num_actions)
 
 
 def num_fed_actions(args: argparse.Namespace, num_actions: int | None) -> int | None:

@@ -4,16 +4,18 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import get_dataset_split_names
 
+from ..data import loading
 from ..data.encoded import EncodedDataset
 from ..data.latents import LatentDataset
-from ..data.loading import load_split
 from .arguments import action_combiner
+from .streamed_clips import StreamedClips
 
 
-def open_clips(args: argparse.Namespace, split: str, vae: torch.nn.Module) -> LatentDataset | EncodedDataset:
-    """The clips of a split.
+def open_clips(
+    args: argparse.Namespace, split: str, vae: torch.nn.Module
+) -> LatentDataset | EncodedDataset | StreamedClips:
+    """The clips of a split, to train on.
 
     Args:
         args (`argparse.Namespace`): With `add_data_arguments` and `add_objective_arguments`.
@@ -24,15 +26,34 @@ def open_clips(args: argparse.Namespace, split: str, vae: torch.nn.Module) -> La
         ValueError: The split is missing or damaged, or the latents are another VAE's.
     """
     combine_actions = action_combiner(args)
-    if args.latents_dir is None:
-        return EncodedDataset(load_split(args.dataset_name, split), vae, combine_actions=combine_actions)
-    latents = LatentDataset(args.latents_dir, split, combine_actions)
-    latents.require_vae(vae)
-    return latents
+    if args.latents_dir is not None:
+        latents = LatentDataset(args.latents_dir, split, combine_actions)
+        latents.require_vae(vae)
+        return latents
+    if args.streaming:
+        streamed = loading.stream_split(args.dataset_name, split)
+        return StreamedClips(streamed, vae, combine_actions, args.num_actions)
+    return EncodedDataset(loading.load_split(args.dataset_name, split), vae, combine_actions=combine_actions)
+
+
+def open_validation_clips(args: argparse.Namespace, vae: torch.nn.Module) -> LatentDataset | EncodedDataset | None:
+    """The held-out clips, in any order; `None` without such a split. Of a stream those of its first trajectories, as many
+    as are measured.
+
+    Raises:
+        ValueError: As [`open_clips`].
+    """
+    if not has_split(args, args.validation_split):
+        return None
+    if not args.streaming:
+        return open_clips(args, args.validation_split, vae)
+    num_trajectories = max(args.num_validation_clips, args.num_validation_videos)
+    head = loading.stream_split(args.dataset_name, args.validation_split).head(num_trajectories)
+    return EncodedDataset(head, vae, combine_actions=action_combiner(args))
 
 
 def has_split(args: argparse.Namespace, split: str) -> bool:
     """Whether there is such a split."""
     if args.latents_dir is None:
-        return split in get_dataset_split_names(args.dataset_name)
+        return loading.has_split(args.dataset_name, split)
     return (Path(args.latents_dir) / split).is_dir()

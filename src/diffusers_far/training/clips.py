@@ -3,19 +3,24 @@
 B batch, F frames, C latent channels, H/W latent height/width, A action channels.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
+from ..data.video_clips import VideoClip
+from ..models.codec import encode_video
 from ..models.conditions import shift_actions
 from .objective import ObjectiveDraw, TrainingObjective, add_noise, draw_num_long_frames, velocity_loss
 from .order import step_generator, step_indices
 
 
-STEP_STREAM, CLIP_STREAM = 1, 2  # what is drawn once per step, and what is drawn for each of its clips
+# What is drawn once per step; for each of its clips; and, of streamed trajectories, where a clip starts.
+STEP_STREAM, CLIP_STREAM, START_STREAM = 1, 2, 4
 
 
 class Clip(Protocol):
@@ -72,25 +77,53 @@ class ClipBatch:
         return conditions
 
 
+@dataclass(frozen=True)
+class VideoBatch:
+    """Clips of one length that are not encoded yet.
+
+    Args:
+        frames (`torch.Tensor` of shape `(B, F, 3, height, width)`): uint8, RGB.
+        actions, labels: As of [`ClipBatch`].
+    """
+
+    frames: torch.Tensor
+    actions: torch.Tensor | None
+    labels: torch.Tensor | None
+
+    def encode(self, vae: torch.nn.Module) -> ClipBatch:
+        """Each clip by itself, so that its latents do not depend on the others in the batch."""
+        latents = torch.stack([encode_video(vae, frames).float() for frames in self.frames])
+        return ClipBatch(latents, self.actions, self.labels)
+
+
+def stack_clips(clips: Sequence[Clip | VideoClip]) -> ClipBatch | VideoBatch:
+    """A batch of clips of one kind and length."""
+    actions = None if clips[0].actions is None else torch.stack([clip.actions for clip in clips])
+    labels = None if clips[0].label is None else torch.tensor([clip.label for clip in clips])
+    if isinstance(clips[0], VideoClip):
+        return VideoBatch(torch.stack([clip.frames for clip in clips]), actions, labels)
+    return ClipBatch(torch.stack([clip.latents for clip in clips]), actions, labels)
+
+
 def cut_clips(
     dataset: ClipDataset,
     trajectories: Sequence[int],
     generators: Sequence[torch.Generator],
     num_frames: int,
     interval: int = 1,
-) -> ClipBatch:
+) -> ClipBatch | VideoBatch:
     """Cut one clip from each trajectory, its start drawn from its generator."""
-    span = (num_frames - 1) * interval + 1
     clips = []
     for trajectory, generator in zip(trajectories, generators):
-        num_starts = int(dataset.num_frames[trajectory]) - span + 1
-        start = int(torch.randint(num_starts, (), generator=generator))
+        start = draw_start(int(dataset.num_frames[trajectory]), num_frames, interval, generator)
         clips.append(dataset.clip(trajectory, start, num_frames, interval))
-    return ClipBatch(
-        latents=torch.stack([clip.latents for clip in clips]),
-        actions=None if clips[0].actions is None else torch.stack([clip.actions for clip in clips]),
-        labels=None if clips[0].label is None else torch.tensor([clip.label for clip in clips]),
-    )
+    return stack_clips(clips)
+
+
+def draw_start(num_trajectory_frames: int, num_frames: int, interval: int, generator: torch.Generator) -> int:
+    """Where a clip of `num_frames` frames, `interval` apart, starts in a trajectory: any place is as likely."""
+    num_starts = num_trajectory_frames - (num_frames - 1) * interval
+    return int(torch.randint(num_starts, (), generator=generator))
 
 
 def usable_trajectories(dataset: ClipDataset, num_frames: int, interval: int = 1) -> np.ndarray:
@@ -105,15 +138,15 @@ def usable_trajectories(dataset: ClipDataset, num_frames: int, interval: int = 1
     return usable
 
 
-class TrainingBatches(torch.utils.data.Dataset):
-    """The batches of one process, numbered from 0 over the whole run: a step takes `num_accumulated` of them.
+class StepBatches(torch.utils.data.Dataset):
+    """What the batches of a run have in common, wherever their clips come from. A step takes `num_accumulated` of them on
+    each process.
 
-    A step's clips are numbered over all processes and accumulated batches, and each has a generator of its own. So a
-    resumed run sees what the uninterrupted one saw, and two processes see together what one would.
+    A step's clips are numbered over all processes and accumulated batches, and each has a generator of its own.
 
     Args:
-        dataset (`ClipDataset`): Where the clips come from.
         objective (`TrainingObjective`): Draws what is noisy.
+        latent_shape (`tuple`): `(C, H, W)`.
         num_frames (`int`): Longest clip.
         short_window (`int`, *optional*): Of a long model, whose clips have a random number of long frames, the same for
             all clips of a step; `None`: all clips have `num_frames` frames, none of them long.
@@ -126,8 +159,8 @@ class TrainingBatches(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset: ClipDataset,
         objective: TrainingObjective,
+        latent_shape: tuple[int, int, int],
         *,
         num_frames: int,
         short_window: int | None,
@@ -143,8 +176,8 @@ class TrainingBatches(torch.utils.data.Dataset):
                 f"`num_frames` is {num_frames}, but the model's short window alone has {short_window} frames; give at "
                 "least as many."
             )
-        self.dataset = dataset
         self.objective = objective
+        self.latent_shape = latent_shape
         self.num_frames = num_frames
         self.short_window = short_window
         self.interval = interval
@@ -153,42 +186,100 @@ class TrainingBatches(torch.utils.data.Dataset):
         self.seed = seed
         self.process_index = process_index
         self.num_processes = num_processes
-        self.trajectories = usable_trajectories(dataset, num_frames, interval)
+        self._only_longest = False
 
     @property
     def clips_per_step(self) -> int:
         return self.batch_size * self.num_accumulated * self.num_processes
 
+    @property
+    def longest(self) -> "StepBatches":
+        """The same batches, every clip of the longest length: to try out what a step costs."""
+        batches = copy.copy(self)
+        batches._only_longest = True
+        return batches
+
     def num_long_frames(self, step: int) -> int:
         """The long frames of a step's clips."""
         if self.short_window is None:
             return 0
+        if self._only_longest:
+            return self.num_frames - self.short_window
         generator = step_generator(self.seed, step, stream=STEP_STREAM)
         return draw_num_long_frames(self.num_frames, self.short_window, generator)
 
-    def __getitem__(self, index: int) -> tuple[ClipBatch, ObjectiveDraw]:
-        step, accumulated = divmod(index, self.num_accumulated)
-        return self.batch(step, accumulated, self.num_long_frames(step))
+    def clip_length(self, step: int) -> int:
+        """The frames of a step's clips."""
+        return self.num_frames if self.short_window is None else self.num_long_frames(step) + self.short_window
 
-    def batch(self, step: int, accumulated: int, num_long_frames: int) -> tuple[ClipBatch, ObjectiveDraw]:
-        """The clips of one pass and what chance decides for them."""
-        num_frames = self.num_frames if self.short_window is None else num_long_frames + self.short_window
+    def clip_numbers(self, accumulated: int) -> range:
+        """The numbers, within a step, of the clips of one batch on this process."""
         first_clip = (accumulated * self.num_processes + self.process_index) * self.batch_size
-        clip_numbers = range(first_clip, first_clip + self.batch_size)
-        indices = step_indices(len(self.trajectories), self.clips_per_step, self.seed, step)
-        generators = [step_generator(self.seed, step, number, stream=CLIP_STREAM) for number in clip_numbers]
-        clips = cut_clips(
-            self.dataset,
-            self.trajectories[indices[list(clip_numbers)]].tolist(),
-            generators,
-            num_frames,
-            self.interval,
+        return range(first_clip, first_clip + self.batch_size)
+
+    def generators(self, step: int, accumulated: int, stream: int) -> list[torch.Generator]:
+        """One for each clip of a batch."""
+        return [step_generator(self.seed, step, number, stream) for number in self.clip_numbers(accumulated)]
+
+    def draw(self, step: int, generators: Sequence[torch.Generator]) -> ObjectiveDraw:
+        """What chance decides for the clips of a batch."""
+        sizes = (self.clip_length(step), self.num_long_frames(step), self.latent_shape)
+        return ObjectiveDraw.stack([self.objective.draw(*sizes, generator) for generator in generators])
+
+
+class TrainingBatches(StepBatches):
+    """The batches of one process, numbered from 0 over the whole run, of trajectories that can be read in any order.
+
+    A resumed run sees what the uninterrupted one saw, and two processes see together what one would.
+
+    Args:
+        dataset (`ClipDataset` or [`VideoClips`]): Where the clips come from.
+        objective (`TrainingObjective`): Draws what is noisy.
+        latent_shape (`tuple`, *optional*): `(C, H, W)`; the dataset's own by default.
+        sizes: As of [`StepBatches`].
+    """
+
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        objective: TrainingObjective,
+        latent_shape: tuple[int, int, int] | None = None,
+        **sizes,
+    ) -> None:
+        super().__init__(objective, latent_shape or dataset.latent_shape, **sizes)
+        self.dataset = dataset
+        self.trajectories = usable_trajectories(dataset, self.num_frames, self.interval)
+
+    @property
+    def extent(self) -> str:
+        return (
+            f"{len(self.trajectories)} of {len(self.dataset.num_frames)} trajectories are long enough for "
+            f"{self.num_frames} frames"
         )
-        draws = [
-            self.objective.draw(num_frames, num_long_frames, self.dataset.latent_shape, generator)
-            for generator in generators
-        ]
-        return clips, ObjectiveDraw.stack(draws)
+
+    def load(
+        self, first_step: int, last_step: int, num_workers: int = 0
+    ) -> Iterator[tuple[ClipBatch | VideoBatch, ObjectiveDraw]]:
+        """The batches of the steps from `first_step` to before `last_step`, loaded in `num_workers` processes."""
+        numbers = range(first_step * self.num_accumulated, last_step * self.num_accumulated)
+        return iter(DataLoader(self, batch_size=None, sampler=numbers, num_workers=num_workers))
+
+    def __getitem__(self, index: int) -> tuple[ClipBatch | VideoBatch, ObjectiveDraw]:
+        """The clips of one pass and what chance decides for them."""
+        step, accumulated = divmod(index, self.num_accumulated)
+        indices = step_indices(len(self.trajectories), self.clips_per_step, self.seed, step)
+        trajectories = self.trajectories[indices[list(self.clip_numbers(accumulated))]].tolist()
+        generators = self.generators(step, accumulated, CLIP_STREAM)
+        clips = cut_clips(self.dataset, trajectories, generators, self.clip_length(step), self.interval)
+        return clips, self.draw(step, generators)
+
+
+def encode_batches(
+    loaded: Iterator[tuple[ClipBatch | VideoBatch, ObjectiveDraw]], vae: torch.nn.Module
+) -> Iterator[tuple[ClipBatch, ObjectiveDraw]]:
+    """Loaded batches as a training step takes them: videos are encoded here, where the VAE lies."""
+    for clips, draw in loaded:
+        yield clips.encode(vae) if isinstance(clips, VideoBatch) else clips, draw
 
 
 def clip_loss(

@@ -4,9 +4,22 @@ Nothing here has a state to save: a run that resumes at step N draws what the un
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a permutation of `num_samples`, read-only.
+
+    The last two are remembered, as all steps of an epoch ask for the same one: to draw that of millions of frames takes
+    longer than a small training step.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_samples)
+    order.flags.writeable = False
+    return order
 
 
 def step_indices(num_samples: int, global_batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -25,8 +38,7 @@ def step_indices(num_samples: int, global_batch_size: int, seed: int, step: int)
     epochs, places = np.divmod(positions, num_samples)
     indices = np.empty(global_batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
-        order = np.random.default_rng((seed, int(epoch))).permutation(num_samples)
-        indices[epochs == epoch] = order[places[epochs == epoch]]
+        indices[epochs == epoch] = epoch_order(num_samples, seed, int(epoch))[places[epochs == epoch]]
     return indices
 
 

@@ -20,9 +20,11 @@ from accelerate.utils import ProjectConfiguration
 
 from ..data.encoded import EncodedDataset
 from ..data.latents import LatentDataset
+from .arguments import STREAM_IDENTITY
 from .clips import ClipBatch, TrainingBatches, clip_loss
 from .objective import ObjectiveDraw, TrainingObjective
 from .order import step_generator
+from .streamed_clips import StreamedBatches, StreamedClips
 
 
 DROPOUT_STREAM = 3  # beside the streams of `clips`: what the network itself draws in a step
@@ -46,12 +48,12 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 def check_data(
-    latents: LatentDataset | EncodedDataset, transformer: torch.nn.Module, num_fed_actions: int | None
+    latents: LatentDataset | EncodedDataset | StreamedClips, transformer: torch.nn.Module, num_fed_actions: int | None
 ) -> None:
     """Refuse data that the model cannot be trained on, before any step.
 
     Args:
-        latents (`LatentDataset` or `EncodedDataset`): To train on.
+        latents (`LatentDataset`, `EncodedDataset` or `StreamedClips`): To train on.
         transformer ([`FARTransformer3DModel`]): To be trained.
         num_fed_actions (`int`, *optional*): Discrete actions that it will be fed, see `arguments.num_fed_actions`.
 
@@ -83,31 +85,42 @@ def check_data(
 
 def training_batches(
     args: argparse.Namespace,
-    latents: LatentDataset | EncodedDataset,
+    latents: LatentDataset | EncodedDataset | StreamedClips,
     objective: TrainingObjective,
     transformer_config,
     accelerator: Accelerator,
-) -> TrainingBatches:
-    """This process's batches of the whole run, see [`TrainingBatches`]."""
+) -> TrainingBatches | StreamedBatches:
+    """This process's batches of the whole run; checkpoints of `accelerator` hold the place in a stream."""
     is_long = transformer_config.long_patch_size is not None
-    return TrainingBatches(
-        latents,
-        objective,
-        num_frames=args.num_frames,
-        short_window=transformer_config.short_window if is_long else None,
-        interval=args.frame_interval,
-        batch_size=args.train_batch_size,
-        num_accumulated=args.gradient_accumulation_steps,
-        seed=args.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+    sizes = {
+        "num_frames": args.num_frames,
+        "short_window": transformer_config.short_window if is_long else None,
+        "interval": args.frame_interval,
+        "batch_size": args.train_batch_size,
+        "num_accumulated": args.gradient_accumulation_steps,
+        "seed": args.seed,
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+    }
+    if isinstance(latents, StreamedClips):
+        batches = StreamedBatches(
+            latents,
+            objective,
+            block_size=args.shuffle_buffer_size,
+            clips_per_trajectory=args.clips_per_trajectory,
+            **sizes,
+        )
+        batches.loader.save_with(accelerator)
+        return batches
+    # Videos are encoded in the process that trains, whichever decodes them.
+    clips = latents.videos if isinstance(latents, EncodedDataset) else latents
+    return TrainingBatches(clips, objective, latents.latent_shape, **sizes)
 
 
 def run_identity(
     args: argparse.Namespace,
     names: Sequence[str],
-    latents: LatentDataset | EncodedDataset,
+    latents: LatentDataset | EncodedDataset | StreamedClips,
     num_processes: int,
     **facts: Any,
 ) -> dict[str, Any]:
@@ -116,11 +129,12 @@ def run_identity(
     Args:
         args (`argparse.Namespace`): Of the script.
         names (sequence of `str`): The arguments that matter, such as `RUN_IDENTITY`.
-        latents (`LatentDataset` or `EncodedDataset`): What is trained on.
+        latents (`LatentDataset`, `EncodedDataset` or `StreamedClips`): What is trained on.
         num_processes (`int`): Of the run.
         facts: What else must be the same; JSON values.
     """
-    identity = {name: getattr(args, name) for name in names} | {
+    stream_names = STREAM_IDENTITY if isinstance(latents, StreamedClips) else ()
+    identity = {name: getattr(args, name) for name in (*names, *stream_names)} | {
         "dataset": latents.dataset_fingerprint,
         "vae": latents.vae_hash,
         "num_processes": num_processes,

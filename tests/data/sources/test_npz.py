@@ -30,6 +30,16 @@ def test_actions_alone_belong_to_the_mp4_of_the_same_name(tmp_path):
     assert np.array_equal(trajectory.actions, ACTIONS)
 
 
+def test_arrays_of_other_names_are_read_by_them(tmp_path):
+    np.savez(tmp_path / "a.npz", frames=VIDEO, act=ACTIONS)
+    trajectory = NpzSource(tmp_path, video_key="frames", action_key="act")[0]
+    assert np.array_equal(trajectory.frames, VIDEO) and np.array_equal(trajectory.actions, ACTIONS)
+    with pytest.raises(
+        BadExampleError, match=r"lacks `actions`; it has \['frames', 'act'\].*`video_key` and `action_key`"
+    ):
+        NpzSource(tmp_path)[0]
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

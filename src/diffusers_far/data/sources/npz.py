@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ class NpzSource:
 
     Args:
         folder (`str` or `Path`): Nothing in it is unpickled.
+        video_key, action_key (`str`): What the two arrays are called.
 
     Raises:
         ValueError: If there is no such file.
@@ -25,40 +27,40 @@ class NpzSource:
 
     class_names = None
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, video_key: str = "video", action_key: str = "actions") -> None:
+        self.folder, self.video_key, self.action_key = Path(folder), video_key, action_key
         self.names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.npz"))
         if not self.names:
             raise ValueError(f"`folder` {str(folder)!r} holds no `.npz` file; name the folder of the trajectories.")
 
     def __getitem__(self, index: int) -> Trajectory:
         path = self.folder / self.names[index]
-        arrays = _read_npz(path)
-        if "actions" not in arrays:
-            raise BadExampleError(f"{str(path)!r} lacks `actions`; it needs `video` and `actions`.")
-        return Trajectory(self.names[index], _frames(path, arrays), arrays["actions"])
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in (self.video_key, self.action_key) if name in archive.files}
+                names = archive.files
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadExampleError(
+                f"{str(path)!r} is no readable `.npz` file ({error}); copy or write it again."
+            ) from error
+        if self.action_key not in arrays:
+            raise BadExampleError(
+                f"{str(path)!r} lacks `{self.action_key}`; it has {names}, and needs a video and its actions. Say what "
+                "they are called with `video_key` and `action_key`."
+            )
+        return Trajectory(self.names[index], self._frames(path, arrays.get(self.video_key)), arrays[self.action_key])
 
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in ("video", "actions") if name in archive.files}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadExampleError(
-            f"{str(path)!r} is no readable `.npz` file ({error}); copy or write it again."
-        ) from error
-
-
-def _frames(path: Path, arrays: dict[str, np.ndarray]):
-    if "video" in arrays:
-        video = arrays["video"]
+    def _frames(self, path: Path, video: np.ndarray | None) -> Iterable[np.ndarray]:
+        if video is None:
+            if path.with_suffix(".mp4").is_file():
+                return iter_video(path.with_suffix(".mp4"))
+            raise BadExampleError(
+                f"{str(path)!r} lacks `{self.video_key}`, and there is no {path.stem}.mp4 beside it; it needs one of "
+                "them. Say what the video is called with `video_key`."
+            )
         if video.ndim != 4 or video.shape[3] != 3 or 0 in video.shape or video.dtype != np.uint8:
             raise BadExampleError(
-                f"{str(path)!r} has `video` of shape {video.shape} and type {video.dtype}; it must be (F, H, W, 3), uint8."
+                f"{str(path)!r} has `{self.video_key}` of shape {video.shape} and type {video.dtype}; it must be "
+                "(F, H, W, 3), uint8."
             )
         return video
-    if path.with_suffix(".mp4").is_file():
-        return iter_video(path.with_suffix(".mp4"))
-    raise BadExampleError(
-        f"{str(path)!r} lacks `video`, and there is no {path.stem}.mp4 beside it; it needs one of them."
-    )

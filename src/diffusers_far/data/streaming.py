@@ -1,0 +1,222 @@
+"""Datasets whose rows are read as they are needed, from a folder or the Hub, and never copied to a cache.
+
+A split is made of shards: its parquet files, or the rows of a `metadata.jsonl`. A shard is read from its front.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, IterableDataset, List, Value
+
+from .faults import BadExampleError
+from .frames import decode_file, decode_images, holds_video_files
+from .video import count_frames, read_frame_times
+from .video_clips import VideoClip, cut_actions
+
+
+# A dataset of single video files has a shard for each; so many of them together are read as one.
+MAX_SHARDS = 256
+SAMPLED_FILES = 32
+SAMPLED_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """A clip whose frames are still images or a video file: small, to be sent to a process that decodes it.
+
+    Args:
+        video (list of `dict`, `str` or `bytes`): The clip's images, or a whole video file's path or content.
+        start, length, interval (`int`): The clip's frames in the video file.
+        actions (`np.ndarray`, *optional*), label (`int`, *optional*): As of [`VideoClip`].
+    """
+
+    video: list[dict] | str | bytes
+    start: int
+    length: int
+    interval: int
+    actions: np.ndarray | None
+    label: int | None
+
+    def decode(self) -> VideoClip:
+        """Raises a `BadExampleError` if the video file is damaged."""
+        if isinstance(self.video, list):
+            frames = decode_images(self.video)
+        else:
+            times = read_frame_times(self.video) if self.start else None
+            frames = decode_file(self.video, self.start, self.length, self.interval, times)
+        return VideoClip(frames, None if self.actions is None else torch.from_numpy(self.actions), self.label)
+
+
+@dataclass(frozen=True)
+class StoredTrajectory:
+    """A row that was read and not decoded.
+
+    Args:
+        name (`str`): For errors.
+        video (list of `dict`, `str` or `bytes`): Its images, or its video file's path or content.
+        num_frames (`int`): Frames.
+        actions (`list`, *optional*): Not yet checked against the frames.
+        label (`int`, *optional*): Its class.
+    """
+
+    name: str
+    video: list[dict] | str | bytes
+    num_frames: int
+    actions: list | None
+    label: int | None
+
+    def cut(self, start: int, length: int, interval: int = 1, combine_actions: Callable | None = None) -> StoredClip:
+        """`length` frames, `interval` apart, from frame `start` on, with their actions.
+
+        Raises:
+            BadExampleError: If the actions do not fit the frames.
+        """
+        video, actions = self.video, None
+        if isinstance(video, list):
+            video = video[start : start + (length - 1) * interval + 1 : interval]
+        if self.actions is not None:
+            actions = cut_actions(self.actions, self.num_frames, start, length, interval, combine_actions, self.name)
+        return StoredClip(video, start, length, interval, actions, self.label)
+
+
+class StreamedSplit:
+    """A split that is read as it is needed.
+
+    Args:
+        dataset (`datasets.IterableDataset`): Its rows; nothing is decoded.
+        files (sequence of `str`): What it is made of: paths or `hf://` addresses, in order.
+        column (`str`): The videos: `List(Image())` or `Video`.
+
+    Attributes:
+        holds_files (`bool`): Whether a row is a video file rather than a list of images.
+        points_to_files (`bool`): Whether a row only names its video file, so that it is read for itself.
+        num_shards (`int`): At least 1.
+
+    Raises:
+        ValueError: If `column` is missing or of another type, or there is no row.
+    """
+
+    def __init__(self, dataset: IterableDataset, files: Sequence[str], column: str = "video") -> None:
+        self.holds_files = holds_video_files(dataset.features or {}, column)
+        self.dataset, self.files, self.column = dataset.decode(False), list(files), column
+        self.num_shards = min(dataset.num_shards, MAX_SHARDS)
+        first = next(iter(self.dataset.take(1)), None)
+        if first is None:
+            raise ValueError(f"The dataset of {self.files[:3]} has no rows; pass another split.")
+        self.points_to_files = self.holds_files and first[column]["bytes"] is None
+
+    @property
+    def has_discrete_actions(self) -> bool:
+        feature = self.dataset.features.get("actions")
+        return isinstance(feature, List) and isinstance(feature.feature, Value) and "int" in feature.feature.dtype
+
+    def rows(self, shard: int, first_row: int = 0) -> Iterator[dict]:
+        """The rows of a shard from `first_row` on, counted within it."""
+        return iter(self.dataset.shard(self.num_shards, shard).skip(first_row))
+
+    def trajectory(self, row: dict, name: str) -> StoredTrajectory:
+        """A row's trajectory; a video file that is elsewhere is fetched.
+
+        Raises:
+            BadExampleError: If the video file cannot be fetched or opened.
+        """
+        video = row[self.column]
+        if self.holds_files:
+            name = video["path"] or name
+            video = fetch_file(video)
+        num_frames = count_frames(video) if self.holds_files else len(video)
+        return StoredTrajectory(name, video, num_frames, row.get("actions"), row.get("label"))
+
+    def all_rows(self, first_row: int = 0) -> Iterator[dict]:
+        """The rows of all shards in order, from `first_row` on."""
+        return iter(self.dataset.skip(first_row))
+
+    def head(self, num_rows: int) -> Dataset:
+        """The first rows, held in memory."""
+        return self.in_memory(list(self.dataset.take(num_rows)))
+
+    def in_memory(self, rows: list[dict]) -> Dataset:
+        """Rows of the split as a dataset to read in any order; with their video files, if these are elsewhere."""
+        if self.holds_files:
+            files = [fetch_file(row[self.column]) for row in rows]
+            stored = [
+                {"path": None, "bytes": file} if isinstance(file, bytes) else {"path": file, "bytes": None}
+                for file in files
+            ]
+            rows = [row | {self.column: file} for row, file in zip(rows, stored)]
+        return Dataset.from_list(rows, features=self.dataset.features)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows of all shards; parquet files say how many they have, others are read to count them."""
+        if not all(file.endswith(".parquet") for file in self.files):
+            return sum(1 for _ in self.all_rows())
+        total = 0
+        for file in self.files:
+            with fsspec.open(file, "rb") as content:
+                total += pq.read_metadata(content).num_rows
+        return total
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 (hex) of the features and the files: of those on the Hub the names, sizes and content that the Hub
+        vouches for; of those in a folder the names, the sizes, and the beginnings and ends of up to 32 of them.
+
+        Where a folder lies and when it was written does not count, nor a commit that leaves the files as they are.
+        """
+        sample = set(np.linspace(0, len(self.files) - 1, min(SAMPLED_FILES, len(self.files))).astype(int).tolist())
+        parts = [_identify(file, number in sample) for number, file in enumerate(self.files)]
+        folder = _common_folder([part[0] for part in parts])
+        parts = [[name[len(folder) :], *rest] for name, *rest in parts]
+        return hashlib.sha256(json.dumps([str(self.dataset.features), parts]).encode()).hexdigest()
+
+
+def fetch_file(file: dict) -> str | bytes:
+    """What can be opened of a video file as `datasets` has it: its path on this machine, else its content.
+
+    Raises:
+        BadExampleError: If it cannot be fetched.
+    """
+    if file["bytes"] is not None or "://" not in file["path"]:
+        return file["path"] if file["bytes"] is None else file["bytes"]
+    try:
+        with fsspec.open(file["path"], "rb") as content:
+            return content.read()
+    except OSError as error:
+        raise BadExampleError(f"{file['path']!r} cannot be fetched ({error}); try again.") from error
+
+
+def _identify(file: str, is_sampled: bool) -> list:
+    """Name, size and what tells of the content."""
+    if "://" in file:
+        filesystem, path = fsspec.core.url_to_fs(file)
+        entry = filesystem.info(path)
+        return [file.split("@", 1)[-1].split("/", 1)[-1], entry["size"], entry.get("blob_id")]
+    path = Path(file)
+    size = path.stat().st_size
+    if not (is_sampled or path.suffix in (".jsonl", ".csv")):
+        return [path.as_posix(), size, None]
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        if size <= 2 * SAMPLED_BYTES or path.suffix in (".jsonl", ".csv"):
+            digest.update(content.read())
+        else:
+            digest.update(content.read(SAMPLED_BYTES))
+            content.seek(size - SAMPLED_BYTES)
+            digest.update(content.read())
+    return [path.as_posix(), size, digest.hexdigest()]
+
+
+def _common_folder(names: list[str]) -> str:
+    """What all names begin with, up to a slash."""
+    first, last = min(names), max(names)
+    length = next((place for place, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first[: first.rfind("/", 0, length) + 1]
