@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from diffusers_far import FARPipeline
 from diffusers_far.data.loading import load_split
 from diffusers_far.evaluation.arguments import add_settings, read_settings
 from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
@@ -40,6 +39,7 @@ from diffusers_far.evaluation.world_model import (
     score_walks,
 )
 from diffusers_far.models.lpips import load_lpips
+from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def describe_run() -> dict:
 
 def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol) -> None:
     walks = load_walks(load_split(args.dataset_name, args.dataset_split), protocol)
-    pipe = FARPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() and not args.int8 else "cpu")
+    pipe = load_pipeline(args.model).to("cuda" if torch.cuda.is_available() and not args.int8 else "cpu")
     if args.int8:
         pipe.transformer.quantize_int8()
     protocol = protocol.with_defaults_of(pipe)
@@ -132,7 +132,7 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
     accelerator = Accelerator()
     dataset = load_split(args.dataset_name, args.dataset_split)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    pipe = FARPipeline.from_pretrained(args.model, dtype=dtype).to(accelerator.device)
+    pipe = load_pipeline(args.model, dtype=dtype).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     videos = TrueVideos(dataset, protocol, pipe.transformer.config)
     networks, metric_weights = load_networks(args, accelerator.device)

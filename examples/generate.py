@@ -35,6 +35,7 @@ from diffusers_far.evaluation.media import check_frame_size, check_output, write
 MAX_FRAMES = 100_000  # the cache makes room for all of them at the start
 DEFAULT_CONTEXT_FRAMES = 32
 DEFAULT_FPS = 8.0
+OUT_OF_MEMORY = "there is not enough memory; make fewer frames, or bound it with `--max_long_frames`"
 
 Actions = list[int] | list[list[float]]
 
@@ -177,8 +178,10 @@ def read_actions(argument: str, text: str, pipe: FARPipeline) -> Actions:
 
 def read_json_list(argument: str, path: str) -> list:
     """The list in a JSON file."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"`{argument}` {shown(path)} is not a file; name a JSON file with a list.")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"`{argument}` {shown(path)} is not a JSON file that can be read: {reason}.") from error
@@ -295,7 +298,9 @@ def read_context(args: argparse.Namespace, pipe: FARPipeline) -> MediaClip | Non
     changed = f"{width}x{height} pixels"
     if (old_height, old_width) != (height, width):
         changed = f"cut around the centre and resized from {old_width}x{old_height} to {changed}"
-    print(f"context: the last {len(clip.frames)} of {clip.num_frames_in_file} frames of {args.video}, {changed}")
+    print(
+        f"context: the last {len(clip.frames)} of {clip.num_frames_in_file} frames of {str(args.video)!r}, {changed}"
+    )
     return clip
 
 
@@ -336,7 +341,10 @@ def generate(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.flex_rope_slope is not None:
-        pipe.enable_flex_rope(FlexRoPEConfig(slope=args.flex_rope_slope))
+        try:
+            pipe.enable_flex_rope(FlexRoPEConfig(slope=args.flex_rope_slope))
+        except ValueError as error:
+            raise ValueError(f"`--flex_rope_slope` {args.flex_rope_slope:g} cannot be used: {error}") from error
     clip = read_context(args, pipe)
     actions, num_frames = join_actions(args, pipe, clip)
     fps = args.fps or pipe.config.fps or DEFAULT_FPS
@@ -368,7 +376,7 @@ def generate(args: argparse.Namespace) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"`--output` {str(args.output)!r} cannot be written ({reason}); make room there.") from error
-    print(f"wrote {len(frames)} frames at {fps:g} a second to {args.output}")
+    print(f"wrote {len(frames)} frames at {fps:g} a second to {str(args.output)!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -379,6 +387,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "memory" not in str(error):  # PyTorch has no class of its own for this on the CPU
+            raise
+        print(f"error: {OUT_OF_MEMORY} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written.", file=sys.stderr)

@@ -36,7 +36,8 @@ class Settings:
     """How the next frames are made.
 
     Args:
-        num_inference_steps (`int`, defaults to 12): Denoising steps of a frame, 1 to 100.
+        num_inference_steps (`int`): Denoising steps of a frame, 1 to 100; [`WorldModel.default_settings`] has the
+            model's own.
         guidance_scale (`float`, defaults to 1.0): 0 to 10; guides above 1.
         flex_rope_slope (`float`, defaults to 0.0): 0 to 5; 0 is plain RoPE.
         short_cache (`str` or `int`, defaults to `"exact"`), max_long_frames (`int`, *optional*): Of the cache, fixed when
@@ -46,7 +47,7 @@ class Settings:
         WorldError: Out of range.
     """
 
-    num_inference_steps: int = 12
+    num_inference_steps: int
     guidance_scale: float = 1.0
     flex_rope_slope: float = 0.0
     short_cache: str | int = "exact"
@@ -69,4 +70,5 @@ def require_number(name: str, value: object, low: float, high: float, *, whole: 
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         kind = "whole number" if whole else "number"
-        raise WorldError(f"{name} must be a {kind} from {low:g} to {high:g}, not {str(value)[:40]!r}.")
+        given = "nothing" if value is None else repr(str(value)[:40])
+        raise WorldError(f"{name} must be a {kind} from {low:g} to {high:g}, not {given}.")

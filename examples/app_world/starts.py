@@ -3,6 +3,7 @@
 F context frames, T true frames after them; h/w pixels.
 """
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -112,7 +113,7 @@ def uploaded_start(
         WorldError: Nothing that can be read, or beyond the limits.
     """
     require_number("The number of context frames", num_context_frames, 1, limits.max_context_frames, whole=True)
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise WorldError("A folder cannot be uploaded; choose one video or image.")
     try:
         clip = read_clip(path, num_context_frames, size, limits.upload)

@@ -1,5 +1,6 @@
 """The page: what is pressed goes to the visitor's walk, and what it shows comes back."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,13 +140,19 @@ class Handlers:
     def save(self, request: gr.Request) -> gr.File:
         with shown_to_the_visitor():
             world = self.visitors.visitor(request.session_hash).world
-            # Gradio copies the file; one per request keeps two visitors from writing the same.
-            folder = tempfile.mkdtemp(dir=self.downloads.name)
-            path = Path(folder) / f"walk_{world.num_new_frames}_frames.mp4"
+            path = self.new_download_folder() / f"walk_{world.num_new_frames}_frames.mp4"
             side = min(world.frames.shape[1:3])
             scale = max(1, -(-DOWNLOAD_SIDE // side))
             write_frames(path, world.frames, self.parts.model.pipe.config.fps or DEFAULT_FPS, scale + scale % 2)
             return gr.File(str(path), visible=True)
+
+    def new_download_folder(self) -> Path:
+        """One for each request keeps two visitors from writing the same file. Gradio copies what it sends, so that only
+        the latest need be kept."""
+        folders = sorted(Path(self.downloads.name).iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+        for folder in folders[: -self.parts.limits.max_visitors]:
+            shutil.rmtree(folder, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=self.downloads.name))
 
     def leave(self, request: gr.Request) -> None:
         self.visitors.drop(request.session_hash)
@@ -166,7 +173,10 @@ def whole(value: object) -> object:
 def read_settings(values: tuple) -> Settings:
     """Settings from the page's controls, in their order."""
     num_steps, guidance_scale, slope, short_cache, max_long_frames = values
-    return Settings(whole(num_steps), guidance_scale, slope, short_cache, whole(max_long_frames) or None)
+    max_long_frames = whole(max_long_frames)
+    return Settings(
+        whole(num_steps), guidance_scale, slope, short_cache, None if max_long_frames == 0 else max_long_frames
+    )
 
 
 def build_app(parts: AppParts) -> gr.Blocks:
@@ -174,7 +184,7 @@ def build_app(parts: AppParts) -> gr.Blocks:
     handlers = Handlers(parts)
     # One model, one caller at a time; this also keeps two events of one visitor apart.
     alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
-    with gr.Blocks(title="diffusers-far", analytics_enabled=False, delete_cache=(600, 3600)) as app:
+    with gr.Blocks(title="diffusers-far", fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown("## Walk through a world that a model makes up\nArrow keys or buttons; each press is one frame.")
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
@@ -194,12 +204,12 @@ def build_app(parts: AppParts) -> gr.Blocks:
                     branch = gr.Radio([], label="Branch", visible=False, elem_id="branch")
                 download = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
             with gr.Column(scale=2, min_width=280):
-                num_context = gr.Slider(1, parts.limits.max_context_frames, 32, step=1, label="Frames of context")
+                num_context = slider(1, parts.limits.max_context_frames, 32, step=1, label="Frames of context")
                 recorded = recorded_controls(parts.walks)
                 upload = gr.File(
                     label=f"Your own clip or image, up to {parts.limits.upload.max_bytes // 2**20} MiB",
                     file_types=list(MEDIA_SUFFIXES),
-                    height=110,
+                    height=150,
                     elem_id="upload",
                 )
                 settings = settings_controls(parts.model)
@@ -233,7 +243,9 @@ def action_buttons(action_names: list[str]) -> list[gr.Button]:
             key = ARROWS.get(name.lower(), str(index + 1))
             label = f"{SIGNS.get(key, key)}  {name}"
             classes = [f"key-{key}"] if action_names else ["key-ArrowUp"]
-            buttons.append(gr.Button(label, variant="primary", elem_id=f"action-{index}", elem_classes=classes))
+            buttons.append(
+                gr.Button(label, variant="primary", min_width=100, elem_id=f"action-{index}", elem_classes=classes)
+            )
     return buttons
 
 
@@ -244,25 +256,41 @@ def recorded_controls(walks: RecordedWalks | None) -> list:
     choices = [(title, index) for index, title in enumerate(walks.titles)]
     walk = gr.Dropdown(choices, value=0, label="Start in a maze that the model never saw", elem_id="walk")
     last = min(walks.num_frames) - 2
-    frame = gr.Slider(0, last, min(100, last), step=1, label="At its frame", elem_id="frame")
+    frame = slider(0, last, min(100, last), step=1, label="At its frame", elem_id="frame")
     return [walk, frame, gr.Button("Start", elem_id="begin")]
 
 
 def settings_controls(model: WorldModel) -> list:
-    """The controls, in the order of the fields of [`Settings`]."""
-    defaults = Settings()
-    flex_rope = model.pipe.config.flex_rope or {}
-    slope = flex_rope.get("slope", defaults.flex_rope_slope)
+    """The controls, in the order of the fields of [`Settings`], at the model's own settings."""
+    own = model.default_settings
+    steps, guidance, slope = own.num_inference_steps, own.guidance_scale, own.flex_rope_slope
     with gr.Accordion("Settings", open=True):
         return [
-            gr.Slider(1, 50, defaults.num_inference_steps, step=1, label="Denoising steps", elem_id="steps"),
-            gr.Slider(1, 5, defaults.guidance_scale, step=0.1, label="Guidance"),
-            gr.Slider(
-                0, 1, slope, step=0.01, label="FlexRoPE slope", info="Beyond the trained length; 0: plain RoPE."
+            slider(1, max(50, steps), steps, step=1, label="Denoising steps", elem_id="steps"),
+            slider(min(1, guidance), max(5, guidance), guidance, step=0.1, label="Guidance", elem_id="guidance"),
+            slider(
+                0,
+                max(1, slope),
+                slope,
+                step=0.01,
+                label="FlexRoPE slope",
+                info="Beyond the trained length; 0: plain RoPE.",
+                elem_id="slope",
             ),
             gr.Radio(["exact", "rolling"], value="exact", label="Short cache", info="From the next start on."),
-            gr.Slider(0, 512, 0, step=1, label="Long frames kept", info="0: all. From the next start on."),
+            slider(0, 512, 0, step=1, label="Long frames kept", info="0: all. From the next start on."),
         ]
+
+
+def slider(low: float, high: float, value: float, **options: object) -> gr.Slider:
+    """A slider whose number the handlers check: before Gradio's own check a field that was emptied fails without a word."""
+    control = gr.Slider(low, high, value, **options)
+    control.preprocess = as_it_is
+    return control
+
+
+def as_it_is(value: object) -> object:
+    return value
 
 
 def launch_options(limits: WorldLimits = WorldLimits()) -> dict:

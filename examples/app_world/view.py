@@ -13,12 +13,12 @@ from .world import World
 STRIP_FRAMES = 10
 
 CSS = """
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 .far-scene { display: flex; flex-direction: column; gap: 10px; }
 .far-scene img { image-rendering: pixelated; border-radius: 4px; display: block; }
 .far-pair { display: grid; grid-template-columns: repeat(2, minmax(0, 300px)); gap: 12px; }
 .far-pair figure { margin: 0; }
 .far-pair img, .far-pair .far-blank { width: 100%; aspect-ratio: 1; object-fit: contain; }
-.far-blank { width: 100%; aspect-ratio: 1; object-fit: contain; }
 .far-blank { border: 1px dashed var(--border-color-primary); border-radius: 4px; display: flex; align-items: center;
   justify-content: center; text-align: center; color: var(--body-text-color-subdued); padding: 12px; box-sizing: border-box; }
 .far-pair figcaption, .far-strip figcaption { font-size: 0.85em; color: var(--body-text-color-subdued); padding: 2px 0; }

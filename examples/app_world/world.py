@@ -6,6 +6,7 @@ F context frames, N new frames; h/w pixels.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class WorldModel:
 
     Attributes:
         action_names (`list[str]`): By index; empty for a model without actions.
+        default_settings ([`Settings`]): Those that the pipeline is shipped with.
 
     Raises:
         WorldError: The model's actions are continuous or it needs a class: there is no button for these.
@@ -39,6 +41,10 @@ class WorldModel:
         self.action_names = [
             names[index] if index < len(names) else f"action {index}" for index in range(config.num_actions or 0)
         ]
+        self.flex_rope = FlexRoPEConfig(**(pipe.config.flex_rope or {"slope": 0.0}))
+        self.default_settings = Settings(
+            pipe.default_inference_steps, pipe.default_guidance_scale, flex_rope_slope=self.flex_rope.slope
+        )
         self._lock = threading.Lock()
 
     @property
@@ -52,7 +58,7 @@ class WorldModel:
         """The pipeline, for one caller, with a FlexRoPE slope of their own: it is set on the weights that all share."""
         with self._lock:
             if flex_rope_slope > 0:
-                self.pipe.enable_flex_rope(FlexRoPEConfig(slope=flex_rope_slope))
+                self.pipe.enable_flex_rope(replace(self.flex_rope, slope=flex_rope_slope))
             else:
                 self.pipe.disable_flex_rope()
             yield self.pipe
@@ -74,9 +80,7 @@ class World:
         ValueError: Settings that this model does not know.
     """
 
-    def __init__(
-        self, model: WorldModel, start: Start, settings: Settings = Settings(), limits: WorldLimits = WorldLimits()
-    ):
+    def __init__(self, model: WorldModel, start: Start, settings: Settings, limits: WorldLimits = WorldLimits()):
         self.model = model
         self.start = start
         self.settings = settings

@@ -149,6 +149,23 @@ def test_settings_change_between_steps(model, start):
     assert world.session.config.num_inference_steps == 2 and world.session.config.guidance_scale == 2.0
 
 
+def test_a_model_starts_with_the_settings_that_it_is_shipped_with(start):
+    own = {"num_inference_steps": 3, "guidance_scale": 1.4, "flex_rope": {"slope": 0.2, "schedule": "constant"}}
+    transformer = tiny_transformer(num_actions=3, action_shift=1)
+    model = WorldModel(tiny_pipeline(transformer, height=8, width=12, action_names=NAMES, **own))
+    assert model.default_settings == Settings(3, 1.4, 0.2)
+    world = World(model, start, model.default_settings)
+    world.step(0)
+    assert (world.session.config.num_inference_steps, world.session.config.guidance_scale) == (3, 1.4)
+    world.configure(Settings(1, flex_rope_slope=0.5))
+    world.step(0)
+    assert (model.pipe.config.flex_rope["slope"], model.pipe.config.flex_rope["schedule"]) == (0.5, "constant")
+
+
+def test_models_that_say_nothing_have_the_settings_of_a_call(model):
+    assert model.default_settings == Settings(model.pipe.default_inference_steps, 1.0, 0.0)
+
+
 @pytest.mark.parametrize("settings", [Settings(1, max_long_frames=2), Settings(1, short_cache="rolling")])
 def test_the_options_of_the_cache_hold_from_the_start(model, start, settings):
     world = World(model, start, settings)
@@ -166,7 +183,7 @@ def test_the_options_of_the_cache_hold_from_the_start(model, start, settings):
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(WorldError, match="must be a"):
-        Settings(**{name: value})
+        Settings(**{"num_inference_steps": 1, name: value})
 
 
 def test_models_without_actions_have_one_way_on():

@@ -1,12 +1,12 @@
 """The app's page, used in Chromium as a visitor uses it."""
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import PATIENCE, chromium, wait_for_frames
 from PIL import Image
 from tiny_models import tiny_pipeline, tiny_transformer
 
@@ -16,10 +16,6 @@ from diffusers_far.data.media_files import read_clip
 pytestmark = pytest.mark.full
 
 gradio = pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip("There is no Chromium; on Debian `apt-get install chromium`", allow_module_level=True)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -28,16 +24,16 @@ from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
 from app_world.ui import AppParts, build_app, launch_options  # noqa: E402
 
 
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-PATIENCE = 60_000  # milliseconds; machines that run tests may be busy
+MAX_NEW_FRAMES = 12
 
 
 @pytest.fixture(scope="module")
 def address():
     transformer = tiny_transformer(num_actions=3, action_shift=1, long_patch_size=2, trained_frames=40)
-    model = WorldModel(tiny_pipeline(transformer, height=16, width=16, action_names=["forward", "left", "right"]))
-    limits = WorldLimits(max_new_frames=12)
+    names = ["forward", "left", "right"]
+    own = {"num_inference_steps": 2, "guidance_scale": 1.4}
+    model = WorldModel(tiny_pipeline(transformer, height=16, width=16, action_names=names, **own))
+    limits = WorldLimits(max_new_frames=MAX_NEW_FRAMES)
     app = build_app(AppParts(model, RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits), limits))
     _, local, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options(limits))
     yield local
@@ -46,33 +42,42 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield chromium
-        chromium.close()
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture
-def page(browser, address):
-    """A visitor's page with the first walk on it; nothing may be loaded from anywhere else."""
-    elsewhere = []
-    context = browser.new_context()
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    page.on("request", lambda request: elsewhere.append(request.url) if is_elsewhere(request.url, address) else None)
-    page.goto(address)
-    wait_for_frames(page, 0)
-    yield page
-    context.close()
+def new_page(browser, address):
+    """Opens pages, each of a visitor of its own with the first walk on it; nothing may be loaded from anywhere else."""
+    elsewhere, contexts = [], []
+
+    def look(request) -> None:
+        if is_elsewhere(request.url, address):
+            elsewhere.append(request.url)
+
+    def open_page():
+        context = browser.new_context()
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.on("request", look)
+        page.goto(address)
+        wait_for_frames(page, 0)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
     assert elsewhere == []
+
+
+@pytest.fixture
+def page(new_page):
+    return new_page()
 
 
 def is_elsewhere(url: str, address: str) -> bool:
     return not url.startswith((address, "data:", "blob:"))
-
-
-def wait_for_frames(page, num_new_frames: int) -> None:
-    page.wait_for_selector(f'.far-scene[data-new-frames="{num_new_frames}"]')
 
 
 def last_frame(page) -> str:
@@ -93,7 +98,29 @@ def test_keys_in_a_field_are_left_to_the_field(page):
     page.keyboard.press("ArrowUp")
     page.click("#action-0")
     wait_for_frames(page, 1)
-    assert page.locator("#steps input[type=number]").input_value() == "13"
+    assert page.locator("#steps input[type=number]").input_value() == "3"
+
+
+def test_settings_start_at_those_of_the_pipeline(page):
+    shown = [page.locator(f"#{name} input[type=number]").input_value() for name in ("steps", "guidance", "slope")]
+    assert shown == ["2", "1.4", "0"]
+
+
+def test_a_number_that_cannot_be_used_is_explained_and_the_walk_goes_on(page):
+    page.locator("#steps input[type=number]").fill("2.5")
+    page.click("#action-0")
+    page.wait_for_selector("text=Steps must be a whole number from 1 to 100, not '2.5'")
+    page.locator("#steps input[type=number]").fill("7000")  # the page makes this the largest that there is
+    page.click("#action-0")
+    wait_for_frames(page, 1)
+
+
+def test_autoplay_stops_where_a_number_is_being_changed(page):
+    """The timer does not wait until an emptied field has a number again."""
+    page.locator("#steps input[type=number]").fill("")
+    page.locator("#autoplay input").evaluate("box => box.click()")  # leaves the field as it is, as a shortcut would
+    page.wait_for_selector("text=Steps must be a whole number from 1 to 100, not nothing")
+    page.wait_for_function("!document.querySelector('#autoplay input').checked")
 
 
 def test_a_visitor_goes_back_forks_and_returns(page):
@@ -116,9 +143,8 @@ def test_a_visitor_goes_back_forks_and_returns(page):
 
 def test_autoplay_follows_the_record_and_stops_at_the_end_of_the_walk(page):
     page.locator("#autoplay input").check()
-    wait_for_frames(page, 3)
-    assert "Recorded frame" in page.inner_text(".far-scene")
-    wait_for_frames(page, 12)
+    wait_for_frames(page, MAX_NEW_FRAMES)
+    assert "Recorded frame" in page.inner_text(".far-scene"), "another way than the recorded one was taken"
     page.wait_for_selector("text=which is all it may have")
     page.wait_for_function("!document.querySelector('#autoplay input').checked")
 
@@ -151,12 +177,12 @@ def test_an_uploaded_image_is_a_start(page, tmp_path):
     wait_for_frames(page, 1)
 
 
-def test_visitors_have_walks_of_their_own(page, browser, address):
+def test_visitors_have_walks_of_their_own(new_page):
+    page = new_page()
     page.click("#action-0")
     wait_for_frames(page, 1)
-    other = browser.new_context().new_page()
-    other.goto(address)
-    other.wait_for_selector('.far-scene[data-new-frames="0"]', timeout=PATIENCE)
-    other.context.close()
+    other = new_page()
+    other.click("#action-1")
+    wait_for_frames(other, 1)
     page.click("#action-0")
     wait_for_frames(page, 2)

@@ -9,69 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from generate_calls import NAMES, STEERED, error_of, generate, lay_out, run, use_pipeline
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import property_test, tiny_pipeline, tiny_transformer
-from video_files import gray_frames, truncate, write_video
+from tiny_models import property_test
+from video_files import gray_frames, truncate
 
 from diffusers_far.data.media_files import read_clip
 
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import generate  # noqa: E402
-
-
-NAMES = ["forward", "left", "right"]
-STEERED = {"num_actions": 3, "action_shift": 1}
 
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """A tiny pipeline of frames of 8x12 pixels and three actions, whatever `--model` says."""
+    """A tiny pipeline of three actions, whatever `--model` says."""
     return use_pipeline(monkeypatch, NAMES, **STEERED)
-
-
-def use_pipeline(monkeypatch, action_names=None, **config):
-    pipe = tiny_pipeline(tiny_transformer(**config), height=8, width=12, fps=5.0, action_names=action_names)
-    monkeypatch.setattr(generate, "load_pipeline", lambda model: pipe)
-    return pipe
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A clip of 6 frames, an image, and an empty folder for outputs."""
-    write_video(tmp_path / "clip.mp4", gray_frames(6))
-    random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "view.png")
-    (tmp_path / "out").mkdir()
-    return tmp_path
-
-
-def run(folder: Path, *more, video="view.png", actions: str | None = "FLR", output="out/new.mp4", steps=2) -> int:
-    arguments = ["--model", "any", "--output", folder / output, "--num_inference_steps", steps]
-    arguments += [] if video is None else ["--video", folder / video]
-    arguments += [] if actions is None else ["--actions", actions]
-    return generate.main([str(argument) for argument in (*arguments, *more)])
-
-
-def error_of(capsys, folder: Path, *arguments, **named) -> str:
-    """The one line that a call which fails prints; nothing may have been written."""
-    before = files_of(folder)
-    assert run(folder, *arguments, **named) == 2
-    lines = capsys.readouterr().err.splitlines()
-    message = lines[-1]
-    assert len([line for line in lines if line.startswith("error: ")]) == 1 and message.startswith("error: ")
-    assert "Traceback" not in message
-    assert files_of(folder) == before
-    return message
-
-
-def files_of(folder: Path) -> dict[Path, int]:
-    """Everything below a folder, with the time when a file was written."""
-    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")}
+    return lay_out(tmp_path)
 
 
 @pytest.mark.parametrize("output", ["new.mp4", "new.gif", "new.webp", "new"])
@@ -226,7 +185,8 @@ def test_nothing_is_left_of_an_output_that_cannot_be_written(pipe, folder, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("diffusers_far.evaluation.media.encode_mp4", full_disk)
-    assert "new.mp4' cannot be written (No space left on device)" in error_of(capsys, folder)
+    message = error_of(capsys, folder, tidies_up_in=folder / "out")
+    assert "new.mp4' cannot be written (No space left on device)" in message
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,15 @@ def check_output(path: str | Path, fps: float, *, overwrite: bool = False) -> No
         raise ValueError(f"`output` is {str(path)!r}, but {str(parent)!r} may not be written to; name another folder.")
     if path.suffix.lower() == ".gif" and fps > FASTEST_GIF:
         raise ValueError(f"`fps` is {fps:g}, but a gif has at most {FASTEST_GIF:g}; lower it, or write mp4 or webp.")
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
         return
+    except (OSError, ValueError) as error:  # too long, or with a zero in it
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"`output` is {str(path)!r}, which can be no file's name ({reason}); name another."
+        ) from error
     if not overwrite:
         raise ValueError(f"`output` {str(path)!r} exists; name another, or pass `--overwrite`.")
     if path.suffix and not os.path.isfile(path):

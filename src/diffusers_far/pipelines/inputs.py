@@ -60,9 +60,10 @@ def check_call(
     output_type: str,
     callback_on_step_end_tensor_inputs: list[str],
     is_session: bool = False,
+    is_whole_clip: bool = False,
 ) -> PipelineInputs:
     """Check all arguments of a call, or of the start of a session, before any work is done; `own_size` is the pipeline's
-    height and width, if any.
+    height and width, if any. `is_whole_clip`: the pipeline makes all frames at once, not one after the other.
 
     Raises:
         ValueError: Names the argument, its value, the rule and the cure.
@@ -76,6 +77,7 @@ def check_call(
         cache_options,
         output_type,
         callback_on_step_end_tensor_inputs,
+        is_whole_clip=is_whole_clip,
     )
     check_count("num_frames", num_frames)
     check_count("num_videos_per_context", num_videos_per_context)
@@ -131,10 +133,17 @@ def check_options(
     cache_options: CacheOptions,
     output_type: str,
     callback_on_step_end_tensor_inputs: list[str],
+    *,
+    is_whole_clip: bool = False,
 ) -> None:
     """Refuse ways of generating that this model does not know or that contradict each other."""
     config = transformer.config
-    if not config.frame_causal:
+    if config.frame_causal and is_whole_clip:
+        raise ValueError(
+            "The transformer has `frame_causal=True` and makes frame after frame, but this pipeline makes whole clips; "
+            "load it as a `FARPipeline`."
+        )
+    if not config.frame_causal and not is_whole_clip:
         raise ValueError(
             "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
         )

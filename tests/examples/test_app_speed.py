@@ -1,0 +1,43 @@
+"""The shipped model answers a press before a visitor grows impatient."""
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from diffusers_far import FARPipeline
+
+
+pytestmark = pytest.mark.full
+
+pytest.importorskip("gradio")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
+from app_world.ui import AppParts, Handlers  # noqa: E402
+
+
+VISITOR = SimpleNamespace(session_hash="ann")
+NUM_FRAMES = 12
+
+
+def test_a_frame_takes_less_than_a_second():
+    """From the press to the page that is sent back; the quickest one, since the machine may be busy."""
+    pipe = FARPipeline.from_pretrained(EXAMPLES.parent / "checkpoints" / "far-maze")
+    pipe.set_progress_bar_config(disable=True)
+    model, limits = WorldModel(pipe), WorldLimits()
+    own = model.default_settings
+    settings = (own.num_inference_steps, own.guidance_scale, own.flex_rope_slope, own.short_cache, 0)
+    handlers = Handlers(AppParts(model, RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits), limits))
+    handlers.begin_recorded(VISITOR, 0, 100, 32, *settings)
+    seconds = []
+    for _ in range(NUM_FRAMES):
+        start = time.perf_counter()
+        handlers.step(VISITOR, 0, *settings)
+        seconds.append(time.perf_counter() - start)
+    handlers.downloads.cleanup()
+    assert min(seconds) < 1, f"frames took {', '.join(f'{each:.2f}' for each in seconds)} s"

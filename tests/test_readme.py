@@ -1,0 +1,33 @@
+"""What the README shows is what the repository measures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+HORIZONS = (1, 2, 4, 8)
+ROWS = {
+    "the model": "predicted",
+    "repeating the last frame": "repeated",
+    "its VAE's own reconstruction": "reconstructed",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_table_of_quality_is_that_of_the_shipped_scores(row):
+    scores = json.loads((ROOT / "checkpoints" / "far-maze" / "scores.json").read_text())
+    measured = [scores["psnr_by_horizon"][ROWS[row]][frame - 1] for frame in HORIZONS]
+    cells = [f"{estimate['mean']:.1f} ± {estimate['half_width']:.1f}" for estimate in measured]
+    assert f"| {row} | {' | '.join(cells)} |" in README
+
+
+def test_pictures_are_small_and_the_moving_one_moves():
+    pictures = [ROOT / path for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)]
+    assert len(pictures) == 2 and all(path.stat().st_size < 2 * 2**20 for path in pictures)
+    with Image.open(pictures[0]) as picture:
+        assert picture.n_frames > 64
