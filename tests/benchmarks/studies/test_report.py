@@ -1,5 +1,6 @@
 """The page says what the numbers say, and of a study that was not run that it was not."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,8 +133,8 @@ def test_plots_are_drawn(study, tmp_path):
 
 
 def test_without_matplotlib_a_plot_says_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    monkeypatch.delitem(__import__("sys").modules, "matplotlib.figure", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     with pytest.raises(RuntimeError, match="docs/requirements.txt"):
         draw(made_up("cache"), tmp_path / "plot.png")
 
