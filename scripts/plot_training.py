@@ -17,14 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 NUM_POINTS = 200  # of the training loss
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--output_dir", type=Path, help="Of the training.")
     source.add_argument("--from_json", type=Path, help="A log that this script has written before.")
     parser.add_argument("--json", type=Path, help="Must not exist.")
     parser.add_argument("--plot", type=Path, help="PNG or SVG; replaced.")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.json is not None and args.json.exists():
         parser.error(f"--json {args.json} exists; name another file, or move it away.")
     return args
@@ -68,21 +68,23 @@ def plot(log: dict[str, dict], path: Path) -> None:
 
     figure, (loss_axes, psnr_axes) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 
-    def draw(axes, name: str, label: str, **style) -> None:
-        if name in log:
-            steps = [int(step) for step in log[name]]
-            axes.plot(steps, list(log[name].values()), label=label, **style)
-
-    draw(loss_axes, "train/loss", "training", linewidth=1)
-    draw(loss_axes, "validation/loss", "held out, clean context", marker="o")
+    draw(loss_axes, log.get("train/loss"), "training", linewidth=1)
+    draw(loss_axes, log.get("validation/loss"), "held out, clean context", marker="o")
     for horizon in (1, 2, 4, 8):
-        draw(psnr_axes, f"validation/psnr_of_frame_{horizon}", f"predicted frame {horizon}", marker="o")
+        draw(psnr_axes, log.get(f"validation/psnr_of_frame_{horizon}"), f"predicted frame {horizon}", marker="o")
     for axes, title in ((loss_axes, "Loss"), (psnr_axes, "Held-out PSNR, dB")):
         axes.set(xlabel="optimizer step", title=title)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def draw(axes, curve: dict | None, label: str, **style) -> None:
+    """A line over the steps of `curve`; nothing where the run did not measure it."""
+    if curve:
+        axes.plot([int(step) for step in curve], list(curve.values()), label=label, **style)
 
 
 def main(args: argparse.Namespace) -> None:

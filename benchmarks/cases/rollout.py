@@ -1,15 +1,15 @@
 """A rollout of many frames at a small size, a call of the pipeline: without a cache, with a plain cache (base model), with a
 multi-level cache (long model)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from diffusers_far import FARTransformer3DModel
+from diffusers_far import FARPipeline, FARTransformer3DModel
 
 from ..checks import require_close
-from ..limit import Limit, denoising_pass, writing_pass
+from ..limit import BarePass, Limit, denoising_pass, writing_pass
 from ..measurement import Row, compared
 from ..models import SMALL, SMALL_LONG, BenchmarkModel, Clip, latent_pipeline
 from ..naive import NaiveFAR, denoise
@@ -34,11 +34,12 @@ def run(
     num_rounds = min(num_rounds, MAX_LONG_ROUNDS)
     for cache, model in zip(CACHES, models):
         transformer, clip = model.build(), model.clip(num_frames)
+        pipe = latent_pipeline(transformer)
         rivals = {
-            "FAR": far_rollout(transformer, clip, num_steps, use_cache=True),
+            "FAR": partial(far_rollout, pipe, clip, num_steps, use_cache=True),
             "limit": Limit(transformer, list(bare_rollout(transformer, num_frames, num_steps, model.latent_size))),
             "naive": partial(naive_rollout, NaiveFAR(transformer), clip, num_steps),
-            "no cache": far_rollout(transformer, clip, num_steps, use_cache=False),
+            "no cache": partial(far_rollout, pipe, clip, num_steps, use_cache=False),
         }
         made = {name: rival() for name, rival in rivals.items()}
         what = f"a rollout of {model.name} over {num_frames} frames"
@@ -51,24 +52,17 @@ def run(
         )
 
 
-def far_rollout(
-    transformer: FARTransformer3DModel, clip: Clip, num_steps: int, *, use_cache: bool
-) -> Callable[[], torch.Tensor]:
+def far_rollout(pipe: FARPipeline, clip: Clip, num_steps: int, *, use_cache: bool) -> torch.Tensor:
     """A call of the pipeline that goes on from the first frame of a clip: latents, `(1, F - 1, C, H, W)`."""
-    pipe = latent_pipeline(transformer)
-
-    def call() -> torch.Tensor:
-        return pipe(
-            video_latents=clip.latents[:, :1],
-            actions=clip.actions,
-            num_frames=clip.latents.shape[1] - 1,
-            latents=clip.noise[:, 1:],
-            num_inference_steps=num_steps,
-            use_cache=use_cache,
-            output_type="latent",
-        ).frames
-
-    return call
+    return pipe(
+        video_latents=clip.latents[:, :1],
+        actions=clip.actions,
+        num_frames=clip.latents.shape[1] - 1,
+        latents=clip.noise[:, 1:],
+        num_inference_steps=num_steps,
+        use_cache=use_cache,
+        output_type="latent",
+    ).frames
 
 
 @torch.no_grad()
@@ -83,7 +77,7 @@ def naive_rollout(naive: NaiveFAR, clip: Clip, num_steps: int) -> torch.Tensor:
     return torch.cat(made, dim=1)
 
 
-def bare_rollout(transformer: FARTransformer3DModel, num_frames: int, num_steps: int, size: int) -> Iterator:
+def bare_rollout(transformer: FARTransformer3DModel, num_frames: int, num_steps: int, size: int) -> Iterator[BarePass]:
     """The passes of a rollout with a cache."""
     for number in range(1, num_frames):
         yield writing_pass(transformer, number - 1, number, size)

@@ -1,7 +1,7 @@
 """Measure the claims about FAR, at a size that a desk can afford.
 
-    python -m benchmarks.studies prepare --data_dir studies-data
-    python -m benchmarks.studies convergence --data_dir studies-data --work_dir studies
+    python -m benchmarks.studies prepare --data_dir outputs/studies-data
+    python -m benchmarks.studies convergence --data_dir outputs/studies-data --work_dir outputs/studies
     python -m benchmarks.studies plan
     python -m benchmarks.studies plot
     python -m benchmarks.studies report

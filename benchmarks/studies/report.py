@@ -21,7 +21,7 @@ from .results import STUDIES, read_results
 from .settings import Comparison, build
 
 
-COMMAND = "python -m benchmarks.studies {study} --data_dir studies-data --work_dir studies"
+COMMAND = "python -m benchmarks.studies {study} --data_dir outputs/studies-data --work_dir outputs/studies"
 Columns = Mapping[str, Mapping[str, Any]]  # a selection of records by its title
 
 

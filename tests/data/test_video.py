@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import av
 import numpy as np
 import pytest
@@ -140,6 +142,24 @@ def test_only_the_frames_since_the_last_key_frame_are_decoded_and_only_those_tha
     counts.update(decoded=0, converted=0)
     read_frames(path, 22, 3, 2)
     assert counts == {"decoded": 27, "converted": 3}
+
+
+def test_damage_before_the_key_frame_does_not_count_and_after_it_does(tmp_path, noise, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", noise, codec_options={"g": "7", "bf": "0", "sc_threshold": "0"})
+    whole, times, decode = read_video(path), read_frame_times(path), video_module._decode
+
+    def decode_with_damage(damaged: int):
+        def decode_and_damage(*arguments):
+            yield SimpleNamespace(pts=times.times[damaged], is_corrupt=True)
+            yield from decode(*arguments)
+
+        return decode_and_damage
+
+    monkeypatch.setattr(video_module, "_decode", decode_with_damage(6))
+    assert np.array_equal(read_frames(path, 9, 2, times=times), whole[9:11])
+    monkeypatch.setattr(video_module, "_decode", decode_with_damage(7))
+    with pytest.raises(BadExampleError, match="a.mp4.*damaged at frame 7"):
+        read_frames(path, 9, 2, times=times)
 
 
 def test_frames_that_lie_apart_unevenly_are_counted_and_not_timed(tmp_path):

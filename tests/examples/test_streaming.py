@@ -163,12 +163,18 @@ def test_the_hub_is_streamed_as_a_folder_is(workplace, streamed):
         create_repo("org/images", repo_type="dataset")
         HfApi().upload_folder(folder_path=sys.argv[1], repo_id="org/images", repo_type="dataset")
     """
-    name = "org/images@main"
+    push_card = """
+        from huggingface_hub import upload_file
+
+        content = b"Another card: another commit, and the same data."
+        upload_file(path_or_fileobj=content, path_in_repo="README.md", repo_id="org/images", repo_type="dataset")
+    """
     with LocalHub() as hub:
         run_python(push, hub, workplace / "images")
         for changes in ({"max_train_steps": 3}, {"resume_from_checkpoint": "latest"}):
-            arguments = far_arguments(workplace, "from-hub", **changes, dataset_name=name)
+            arguments = far_arguments(workplace, "from-hub", **changes, dataset_name="org/images@main")
             run_python(EXAMPLES / "train_far.py", hub, *arguments)
+            run_python(push_card, hub)
     assert_same_weights(workplace / "from-hub", streamed)
 
 

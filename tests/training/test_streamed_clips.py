@@ -1,6 +1,7 @@
 """The batches of a training on a stream: what they hold, and that a resumed run sees those of an uninterrupted one."""
 
 import json
+import pickle
 from itertools import islice
 from pathlib import Path
 
@@ -141,6 +142,12 @@ def test_each_process_saves_its_own_position(clips, tmp_path):
     accelerator.save_state(str(tmp_path / "checkpoint"))
     saved = [json.loads((tmp_path / "checkpoint" / f"stream-{index}.json").read_text()) for index in range(2)]
     assert saved[0]["lanes"] != saved[1]["lanes"] and [each["num_served"] for each in saved] == [2, 4]
+
+
+def test_what_is_sent_to_a_process_loads_the_same_and_has_no_vae(clips):
+    sent = pickle.loads(pickle.dumps(batches_of(clips)))
+    assert "_first" not in vars(sent.clips)
+    assert_same_batches(list(sent.load(0, 5)), list(batches_of(clips).load(0, 5)))
 
 
 @pytest.mark.full

@@ -101,6 +101,7 @@ class TrajectoryStream:
                     last_useful_epoch = self._epoch(lanes)
                     yield trajectory, draw, StreamPosition(block_start, served + 1)
             num_served = 0
+            del rows, entries  # before the next block is read
         raise ValueError(
             f"No trajectory of the stream has {self.min_frames} frames; lower `--num_frames` or `--frame_interval`."
         )
