@@ -10,11 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from app_world import RecordedWalks, WorldLimits, WorldModel
 from app_world.ui import AppParts, build_app, launch_options
-
-from diffusers_far import FARPipeline
+from generate import load_pipeline, whole_number
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,14 +24,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mazes", default=str(ROOT / "examples" / "mazes"), help="Recorded walks to start from, or ''."
     )
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--max_visitors", type=int, default=WorldLimits().max_visitors)
+    parser.add_argument("--port", type=whole_number(1, 65535), default=7860)
+    parser.add_argument(
+        "--max_visitors", type=whole_number(1, 1000), default=WorldLimits().max_visitors, help="At one time."
+    )
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     limits = WorldLimits(max_visitors=args.max_visitors)
-    pipe = FARPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     model = WorldModel(pipe)
     walks = RecordedWalks(args.mazes, model.size, limits) if args.mazes else None

@@ -20,6 +20,7 @@ gradio = pytest.importorskip("gradio")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
+import app  # noqa: E402
 from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
 from app_world.ui import AppParts, Handlers  # noqa: E402
 
@@ -101,6 +102,23 @@ BRANCHES = [-1, 1, 0.0, "0", None, True, [0]]
 
 def test_more_than_a_hundred_malformed_inputs_are_tried():
     assert len(MALFORMED_MEDIA) + len(SETTINGS) + len(STARTS) + len(ACTIONS) + len(BRANCHES) > 100
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--port 0", "--port 65536", "--port -1", "--port http", "--max_visitors 0", "--max_visitors many", "--share"],
+)
+def test_calls_of_the_script_that_are_wrong_are_refused(capsys, wrong):
+    with pytest.raises(SystemExit) as end:
+        app.parse_args(wrong.split())
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "error" in message and wrong.split()[0] in message
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/etc", "/dev/null"])
+def test_a_model_that_is_not_there_is_named(model):
+    with pytest.raises(ValueError, match="no pipeline's folder"):
+        app.main(app.parse_args(["--model", model]))
 
 
 @pytest.mark.parametrize("fault", MALFORMED_MEDIA)
