@@ -1,6 +1,5 @@
 """What a visitor may choose, and how much of the machine they may take."""
 
-import math
 from dataclasses import dataclass
 
 from diffusers_far.data.media_files import MediaLimits
@@ -68,7 +67,7 @@ class Settings:
 def require_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
     """Refuse what is not a number from `low` to `high`."""
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high:
         kind = "whole number" if whole else "number"
         given = "nothing" if value is None else repr(str(value)[:40])
         raise WorldError(f"{name} must be a {kind} from {low:g} to {high:g}, not {given}.")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,6 +242,38 @@ def test_too_little_memory_is_explained(pipe, folder, capsys, monkeypatch):
 
     monkeypatch.setattr(pipe, "stream", stream)
     assert "make fewer frames" in error_of(capsys, folder)
+
+
+READ_ALL = """
+import resource, sys, tempfile
+from pathlib import Path
+from malformed_media import MALFORMED_MEDIA
+from diffusers_far.data.media_files import read_clip
+
+for fault, make in MALFORMED_MEDIA.items():
+    with tempfile.TemporaryDirectory() as folder:
+        path = make(Path(folder))
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        try:
+            read_clip(path, 4, (8, 12))
+        except ValueError:
+            pass
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        print(f"{fault}\t{(after.ru_maxrss - before.ru_maxrss) / 1024}\t{seconds}")
+"""
+
+
+@pytest.mark.full
+def test_no_file_takes_much_memory_or_time():
+    """Each is small; what it claims to hold is not. A process of its own, as a peak is never forgotten."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", READ_ALL], env=environment, capture_output=True, text=True, check=True, timeout=600
+    )
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert len(rows) == len(MALFORMED_MEDIA)
+    assert [fault for fault, mebibytes, seconds in rows if float(mebibytes) > 256 or float(seconds) > 10] == []
 
 
 def length_without(path: Path, message: str) -> int:
