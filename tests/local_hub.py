@@ -273,12 +273,13 @@ def run_python(code_or_path, hub, *arguments, cwd=None, timeout=300):
     """Run code (`str`) or a script (`Path`) as a user of `hub` and return what it prints.
 
     It runs in an interpreter of its own, since `huggingface_hub` reads its settings on import, and with an empty
-    cache, so that whatever it loads came from the hub. `cwd` defaults to an empty folder; `timeout` is in seconds.
+    cache, so that whatever it loads came from the hub, and on one thread, since the order of a sum depends on their
+    number. `cwd` defaults to an empty folder; `timeout` is in seconds.
     """
     hub_settings = re.compile("(HF|HUGGINGFACE|TRANSFORMERS)_.*|.*_proxy", re.IGNORECASE)
     environment = {name: value for name, value in os.environ.items() if not hub_settings.fullmatch(name)}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "dummy", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         work_folder, script = Path(scratch, "work"), Path(scratch, "script.py")
         work_folder.mkdir()

@@ -20,7 +20,7 @@ from .pages import Autodoc, TocEntry, heading_ids, markdown, read_toc, reference
 
 
 ASSETS = Path(__file__).parent / "assets"
-IMAGES = "images"
+COPIED = ("images", "results")  # what pages show and link to
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Site:
             if number + 1 < len(self.pages):
                 neighbours["next"] = self.pages[number + 1]
             path.write_text(template.render(page=page, sections=sections, content=content, **neighbours))
-        shutil.copytree(self.docs / IMAGES, folder / IMAGES)
+        for name in COPIED:
+            shutil.copytree(self.docs / name, folder / name)
         (folder / "search_index.js").write_text(f"const SEARCH_INDEX = {json.dumps(search_index)};\n")
         (folder / "style.css").write_text((ASSETS / "style.css").read_text() + code_colours())
         shutil.copy(ASSETS / "search.js", folder)
