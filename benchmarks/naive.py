@@ -1,7 +1,8 @@
 """FAR as it is easily written, for comparison: a straightforward port of the paper, equal in result.
 
-It works as published implementations do. Every call, a denoising step too, builds a dense float mask of all tokens and takes
-the rows of its queries; the cache holds keys that are not rotated, and every step concatenates them with the new ones and
+It works as published implementations do. Every call, a denoising step too, builds a dense float mask of all tokens, in which
+FlexRoPE's decay with their distance in time has its place whether it is used or not, and takes the rows of its queries; the
+cache holds keys that are not rotated, and every step concatenates them with the new ones and
 rotates them all, by tables of cosines and sines; the modulation is computed for each token. It shares the weights of a
 transformer and none of its code; the rotary embedding is diffusers' own, as its pipelines use it.
 
@@ -217,10 +218,13 @@ def position_ids(plan: ContextPlan) -> torch.Tensor:
     return torch.cat(grids)
 
 
-def dense_mask(frames: torch.Tensor) -> torch.Tensor:
-    """0 where a token may see another and minus infinity where not, `(L, L)`: those of earlier frames and of its own."""
-    mask = torch.zeros(len(frames), len(frames))
-    return mask.masked_fill_(frames[None, :] > frames[:, None], float("-inf"))
+def dense_mask(frames: torch.Tensor, slope: float = 0.0) -> torch.Tensor:
+    """`(L, L)`: minus infinity where a token may not see another, those of later frames; else minus `slope` for each frame
+    between them, 0 without FlexRoPE."""
+    distance = frames[None, :] - frames[:, None]  # negative into the past
+    is_future = distance > 0
+    mask = torch.zeros(distance.shape).masked_fill_(is_future, float("-inf"))
+    return mask.add_((slope * distance).masked_fill_(is_future, 0))
 
 
 def patchify(latents: torch.Tensor, patch_size: int) -> torch.Tensor:

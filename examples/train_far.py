@@ -4,8 +4,8 @@
         --transformer_config examples/configs/far_maze.json --num_frames 40 --output_dir far-maze --use_ema
 
 The latents come from `cache_latents.py`; `--dataset_name` encodes each clip when it is drawn instead, and with
-`--streaming` such a dataset is read as it is needed. The result in `--output_dir` is a pipeline folder that
-`FARPipeline.from_pretrained` loads, beside the run's checkpoints and logs.
+`--streaming` such a dataset is read as it is needed. The result in `--output_dir` is a pipeline folder, beside the run's checkpoints and
+logs: `FARPipeline.from_pretrained` loads it, and after `--objective video_dit` `VideoDiTPipeline.from_pretrained`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from diffusers_far import FARPipeline, FARTransformer3DModel
+from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.presets import PRESETS, preset_config
@@ -116,6 +116,22 @@ def build_transformer(args: argparse.Namespace, in_channels: int, num_actions: i
     if args.objective == "video_dit":
         config |= {"frame_causal": False, "long_patch_size": None}
     return FARTransformer3DModel(**config)
+
+
+def build_pipeline(
+    args: argparse.Namespace, transformer: FARTransformer3DModel, vae: torch.nn.Module, latent_shape: tuple[int, ...]
+) -> FARPipeline:
+    """The pipeline of the objective, with the settings of the one that training starts from."""
+    height, width = (size * spatial_compression(vae) for size in latent_shape[1:])
+    settings = pipeline_settings(args.pretrained_model_name_or_path, transformer.config.num_actions)
+    settings |= {name: getattr(args, name) for name in ("fps", "action_names") if getattr(args, name) is not None}
+    pipeline_class = FARPipeline
+    if args.objective == "video_dit":
+        pipeline_class = VideoDiTPipeline
+        settings["context_mode"] = "clean" if args.clean_prefix_ratio else "noised"
+    pipeline = pipeline_class(transformer, vae, height=height, width=width, **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def dry_run(
@@ -250,11 +266,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{transformer.num_parameters() / 1e6:.2f} M parameters; {batches.extent}; from step {first_step}")
 
     # 4. The pipeline that is measured and, in the end, saved
-    height, width = (size * spatial_compression(vae) for size in latents.latent_shape[1:])
-    settings = pipeline_settings(args.pretrained_model_name_or_path, config.num_actions)
-    settings |= {name: getattr(args, name) for name in ("fps", "action_names") if getattr(args, name) is not None}
-    pipeline = FARPipeline(transformer, vae, height=height, width=width, **settings)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = build_pipeline(args, transformer, vae, latents.latent_shape)
 
     def measure_held_out(step: int) -> Measurement | None:
         if validation_latents is None or not accelerator.is_main_process:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from diffusers_far import FARTransformer3DModel
+from diffusers_far.models.denoising_steps import DenoisingSteps
 
 from ..anyflow import DIFFERENCES, AnyFlowStep
 from ..checks import require_close
@@ -16,6 +17,8 @@ from ..timing import time_in_turn
 
 
 PLACES = ((FAR_B, (16, 64, 128)), (FAR_B_LONG, (64, 256, 1000)))
+NUM_STEPS = 50  # of the frame, whose modulations FAR computes together, before it is timed; `frame` times all of it
+TIMESTEPS = torch.linspace(1000, 0, NUM_STEPS + 1)[:-1]
 TIMESTEP = 500.0
 
 
@@ -64,11 +67,16 @@ class FARStep:
         self.transformer, self.clip = transformer, clip
         self.kv_cache = transformer.init_kv_cache(1, *context.shape[-2:], max_frames=clip.latents.shape[1])
         transformer(context, -1, actions=clip.fed_actions[:, :-1], kv_cache=self.kv_cache, update_cache=True)
+        self.steps = DenoisingSteps(TIMESTEPS)
+        self.steps.index = TIMESTEPS.tolist().index(TIMESTEP)
 
+    @torch.no_grad()
     def __call__(self) -> torch.Tensor:
         """The velocity, `(1, 1, C, H, W)`."""
         noisy, action = self.clip.noise[:, -1:], self.clip.fed_actions[:, -1:]
-        return self.transformer(noisy, TIMESTEP, actions=action, kv_cache=self.kv_cache).sample
+        return self.transformer(
+            noisy, TIMESTEP, actions=action, kv_cache=self.kv_cache, denoising_steps=self.steps
+        ).sample
 
 
 class NaiveStep:

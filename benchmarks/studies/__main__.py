@@ -6,22 +6,21 @@
     python -m benchmarks.studies plot
     python -m benchmarks.studies report
 
-A study that was interrupted goes on when the same command is given again. Its numbers go to `docs/results/STUDY.json`, from which
-`plot` draws and `report` writes the tables of `docs/results.md`.
+A study that was interrupted goes on when the same command is given again, from its work folder and from its numbers, which are
+in `docs/results/STUDY.json` as far as they are there: a study may take several days, and machines. From the numbers of the seeds
+that are complete `plot` draws, and `report` writes the tables of `docs/results.md`.
 """
 
 import argparse
 from pathlib import Path
 
-from .cache import CacheStudy
 from .data import DataFolder, prepare
 from .plan import describe_plan
 from .plots import draw
 from .report import all_sections, rewrite
-from .results import STUDIES, read_results, run_study, write_results
+from .results import STUDIES, finished_results, run_study
 from .scripts import ROOT
-from .settings import CacheSettings, read_settings
-from .study import Study
+from .settings import read_settings
 
 
 RESULTS, IMAGES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
@@ -55,18 +54,16 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """A study, up to its file of numbers."""
-    settings = read_settings(args.command, smoke=args.smoke)
-    kind = CacheStudy if isinstance(settings, CacheSettings) else Study
-    results = run_study(kind(settings, DataFolder(args.data_dir), args.work_dir / args.command), smoke=args.smoke)
+    settings, work = read_settings(args.command, smoke=args.smoke), args.work_dir / args.command
     results_dir = args.results_dir or (args.work_dir / "results" if args.smoke else RESULTS)
-    print(f"Wrote {write_results(results, results_dir)}")
+    print(f"Wrote {run_study(settings, DataFolder(args.data_dir), work, results_dir, smoke=args.smoke)}")
 
 
 def plot(args: argparse.Namespace) -> None:
     for name in args.studies or STUDIES:
-        results = read_results(name, args.results_dir)
+        results = finished_results(name, args.results_dir)
         if results is None:
-            print(f"{name}: not run yet")
+            print(f"{name}: no seed is finished yet")
             continue
         path = args.images_dir / f"study-{name}.png"
         draw(results, path)

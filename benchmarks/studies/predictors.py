@@ -112,8 +112,7 @@ def load_predictor(variant: Variant, model_dir: Path) -> Predictor:
     if variant.script == "train_token_ar":
         model = TokenARForVideo.from_pretrained(model_dir).to(device).eval()
         return TokenPredictor(model, VQModel.from_pretrained(model_dir / "vq").to(device).eval())
-    options = {} if variant.context_mode is None else {"context_mode": variant.context_mode}
-    pipe = load_pipeline(model_dir, **options).to(device)
+    pipe = load_pipeline(model_dir).to(device)
     pipe.set_progress_bar_config(disable=True)
     return PipelinePredictor(pipe)
 

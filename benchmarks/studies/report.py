@@ -17,7 +17,7 @@ from diffusers_far.evaluation.metrics import Estimate
 from .analysis import Verdict, compare, estimate, judge_speed, select
 from .flops import meta_transformer
 from .recipes import recipe_table
-from .results import STUDIES, read_results
+from .results import STUDIES, finished_results
 from .settings import Comparison, build
 
 
@@ -43,12 +43,12 @@ def rewrite(page: str, sections: Mapping[str, str]) -> str:
 
 def all_sections(results_dir: Path, images_dir: Path) -> dict[str, str]:
     """The text of every section."""
-    sections = {name: study_section(name, read_results(name, results_dir), images_dir) for name in STUDIES}
+    sections = {name: study_section(name, finished_results(name, results_dir), images_dir) for name in STUDIES}
     return {**sections, "recipes": recipe_table()}
 
 
 def study_section(name: str, results: Mapping | None, images_dir: Path) -> str:
-    """What a study has found, or that it has not been run."""
+    """What a study has found, or that no seed of it is finished."""
     if results is None:
         return f"Not run yet: `{COMMAND.format(study=name)}`."
     parts = [describe(results), verdict_table(results), *TABLES[name](results)]

@@ -1,33 +1,66 @@
 """The file of a study's raw numbers, `docs/results/STUDY.json`: what plots and tables are made from."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_far.evaluation.results import write_whole
+from diffusers_far.evaluation.results import check_same, write_whole
 
 from ..timing import describe_machine
+from .analysis import select
 from .cache import CacheStudy
-from .settings import CacheSettings
+from .data import DataFolder
+from .settings import CacheSettings, StudySettings, identity
 from .study import Study
 
 
 STUDIES = ("convergence", "clean_context", "extrapolation", "memory", "cache")
 
 
-def run_study(study: Study | CacheStudy, *, smoke: bool = False) -> dict[str, Any]:
-    """Do all that is left of a study, and gather its numbers."""
-    records = study.run()
-    results = {
-        "study": study.settings.name,
-        "smoke": smoke,
-        "machine": describe_machine(),
-        "settings": study.settings.to_json(),
-        "records": records,
-    }
-    if isinstance(study.settings, CacheSettings):
-        return {**results, "timings": study.timings()}
-    return {**results, "costs": study.costs()}
+def run_study(settings: StudySettings | CacheSettings, data: DataFolder, path: Path, folder: Path, **facts) -> Path:
+    """Do all that is left of a study, and write its numbers: those of trained models whenever a variant of a seed is done.
+
+    Args:
+        settings ([`StudySettings`] or [`CacheSettings`]), data ([`DataFolder`]), path (`Path`): Of a [`Study`].
+        folder (`Path`): For the file of numbers. What it holds of the study is not made again, wherever it was made.
+        facts: Written beside the numbers.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: The file holds numbers of other settings.
+    """
+    results = {"study": settings.name, **facts, "machine": describe_machine(), "settings": settings.to_json()}
+    if isinstance(settings, CacheSettings):
+        study = CacheStudy(settings, data, path)
+        return write_results({**results, "records": study.run(), "timings": study.timings()}, folder)
+    study = Study(settings, data, path, known_records(settings, folder))
+    records = study.run(lambda records: write_results({**results, "records": records, "costs": {}}, folder))
+    return write_results({**results, "records": records, "costs": study.costs()}, folder)
+
+
+def known_records(settings: StudySettings, folder: Path) -> list[dict]:
+    """The records of a study in its file of numbers; none where there is no file.
+
+    Raises:
+        ValueError: The file holds numbers of other settings.
+    """
+    results = read_results(settings.name, folder)
+    if results is None:
+        return []
+    check_same(identity(results["settings"]), identity(settings.to_json()), str(folder / f"{settings.name}.json"))
+    return results["records"]
+
+
+def complete_seeds(results: Mapping[str, Any]) -> list[int]:
+    """The seeds for which every variant has all its records."""
+    settings = results["settings"]
+    groups = (settings["variants"], settings["budget"]["shares"], settings["tasks"], settings["methods"])
+    num_records = math.prod(map(len, groups))
+    return [seed for seed in settings["seeds"] if len(select(results["records"], seed=seed)) == num_records]
 
 
 def write_results(results: dict[str, Any], folder: Path) -> Path:
@@ -49,3 +82,15 @@ def read_results(study: str, folder: Path) -> dict[str, Any] | None:
     """A study's numbers; `None` where it was not run yet."""
     path = folder / f"{study}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def finished_results(study: str, folder: Path) -> dict[str, Any] | None:
+    """What can be shown of a study: its numbers, of the seeds alone that are complete. `None` where none is."""
+    results = read_results(study, folder)
+    if results is None or "timings" in results:
+        return results
+    seeds = complete_seeds(results)
+    if not seeds:
+        return None
+    records = [record for record in results["records"] if record["seed"] in seeds]
+    return {**results, "settings": {**results["settings"], "seeds": seeds}, "records": records}

@@ -45,14 +45,12 @@ class Variant:
         script (`str`): `"train_far"` or `"train_token_ar"`, in `examples/`.
         arguments (`dict`, *optional*): Of the script, over the study's own.
         model (`dict`, *optional*): Of the transformer's config, over the study's own; of the token model all of it.
-        context_mode (`str`, *optional*): Of a Video DiT, see [`VideoDiTPipeline`].
     """
 
     label: str
     script: str = "train_far"
     arguments: dict | None = None
     model: dict | None = None
-    context_mode: str | None = None
 
     def __post_init__(self):
         if self.script not in SCRIPTS:
@@ -380,22 +378,25 @@ class CacheSettings:
         return asdict(self)
 
 
+def identity(settings: Mapping) -> dict:
+    """What the numbers of one seed depend on: of a study's settings as JSON, all but the seeds and the claims, which may be
+    worded anew."""
+    others = ("seeds", "comparisons", "speed_claims")
+    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in others}))
+
+
 def keep_settings(settings: StudySettings | CacheSettings, folder: Path) -> None:
-    """Remember in a work folder what its study is. What is claimed may be worded anew; what is measured may not change
-    halfway.
+    """Remember in a work folder what its study is: what is measured may not change halfway.
 
     Raises:
         ValueError: The folder holds a study of other settings.
     """
-    claims = ("comparisons", "speed_claims")
-    identity = {name: value for name, value in settings.to_json().items() if name not in claims}
-    identity = json.loads(json.dumps(identity))  # as it reads back
-    file = folder / "settings.json"
+    wanted, file = identity(settings.to_json()), folder / "settings.json"
     if file.exists():
-        check_same(json.loads(file.read_text()), identity, str(folder))
+        check_same(json.loads(file.read_text()), wanted, str(folder))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(identity, indent=2) + "\n")
+    write_whole(file, json.dumps(wanted, indent=2) + "\n")
 
 
 def merge(values: Mapping, overrides: Mapping) -> dict:

@@ -5,12 +5,13 @@ again; what was interrupted goes on.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_far.evaluation.results import write_whole
 
+from .analysis import select
 from .data import DataFolder
 from .measure import measure
 from .predictors import load_predictor
@@ -27,14 +28,19 @@ class Study:
         settings ([`StudySettings`]): What it is.
         data ([`DataFolder`]): On what.
         path (`Path`): Its work folder.
+        known (sequence of `dict`): Records of an earlier run, maybe on another machine, which are not made again.
     """
 
     settings: StudySettings
     data: DataFolder
     path: Path
+    known: Sequence[dict] = ()
 
-    def run(self) -> list[dict]:
+    def run(self, on_run_end: Callable[[list[dict]], None] | None = None) -> list[dict]:
         """Do all that is left to do.
+
+        Args:
+            on_run_end (`Callable`, *optional*): Called with the records so far after each variant of each seed.
 
         Returns:
             The records: a `dict` for each variant, seed, share of the training, task and method, with its scores.
@@ -48,6 +54,8 @@ class Study:
             run = self.training_run(variant, seed)
             for share in self.settings.budget.shares:
                 records += self._measured(run, variant, share)
+            if on_run_end is not None:
+                on_run_end(records)
         return records
 
     def costs(self) -> dict[str, dict]:
@@ -82,6 +90,9 @@ class Study:
 
     def _measured(self, run: TrainingRun, variant: str, share: float) -> list[dict]:
         """The records of a run at one share of its training; trained and measured as far as it is not yet."""
+        known = select(self.known, variant=variant, seed=run.seed, share=share)
+        if len(known) == len(self.settings.tasks) * len(self.settings.methods):
+            return known
         steps = num_steps(self.settings, run.variant, share)
         files = {
             (task, method): run.path / f"step-{steps:06}" / f"{task}-{method}.json"

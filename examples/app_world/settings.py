@@ -27,7 +27,7 @@ class WorldLimits:
     max_branches: int = 8
     max_visitors: int = 16
     idle_seconds: float = 1800.0
-    upload: MediaLimits = MediaLimits(max_bytes=20 * 2**20, max_frames=1000, max_pixels=2**22)
+    upload: MediaLimits = MediaLimits(max_bytes=20 * 2**20, max_frames=1000, max_pixels=2**22, max_total_pixels=2**28)
 
 
 @dataclass(frozen=True)

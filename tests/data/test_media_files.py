@@ -44,7 +44,13 @@ def test_frames_of_several_sizes_need_a_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "limits", [MediaLimits(max_frames=3), MediaLimits(max_bytes=50), MediaLimits(max_pixels=1000)]
+    "limits",
+    [
+        MediaLimits(max_frames=3),
+        MediaLimits(max_bytes=50),
+        MediaLimits(max_pixels=1000),
+        MediaLimits(max_total_pixels=4000),
+    ],
 )
 def test_files_beyond_the_limits_are_refused(tmp_path, limits):
     write_images(tmp_path / "frames", [f"{number}.png" for number in range(4)])

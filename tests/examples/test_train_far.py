@@ -14,14 +14,14 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Features, List, Value
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, DiffusionPipeline
 from local_hub import LocalHub, run_python
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_dc
 from video_files import write_video
 
-from diffusers_far import FARPipeline, FARTransformer3DModel
+from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentSource, write_shard
 
@@ -299,6 +299,21 @@ def test_a_pretrained_model_with_fewer_actions_gets_a_new_table(workplace, train
     assert FARPipeline.from_pretrained(workplace / "three-actions").transformer.config.num_actions == 3
 
 
+@pytest.mark.parametrize("clean_prefix_ratio, context_mode", [("0", "noised"), ("0.5", "clean")])
+def test_a_video_dit_is_saved_as_what_makes_whole_clips(workplace, clean_prefix_ratio, context_mode):
+    output = f"video-dit-{context_mode}"
+    changes = ("--objective", "video_dit", "--clean_prefix_ratio", clean_prefix_ratio, "--max_train_steps", "2")
+    result = train(workplace, output, *changes)
+    assert result.returncode == 0, result.stderr
+    pipe = DiffusionPipeline.from_pretrained(workplace / output)
+    assert type(pipe) is VideoDiTPipeline and pipe.config.context_mode == context_mode
+    card = (workplace / output / "README.md").read_text()
+    assert "all new frames at once" in card and "psnr_of_frame_2" in card
+    usage = card.partition("```python")[2].partition("```")[0]
+    assert f'VideoDiTPipeline.from_pretrained("{output}")' in usage
+    assert "import VideoDiTPipeline" in (workplace / output / "pipeline.py").read_text()
+
+
 @pytest.fixture(scope="module")
 def video_folder(tmp_path_factory) -> Path:
     """mp4 files with actions, as `datasets` opens them: a `videofolder`."""
@@ -356,7 +371,7 @@ def test_from_a_dataset_on_the_hub_to_a_model_on_the_hub(workplace, tmp_path):
     """
     generate = """
         import torch
-        from diffusers_far import FARPipeline, FARTransformer3DModel
+        from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 
         pipe = FARPipeline.from_pretrained("org/far-walks")
         video, actions = torch.rand(1, 3, 3, 16, 16), [[0, 1, 2, 0, 1]]

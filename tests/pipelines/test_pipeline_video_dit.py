@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CONDITIONS, property_test, tiny_pipeline, tiny_taesd, tiny_transformer
 
-from diffusers_far import FARPipeline, FARTransformer3DModel
+from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.evaluation.world_model import Walks, WorldModelProtocol, predict_walks
-from diffusers_far.pipelines.pipeline_video_dit import VideoDiTPipeline, load_pipeline
+from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 
 NUM_CONTEXT, NUM_NEW, BATCH_SIZE, SIZE = 3, 2, 2, (4, 6)

@@ -36,11 +36,13 @@ class MediaLimits:
         max_bytes (`int`, *optional*): Of the file, or of all images of a folder together.
         max_frames (`int`, *optional*): In the file; more are an error, not cut off.
         max_pixels (`int`, defaults to 2**26): Of one frame, height times width, before it is cut and resized.
+        max_total_pixels (`int`, *optional*): Of all frames in the file together: what decoding them costs.
     """
 
     max_bytes: int | None = None
     max_frames: int | None = None
     max_pixels: int = 2**26
+    max_total_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def iter_media(path: str | Path, limits: MediaLimits = MediaLimits()) -> Iterato
         BadExampleError: As [`read_clip`].
     """
     path, is_folder = Path(path), os.path.isdir(path)
-    num_frames, num_bytes = 0, 0
+    num_frames, num_bytes, num_pixels = 0, 0, 0
     for file in image_files(path) if is_folder else [path]:
         kind = media_kind(file)
         if is_folder and kind != "image":
@@ -120,6 +122,12 @@ def iter_media(path: str | Path, limits: MediaLimits = MediaLimits()) -> Iterato
             num_frames += 1
             if limits.max_frames is not None and num_frames > limits.max_frames:
                 raise BadExampleError(f"{path.name!r} has more than {limits.max_frames} frames; cut it.")
+            num_pixels += frame.shape[0] * frame.shape[1]
+            if limits.max_total_pixels is not None and num_pixels > limits.max_total_pixels:
+                raise BadExampleError(
+                    f"{path.name!r} has more than {limits.max_total_pixels:,} pixels in all of its frames together; cut it, or "
+                    "make its frames smaller."
+                )
             yield frame
 
 

@@ -88,7 +88,8 @@ def check_output(path: str | Path, fps: float, *, overwrite: bool = False) -> No
     if not overwrite:
         raise ValueError(f"`output` {str(path)!r} exists; name another, or pass `--overwrite`.")
     if path.suffix and not os.path.isfile(path):
-        raise ValueError(f"`output` {str(path)!r} is a folder and would be replaced by a file; name another.")
+        what = "a folder" if os.path.isdir(path) else "no file"
+        raise ValueError(f"`output` {str(path)!r} is {what} and would be replaced by a file; name another.")
     if not path.suffix and not is_frame_folder(path):
         raise ValueError(f"`output` {str(path)!r} holds other things than frames, which would be lost; name another.")
 

@@ -91,7 +91,8 @@ def evaluation_identity(
     """What results depend on: they may be continued only where all of it is the same.
 
     Args:
-        pipe ([`FARPipeline`]): Its weights, scheduler and FlexRoPE count, not where they lie.
+        pipe ([`FARPipeline`]): Its weights, scheduler, FlexRoPE and, of a [`VideoDiTPipeline`], context mode count, not where they
+            lie.
         dataset (`datasets.Dataset`): Its content counts.
         protocol_settings (`dict`): All settings, `batch_size` apart, which changes no more than rounding.
         metric_weights (`dict[str, str | None]`): Hash of each network's file, by metric; `None` where there is none.
@@ -103,6 +104,7 @@ def evaluation_identity(
             "vae": module_hash(pipe.vae),
             "scheduler": type(pipe.scheduler).__name__ + " " + settings_hash(pipe.scheduler.config),
             "flex_rope": getattr(pipe.config, "flex_rope", None),
+            "context_mode": getattr(pipe.config, "context_mode", None),
         },
         "dataset": dataset_fingerprint(dataset),
         "metric_weights": metric_weights,

@@ -9,6 +9,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding
 
 from .attention_far import FARAttention
+from .denoising_steps import DenoisingSteps
 from .kv_cache import LayerKVCache
 
 
@@ -52,9 +53,14 @@ class FARAdaLayerNorm(nn.Module):
         self.linear = nn.Linear(dim, num_chunks * dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
-    def modulation(self, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Chunks of the modulation of each frame, `(B, F, dim)` -> `num_chunks` times `(B, F, 1, dim)`."""
-        return self.linear(nn.functional.silu(temb))[:, :, None].chunk(self.num_chunks, dim=-1)
+    def modulation(self, temb: torch.Tensor, steps: DenoisingSteps | None = None) -> tuple[torch.Tensor, ...]:
+        """Chunks of the modulation of each frame, `(B, F, dim)` -> `num_chunks` times `(B, F, 1, dim)`; with `steps`
+        from what those keep."""
+        projected = self._project(temb) if steps is None else steps.product(self, self._project)
+        return projected[:, :, None].chunk(self.num_chunks, dim=-1)
+
+    def _project(self, temb: torch.Tensor) -> torch.Tensor:
+        return self.linear(nn.functional.silu(temb))
 
 
 class FARTransformerBlock(nn.Module):
@@ -91,14 +97,17 @@ class FARTransformerBlock(nn.Module):
         attention_mask: torch.Tensor | None,
         kv_cache: LayerKVCache | None,
         num_output_frames: int | None = None,
+        steps: DenoisingSteps | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`hidden_states` (B, F_short, T_short, dim) with `temb` (B, F_short, dim), and likewise for the long frames.
 
         In the last block nobody reads every output. With `num_output_frames` it returns the last so many short frames
         alone; with 0, which needs a `kv_cache`, it only stores keys and values.
+
+        `steps` are those of the one noisy frame, where `temb` is its embedding at one of them.
         """
         # 1. Attention, over the tokens of all frames at once
-        attn_input, gate = self._modulated_norm1(hidden_states, temb)
+        attn_input, gate = self._modulated_norm1(hidden_states, temb, steps)
         long_attn_input, long_gate = None, None
         if long_hidden_states is not None:
             long_attn_input, long_gate = self._modulated_norm1(long_hidden_states, long_temb)
@@ -119,16 +128,20 @@ class FARTransformerBlock(nn.Module):
         # 2. Gated residuals and MLP, for each kind of token
         if num_output_frames is not None:
             hidden_states, temb, gate = (each[:, -num_output_frames:] for each in (hidden_states, temb, gate))
-        hidden_states = self._feed_forward(hidden_states + gate * attn_output.view_as(hidden_states), temb)
+        hidden_states = self._feed_forward(hidden_states + gate * attn_output.view_as(hidden_states), temb, steps)
         if long_attn_output is None:
             return hidden_states, None
         long_attn_output = long_gate * long_attn_output.view_as(long_hidden_states)
         return hidden_states, self._feed_forward(long_hidden_states + long_attn_output, long_temb)
 
-    def _modulated_norm1(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shift, scale, gate = self.norm1.modulation(temb)
+    def _modulated_norm1(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, steps: DenoisingSteps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shift, scale, gate = self.norm1.modulation(temb, steps)
         return (self.norm1.norm(hidden_states) * (1 + scale) + shift).flatten(1, 2), gate
 
-    def _feed_forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        shift, scale, gate = self.norm2.modulation(temb)
+    def _feed_forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, steps: DenoisingSteps | None = None
+    ) -> torch.Tensor:
+        shift, scale, gate = self.norm2.modulation(temb, steps)
         return hidden_states + gate * self.mlp(self.norm2.norm(hidden_states) * (1 + scale) + shift)

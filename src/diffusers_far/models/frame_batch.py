@@ -36,6 +36,14 @@ class FrameBatch:
             join(self.latents, later.latents), join(self.actions, later.actions), join(earlier_mask, later_mask)
         )
 
+    def repeated(self, num_times: int) -> "FrameBatch":
+        """One frame as `num_times` frames, as views."""
+
+        def repeat(tensor):
+            return None if tensor is None else tensor.expand(-1, num_times, *tensor.shape[2:])
+
+        return FrameBatch(repeat(self.latents), repeat(self.actions), repeat(self.action_mask))
+
     def between(self, start: int, end: int) -> "FrameBatch":
         """The frames from `start` up to and without `end`, as views."""
         tensors = (self.latents, self.actions, self.action_mask)

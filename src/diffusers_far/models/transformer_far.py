@@ -26,6 +26,7 @@ from .causal_chunks import CausalChunks, frame_causal_chunks
 from .conditions import check_condition
 from .config_checks import check_config
 from .context_plan import ContextPlan
+from .denoising_steps import DenoisingSteps
 from .frame_batch import FrameBatch
 from .functional import (
     frame_causal_block_mask,
@@ -164,6 +165,10 @@ class FARTransformer3DModel(
         return hasattr(self, "action_embedder")
 
     @property
+    def _has_compiled_blocks(self) -> bool:
+        return torch.compiler.is_compiling() or self.transformer_blocks[0]._compiled_call_impl is not None
+
+    @property
     def takes_labels(self) -> bool:
         return hasattr(self, "label_embedder")
 
@@ -239,6 +244,7 @@ class FARTransformer3DModel(
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         clean_hidden_states: torch.Tensor | None = None,
+        denoising_steps: DenoisingSteps | None = None,
     ) -> FARTransformerOutput | tuple[torch.Tensor | None]:
         """Predict velocities, of a whole clip or of one frame against a cache; or write clean frames to the cache.
 
@@ -256,6 +262,8 @@ class FARTransformer3DModel(
             clean_hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): For training without a cache:
                 what the noisy frames were made of. Each short frame then attends to the clean frames before it instead
                 of the noisy ones, as at inference, and so a clip trains every length of clean context at once.
+            denoising_steps (`DenoisingSteps`, *optional*): For a noisy frame and its `kv_cache`: all of its steps, of
+                which this one is taken. What depends on time and conditions alone is then computed at the first.
 
         Returns:
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
@@ -279,7 +287,11 @@ class FARTransformer3DModel(
                     self._run_pass(encoded, plan, clean, class_labels, kv_cache, cache_pass)
             else:
                 plan, cache_pass = kv_cache.begin_noisy()
-                sample = self._run_pass(frames, plan, timestep, class_labels, kv_cache, cache_pass)
+                if denoising_steps is not None and (
+                    self._has_compiled_blocks or not denoising_steps.is_worth_it(len(hidden_states))
+                ):
+                    denoising_steps = None
+                sample = self._run_pass(frames, plan, timestep, class_labels, kv_cache, cache_pass, denoising_steps)
 
         if not return_dict:
             return (sample,)
@@ -293,6 +305,7 @@ class FARTransformer3DModel(
         class_labels: torch.Tensor | None,
         kv_cache: FARKVCache | None = None,
         cache_pass: CachePass | None = None,
+        steps: DenoisingSteps | None = None,
     ) -> torch.Tensor | None:
         """One pass of the network over the frames of a plan: the velocity of its short frames, `None` for a write.
 
@@ -309,7 +322,8 @@ class FARTransformer3DModel(
             long_states = self.context_embedder(patchify(frames.latents[:, :num_long], plan.long_patch_size))
 
         # 2. Time and conditions, one embedding per frame
-        temb = self._embed_conditions(frames, timestep, class_labels, num_long)
+        embed = partial(self._embed_conditions, class_labels=class_labels, num_long_frames=num_long)
+        temb = embed(frames, timestep) if steps is None else steps.embedding(embed, frames)
         long_temb, temb = temb[:, :num_long], temb[:, num_long:]
 
         # 3. Positions, and who sees whom: against a cache each frame sees a view of it, so nothing is masked
@@ -333,9 +347,18 @@ class FARTransformer3DModel(
         num_output_frames = self._num_output_frames(plan, attention_mask, is_write=is_write, has_twins=has_twins)
         last_block = self.transformer_blocks[-1]
         for block, layer in zip(self.transformer_blocks, layers):
-            inputs = (short_states, long_states, temb, long_temb, rotary_emb, attention_mask, layer)
-            if block is last_block:
-                inputs += (num_output_frames,)
+            num_outputs = num_output_frames if block is last_block else None
+            inputs = (
+                short_states,
+                long_states,
+                temb,
+                long_temb,
+                rotary_emb,
+                attention_mask,
+                layer,
+                num_outputs,
+                steps,
+            )
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
             elif block is last_block and is_write:
@@ -347,7 +370,7 @@ class FARTransformer3DModel(
             return None
 
         # 5. Velocity, of the twins where there are any
-        scale, shift = self.norm_out.modulation(temb[:, -plan.num_short_frames :])
+        scale, shift = self.norm_out.modulation(temb[:, -plan.num_short_frames :], steps)
         patches = self.proj_out(self.norm_out.norm(short_states[:, -plan.num_short_frames :]) * (1 + scale) + shift)
         return unpatchify(patches, plan.patch_size, plan.height, plan.width)
 
@@ -407,15 +430,13 @@ class FARTransformer3DModel(
         one, a dense mask for others and for compiled blocks, which chunks would compile again and again."""
         if (plan.num_frames == 1 and frames.is_twin is None) or not self.config.frame_causal:
             return None
-        first_block = self.transformer_blocks[0]
-        backend = first_block.attn.processor._attention_backend
+        backend = self.transformer_blocks[0].attn.processor._attention_backend
         if backend is None:
             backend, _ = _AttentionBackendRegistry.get_active_backend()
         if backend == AttentionBackendName.FLEX:
             return frame_causal_block_mask(frames.query_frames, frames.key_frames, frames.is_twin)
         mask = frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)
-        is_compiled = torch.compiler.is_compiling() or first_block._compiled_call_impl is not None
-        if backend == AttentionBackendName.NATIVE and not is_compiled:
+        if backend == AttentionBackendName.NATIVE and not self._has_compiled_blocks:
             return frame_causal_chunks(plan, mask, has_twins=frames.is_twin is not None)
         return mask[None, None]
 

@@ -30,7 +30,7 @@ CUSTOM_PIPELINE = '''"""Loads this repo without importing diffusers_far first:
 """
 
 try:
-    from diffusers_far import FARPipeline  # noqa: F401
+    from diffusers_far import {pipeline}  # noqa: F401
 except ImportError as error:
     raise ImportError("This model is made with diffusers-far; install it: pip install diffusers-far") from error
 '''
@@ -108,7 +108,7 @@ class FARHubMixin:
             repo_id = create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token).repo_id
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
 
-        (folder / "pipeline.py").write_text(CUSTOM_PIPELINE, encoding="utf-8")
+        (folder / "pipeline.py").write_text(CUSTOM_PIPELINE.format(pipeline=type(self).__name__), encoding="utf-8")
         readme = folder / "README.md"
         card = card_on_hub(repo_id, token) if push_to_hub and not readme.exists() else None
         if training_facts and (readme.exists() or card is not None):

@@ -16,8 +16,7 @@ CARD = """---
 
 # {title}
 
-A frame-autoregressive (FAR) video model: it {task}, one frame after the other.
-Attention is full inside a frame and causal between frames, so finished frames are cached.
+{kind}
 For [diffusers](https://github.com/huggingface/diffusers), with the package `diffusers-far`.
 
 ## Model
@@ -52,9 +51,9 @@ Long-Context Autoregressive Video Modeling with Next-Frame Prediction, [arXiv:25
 """
 
 USAGE = """import torch
-from diffusers_far import FARPipeline
+from diffusers_far import {pipeline}
 
-pipe = FARPipeline.from_pretrained("{name}")
+pipe = {pipeline}.from_pretrained("{name}")
 video = torch.rand(1, {num_context_frames}, 3, {height}, {width})  # yours: tensor, array in [0, 1], or a list of PIL images
 {conditions}frames = pipe({arguments}).frames[0]
 frames[0].save("video.gif", save_all=True, append_images=frames[1:])"""
@@ -62,6 +61,13 @@ frames[0].save("video.gif", save_all=True, append_images=frames[1:])"""
 CUSTOM_LOADING = """from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)"""
+
+FRAME_CAUSAL = """A frame-autoregressive (FAR) video model: it {task}, one frame after the other.
+Attention is full inside a frame and causal between frames, so finished frames are cached."""
+
+WHOLE_CLIP = (
+    """A video diffusion transformer: it {task}, all new frames at once. Every frame attends to every other."""
+)
 
 CONTEXT_FRAMES, NEW_FRAMES = 4, 8  # of the usage example
 
@@ -92,7 +98,7 @@ def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, 
         "Conditions": describe_conditions(config, pipe.config.action_names),
         "FlexRoPE": describe_flex_rope(pipe.config.flex_rope),
         "Scheduler": f"`{type(pipe.scheduler).__name__}`",
-        "By default": f"{pipe.default_inference_steps} steps a frame, guidance {pipe.default_guidance_scale:g}",
+        "By default": f"{pipe.default_inference_steps} steps{' a frame' if config.frame_causal else ''}, guidance {pipe.default_guidance_scale:g}",
     }
     training = {"Longest clip": f"{config.trained_frames} frames" if config.trained_frames else "not recorded"}
     training.update(training_facts or {"Data": "not recorded"})
@@ -100,7 +106,7 @@ def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, 
     return CARD.format(
         metadata=ModelCardData(library_name="diffusers", tags=tags).to_yaml(),
         title=name.split("/")[-1],
-        task=task,
+        kind=(FRAME_CAUSAL if config.frame_causal else WHOLE_CLIP).format(task=task),
         facts="\n".join(f"| {fact} | {text} |" for fact, text in facts.items() if text),
         usage=usage_example(pipe, name),
         custom_loading=CUSTOM_LOADING.format(name=name),
@@ -125,6 +131,7 @@ def usage_example(pipe: DiffusionPipeline, name: str) -> str:
     if pipe.transformer.takes_labels:
         arguments += ", class_labels=[0]"
     return USAGE.format(
+        pipeline=type(pipe).__name__,
         name=name,
         num_context_frames=CONTEXT_FRAMES,
         height=height,

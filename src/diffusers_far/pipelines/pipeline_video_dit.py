@@ -12,6 +12,7 @@ from diffusers.utils import logging
 
 from ..models.cache_options import CacheOptions
 from ..models.conditions import shift_actions
+from ..models.denoising_steps import DenoisingSteps
 from ..models.frame_batch import FrameBatch
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
 from .inputs import PipelineInputs, check_call, frame_noise, repeat_samples
@@ -42,8 +43,9 @@ class ClipRollout(Rollout):
         self.context_mode = context_mode
         self.context_noise = context_noise
 
-    def _velocity(self, noisy: FrameBatch, timestep: torch.Tensor) -> torch.Tensor:
-        """Velocity of the noisy frames, `(B, F, C, H, W)`."""
+    def _velocity(self, noisy: FrameBatch, steps: DenoisingSteps) -> torch.Tensor:
+        """Velocity of the noisy frames at a step, `(B, F, C, H, W)`."""
+        timestep = steps.timestep
         if self.frames is None:
             return self._predict(noisy, timestep)
         context = self._context_at(timestep)

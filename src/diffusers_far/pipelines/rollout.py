@@ -12,6 +12,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..models.cache_options import CacheOptions
+from ..models.denoising_steps import DenoisingSteps
 from ..models.frame_batch import FrameBatch
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
 
@@ -224,14 +225,15 @@ class Rollout:
             `torch.Tensor` of shape `(B, 1, C, H, W)`, float32.
         """
         self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=self.device)
-        num_steps = len(self.scheduler.timesteps)
+        steps, num_steps = DenoisingSteps(self.scheduler.timesteps), len(self.scheduler.timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
         latents = frame.latents.float()
-        for step_index, timestep in enumerate(self.scheduler.timesteps):
+        for step_index, timestep in enumerate(steps.timesteps):
+            steps.index = step_index
             inputs = self._model_inputs(FrameBatch(latents, frame.actions, frame.action_mask))
             with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=num_steps):
-                velocity = self._velocity(inputs, timestep).float()
+                velocity = self._velocity(inputs, steps).float()
             if self.is_guided:
                 null_velocity, velocity = velocity.chunk(2)
                 velocity = null_velocity + self.config.guidance_scale * (velocity - null_velocity)
@@ -240,17 +242,19 @@ class Rollout:
                 latents = on_step_end(step_index, timestep, latents)
         return latents
 
-    def _velocity(self, noisy: FrameBatch, timestep: torch.Tensor) -> torch.Tensor:
-        """Velocity of the one noisy frame, `(B, 1, C, H, W)`."""
+    def _velocity(self, noisy: FrameBatch, steps: DenoisingSteps) -> torch.Tensor:
+        """Velocity of the one noisy frame at a step, `(B, 1, C, H, W)`."""
         if self.kv_cache is not None or self.frames is None:
-            return self._predict(noisy, timestep)
+            return self._predict(noisy, steps.timestep, steps=steps)
         context = self.frames
         batch_size, num_clean = context.latents.shape[:2]
         timesteps = torch.full((batch_size, num_clean + 1), CLEAN_TIMESTEP, device=self.device)
-        timesteps[:, -1] = timestep
+        timesteps[:, -1] = steps.timestep
         return self._predict(context.append(noisy), timesteps)[:, -1:]
 
-    def _predict(self, frames: FrameBatch, timestep, update_cache: bool = False) -> torch.Tensor | None:
+    def _predict(
+        self, frames: FrameBatch, timestep, update_cache: bool = False, steps: DenoisingSteps | None = None
+    ) -> torch.Tensor | None:
         class_labels = self.class_labels
         if self.is_guided and class_labels is not None:
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
@@ -265,6 +269,7 @@ class Rollout:
             update_cache=update_cache,
             attention_kwargs=self.config.attention_kwargs,
             return_dict=False,
+            denoising_steps=steps,
         )[0]
 
     def _model_inputs(self, frames: FrameBatch) -> FrameBatch:

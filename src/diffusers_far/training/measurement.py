@@ -36,7 +36,7 @@ def measure(args: argparse.Namespace, pipeline, latents: LatentDataset | Encoded
     Args:
         args (`argparse.Namespace`): With `add_validation_arguments`, `num_frames`, `frame_interval` and
             `train_batch_size`.
-        pipeline ([`FARPipeline`]): Its transformer in `eval` mode.
+        pipeline ([`FARPipeline`] or [`VideoDiTPipeline`]): Its transformer in `eval` mode.
         latents (`LatentDataset` or `EncodedDataset`): Held out; the same clips of it are measured every time.
     """
     transformer = pipeline.transformer
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace, pipeline, latents: LatentDataset | Encoded
     metrics = {f"loss_at_{level}": loss for level, loss in losses.items()}
     metrics["loss"] = np.mean([*losses.values()]).item()
     num_context_frames = args.num_frames - args.num_validation_frames
-    if not args.num_validation_videos or num_context_frames <= 0 or not transformer.config.frame_causal:
+    if not args.num_validation_videos or num_context_frames <= 0:
         return Measurement(metrics)
     clips = validation_clips(latents, args.num_validation_videos, args.num_frames, args.frame_interval)
     predicted, truth = rollout(

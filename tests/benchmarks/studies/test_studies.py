@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ from benchmarks.studies import __main__ as command
 from benchmarks.studies import study as study_module
 from benchmarks.studies.data import DataFolder, prepare
 from benchmarks.studies.report import study_section
-from benchmarks.studies.results import STUDIES, read_results
+from benchmarks.studies.results import STUDIES, finished_results, read_results, run_study
 from benchmarks.studies.scripts import load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
 from benchmarks.studies.study import Study
@@ -141,11 +142,39 @@ def test_a_run_that_was_killed_in_training_ends_with_the_weights_of_an_uninterru
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
 
 
+def test_a_study_goes_on_from_its_numbers_on_another_machine(data, workplace, monkeypatch):
+    """Of which there is nothing but the file of numbers."""
+    changes = {"budget": {"steps": 1, "shares": [1]}, "seeds": [0, 1]}
+    expected = small_study(workplace / "at-once", data, **changes).run()
+    folder, train, trained = workplace / "numbers", TrainingRun.train, []
+
+    def train_three_runs(run, last_step):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(run.path.name)
+        train(run, last_step)
+
+    monkeypatch.setattr(TrainingRun, "train", train_three_runs)
+    settings = small_study(workplace / "there", data, **changes).settings
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings, data, workplace / "there", folder)
+    assert trained == ["with-seed0", "teacher_forcing-seed0", "with-seed1"]
+    shown = finished_results("small", folder)
+    assert shown["settings"]["seeds"] == [0] and {record["seed"] for record in shown["records"]} == {0}
+
+    trained.clear()
+    run_study(settings, data, workplace / "here", folder)
+    assert trained == ["teacher_forcing-seed1"]
+    assert read_results("small", folder)["records"] == expected
+    with pytest.raises(ValueError, match="`latent_size` was 8 and is 4"):
+        run_study(replace(settings, latent_size=4), data, workplace / "other", folder)
+
+
 def test_a_folder_of_other_settings_is_refused_and_so_is_one_beyond_its_step(data, workplace):
     study = small_study(workplace / "refusing", data, budget={"steps": 2, "shares": [1]})
     study.run()
-    with pytest.raises(ValueError, match="`seeds` was .* and is"):
-        small_study(workplace / "refusing", data, budget={"steps": 2, "shares": [1]}, seeds=[0, 1]).run()
+    with pytest.raises(ValueError, match="`latent_size` was 8 and is 4"):
+        small_study(workplace / "refusing", data, budget={"steps": 2, "shares": [1]}, latent_size=4).run()
     with pytest.raises(ValueError, match="is at step 2, beyond 1"):
         study.training_run("with", 0).train(1)
 
@@ -161,7 +190,7 @@ def test_evaluate_takes_the_folder_of_a_video_dit(data, workplace):
         "variants": {
             "with": None,
             "teacher_forcing": None,
-            "video_dit": {"label": "Video DiT", "arguments": {"objective": "video_dit"}, "context_mode": "noised"},
+            "video_dit": {"label": "Video DiT", "arguments": {"objective": "video_dit"}},
         },
         "budget": {"steps": 1, "shares": [1]},
     }
