@@ -119,7 +119,7 @@ class NaiveFAR:
         num_queries = len(positions)
         if cached is not None:
             positions = torch.cat([cached.positions, positions])
-        mask = dense_mask(positions[:, 0])[-num_queries:]
+        mask = dense_mask(positions[:, 0])[:, -num_queries:]
         rotary_emb = self._rotary_embedding(positions)
         query_rotary_emb = tuple(table[-num_queries:] for table in rotary_emb)
 
@@ -219,12 +219,16 @@ def position_ids(plan: ContextPlan) -> torch.Tensor:
 
 
 def dense_mask(frames: torch.Tensor, slope: float = 0.0) -> torch.Tensor:
-    """`(L, L)`: minus infinity where a token may not see another, those of later frames; else minus `slope` for each frame
-    between them, 0 without FlexRoPE."""
+    """`(1, L, L)`: minus infinity where a token may not see another, those of later frames; else minus `slope` for each
+    frame between them, 0 without FlexRoPE.
+
+    With an axis for the batch, as published: PyTorch's fused attention on the CPU takes masks of two or four axes, so with
+    this one the scores of all heads are computed, and kept for the backward pass.
+    """
     distance = frames[None, :] - frames[:, None]  # negative into the past
     is_future = distance > 0
     mask = torch.zeros(distance.shape).masked_fill_(is_future, float("-inf"))
-    return mask.add_((slope * distance).masked_fill_(is_future, 0))
+    return mask.add_((slope * distance).masked_fill_(is_future, 0))[None]
 
 
 def patchify(latents: torch.Tensor, patch_size: int) -> torch.Tensor:

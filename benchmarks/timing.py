@@ -47,6 +47,13 @@ def time_in_turn(
     return {name: Measurement(tuple(runs[-num_rounds:]), "s") for name, runs in seconds.items()}
 
 
+def timed(run: Callable[[], object]) -> tuple[object, Measurement]:
+    """What one run returns, and its seconds."""
+    start = time.perf_counter()
+    result = run()
+    return result, Measurement((time.perf_counter() - start,), "s")
+
+
 def describe_machine() -> dict[str, str | int]:
     """What a figure was measured on, and when."""
     return {
