@@ -22,10 +22,15 @@ REGION = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end of \2 -->)", re
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON file that `python -m benchmarks` wrote.")
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        help="JSON files that `python -m benchmarks` wrote. Where several have the same, the first one's counts.",
+    )
     parser.add_argument("--page", type=Path, help="Markdown file whose marked places are filled.")
     args = parser.parse_args()
-    for path in (args.results, args.page):
+    for path in (*args.results, args.page):
         if path is not None and not path.is_file():
             parser.error(f"There is no file {path}.")
     return args
@@ -59,7 +64,9 @@ def _fill(region: re.Match, contents: dict[str, str]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    contents = sections(json.loads(args.results.read_text()))
+    contents = {}
+    for file in reversed(args.results):
+        contents |= sections(json.loads(file.read_text()))
     if args.page is None:
         for name, content in contents.items():
             print(f"## {name}\n\n{content}\n")

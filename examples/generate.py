@@ -119,7 +119,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=whole_number(1, 64), default=1, help="Repeat pixels, for small frames.")
     parser.add_argument("--flex_rope_slope", type=number(0, 1000), help="Attention decays beyond the trained length.")
     parser.add_argument(
-        "--short_cache", type=short_cache, default="exact", help="exact, rolling or a number of frames."
+        "--short_cache", type=short_cache, help="exact, rolling or a number of frames; by default the pipeline's own."
     )
     parser.add_argument("--max_long_frames", type=count, help="Forget older frames: bounded memory.")
     return parser.parse_args(arguments)

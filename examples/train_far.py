@@ -128,6 +128,7 @@ def build_pipeline(
     pipeline_class = FARPipeline
     if args.objective == "video_dit":
         pipeline_class = VideoDiTPipeline
+        settings.pop("short_cache", None)  # there is no cache
         settings["context_mode"] = "clean" if args.clean_prefix_ratio else "noised"
     pipeline = pipeline_class(transformer, vae, height=height, width=width, **settings)
     pipeline.set_progress_bar_config(disable=True)

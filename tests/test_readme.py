@@ -26,6 +26,20 @@ def test_the_table_of_quality_is_that_of_the_shipped_scores(row):
     assert f"| {row} | {' | '.join(cells)} |" in README
 
 
+@pytest.mark.parametrize("model, frames", [("far-b", 64), ("far-b", 128), ("far-b-long", 256), ("far-b-long", 1000)])
+def test_the_table_of_speed_is_that_of_the_benchmarks(model, frames):
+    results = json.loads((ROOT / "docs" / "results" / "benchmarks.json").read_text())
+    (row,) = [
+        row
+        for row in results["rows"]
+        if row["case"] == "step" and row["settings"] == {"model": model, "frames": frames}
+    ]
+    measured = {name: quantity["median"] for name, quantity in row["measurements"].items()}
+    kind = "long and short" if model.endswith("long") else "in full"
+    cells = f"{measured['FAR']:.2f} s | {measured['of the limit']:.0%} | {measured['naive / FAR']:.1f}x"
+    assert f"| {frames:,}, {kind} | {cells} | {measured['AnyFlow / FAR']:.1f}x |" in README
+
+
 def test_pictures_are_small_and_the_moving_one_moves():
     pictures = [ROOT / path for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)]
     assert len(pictures) == 2 and all(path.stat().st_size < 2 * 2**20 for path in pictures)

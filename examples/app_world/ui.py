@@ -277,9 +277,15 @@ def settings_controls(model: WorldModel) -> list:
                 info="Beyond the trained length; 0: plain RoPE.",
                 elem_id="slope",
             ),
-            gr.Radio(["exact", "rolling"], value="exact", label="Short cache", info="From the next start on."),
+            short_cache_control(own.short_cache),
             slider(0, 512, 0, step=1, label="Long frames kept", info="0: all. From the next start on."),
         ]
+
+
+def short_cache_control(own: str | int) -> gr.Radio:
+    choices = [(f"anew every {own} frames", own)] if isinstance(own, int) else []
+    choices = [("exact", "exact"), *choices, ("rolling", "rolling")]
+    return gr.Radio(choices, value=own, label="Short cache", info="From the next start on.", elem_id="short-cache")
 
 
 def slider(low: float, high: float, value: float, **options: object) -> gr.Slider:

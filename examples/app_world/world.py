@@ -43,7 +43,10 @@ class WorldModel:
         ]
         self.flex_rope = FlexRoPEConfig(**(pipe.config.flex_rope or {"slope": 0.0}))
         self.default_settings = Settings(
-            pipe.default_inference_steps, pipe.default_guidance_scale, flex_rope_slope=self.flex_rope.slope
+            pipe.default_inference_steps,
+            pipe.default_guidance_scale,
+            flex_rope_slope=self.flex_rope.slope,
+            short_cache=pipe.default_short_cache,
         )
         self._lock = threading.Lock()
 

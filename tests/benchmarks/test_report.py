@@ -10,7 +10,8 @@ from benchmarks.report import filled, main, parse_args, sections
 
 
 ROOT = Path(__file__).parents[2]
-PAGE, RESULTS = ROOT / "docs" / "speed.md", ROOT / "docs" / "results" / "benchmarks.json"
+PAGE = ROOT / "docs" / "speed.md"
+RESULTS = [ROOT / "docs" / "results" / f"{name}.json" for name in ("benchmarks", "frame")]
 MACHINE = {
     "date": "2026-01-01",
     "processor": "some",
@@ -63,10 +64,25 @@ def test_the_same_results_make_the_same_report(tmp_path, capsys):
     assert page.read_text() == first and "| 5 | 1.5 s |" in first
 
 
+def test_where_several_files_have_the_same_the_first_one_counts(tmp_path, capsys):
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    files[0].write_text(json.dumps(results()))
+    later = {**results(), "num_rounds": 9}
+    later["rows"] = [{**row, "case": case} for case in ("step", "frame") for row in later["rows"]]
+    later["rows"][0]["settings"] = {"frames": 77}
+    files[1].write_text(json.dumps(later))
+    run_report(*files)
+    printed = capsys.readouterr().out
+    assert "2 rounds" in printed and "9 rounds" not in printed
+    assert "77" not in printed and "## frame" in printed
+
+
 def test_the_page_shows_the_committed_results():
-    contents = sections(json.loads(RESULTS.read_text())) if RESULTS.exists() else {}
-    page = PAGE.read_text()
-    assert filled(page, contents) == page, f"run: python -m benchmarks.report {RESULTS.name} --page docs/speed.md"
+    contents = {}
+    for file in reversed(RESULTS):
+        contents |= sections(json.loads(file.read_text()))
+    page, names = PAGE.read_text(), " ".join(f"docs/results/{file.name}" for file in RESULTS)
+    assert filled(page, contents) == page, f"run: python -m benchmarks.report {names} --page docs/speed.md"
 
 
 def test_the_page_has_a_place_for_every_case():

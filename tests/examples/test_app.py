@@ -151,12 +151,14 @@ def test_settings_change_between_steps(model, start):
 
 def test_a_model_starts_with_the_settings_that_it_is_shipped_with(start):
     own = {"num_inference_steps": 3, "guidance_scale": 1.4, "flex_rope": {"slope": 0.2, "schedule": "constant"}}
-    transformer = tiny_transformer(num_actions=3, action_shift=1)
+    own["short_cache"] = 2
+    transformer = tiny_transformer(num_actions=3, action_shift=1, long_patch_size=2)
     model = WorldModel(tiny_pipeline(transformer, height=8, width=12, action_names=NAMES, **own))
-    assert model.default_settings == Settings(3, 1.4, 0.2)
+    assert model.default_settings == Settings(3, 1.4, 0.2, 2)
     world = World(model, start, model.default_settings)
     world.step(0)
     assert (world.session.config.num_inference_steps, world.session.config.guidance_scale) == (3, 1.4)
+    assert world.session.config.cache_options.short_cache == 2
     world.configure(Settings(1, flex_rope_slope=0.5))
     world.step(0)
     assert (model.pipe.config.flex_rope["slope"], model.pipe.config.flex_rope["schedule"]) == (0.5, "constant")

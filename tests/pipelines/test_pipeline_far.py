@@ -569,6 +569,27 @@ def test_a_call_takes_the_steps_and_the_guidance_that_the_pipeline_is_shipped_wi
     assert (config.num_inference_steps, config.guidance_scale) == (steps, guidance)
 
 
+@pytest.mark.parametrize("short_cache", ["rolling", 2])
+def test_a_call_takes_the_short_cache_that_the_pipeline_is_shipped_with(short_cache, tmp_path):
+    transformer = tiny_transformer(long_patch_size=2, num_actions=3)
+    tiny_pipeline(transformer, short_cache=short_cache).save_pretrained(tmp_path)
+    pipe = FARPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    walk = {"video_latents": random_latents(4, batch_size=1), "actions": [0, 1, 2, 0, 1, 2, 0, 1]}
+
+    def frames(pipe, **options):
+        return latent_frames(pipe, **walk, num_frames=4, generator=seeds(0), **options)
+
+    exact = tiny_pipeline(transformer)
+    assert torch.equal(frames(pipe), frames(exact, short_cache=short_cache))
+    assert torch.equal(frames(pipe, short_cache="exact"), frames(exact))
+    assert not torch.equal(frames(pipe), frames(exact))
+    torch.testing.assert_close(frames(pipe, use_cache=False), frames(exact), atol=1e-4, rtol=1e-4)
+    session = pipe.start_session(video_latents=walk["video_latents"], actions=[0, 1, 2])
+    assert session.rollout.config.cache_options.short_cache == short_cache
+    assert f"`short_cache={short_cache!r}`" in (tmp_path / "README.md").read_text()
+
+
 def test_noise_that_a_scheduler_adds_comes_from_the_generator():
     pipe, context = tiny_pipeline(scheduler=FlowMatchLCMScheduler()), random_latents(2)
     first, again = (

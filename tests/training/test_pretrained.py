@@ -45,13 +45,14 @@ def test_what_a_pipeline_says_of_itself_is_taken_over(tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=0.5)
     names = ["forward", "left", "right"]
     pipe = tiny_pipeline(tiny_transformer(num_actions=3), scheduler=scheduler, fps=8.75, action_names=names)
-    pipe.register_to_config(num_inference_steps=5, guidance_scale=1.4)
+    pipe.register_to_config(num_inference_steps=5, guidance_scale=1.4, short_cache=4)
     pipe.save_pretrained(tmp_path)
     settings = pipeline_settings(str(tmp_path), num_actions=3)
     assert settings.pop("scheduler").config.shift == 0.5
     trained = tiny_pipeline(tiny_transformer(num_actions=3), **settings)
     assert trained.config.fps == 8.75 and trained.config.action_names == names
     assert trained.default_inference_steps == 5 and trained.default_guidance_scale == 1.4
+    assert trained.default_short_cache == 4
     assert "action_names" not in pipeline_settings(str(tmp_path), num_actions=4)
 
 

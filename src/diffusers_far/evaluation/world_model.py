@@ -22,9 +22,8 @@ class WorldModelProtocol:
         num_walks (`int`): Held-out walks, the first ones of the split.
         first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
         num_frames (`int`): Frames that it then predicts.
-        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): What the pipeline is shipped with
-            by default.
-        short_cache (`str`): `"exact"`, `"rolling"` or a number, as of a pipeline's call.
+        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str`, *optional*):
+            What the pipeline is shipped with by default. `short_cache` is `"exact"`, `"rolling"` or a number.
         mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
         seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
         batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
@@ -36,16 +35,17 @@ class WorldModelProtocol:
     num_frames: int = 8
     num_inference_steps: int = None  # the type of what is given, which the command line reads
     guidance_scale: float = None
-    short_cache: str = "exact"
+    short_cache: str = None
     mirrored_actions: tuple[int, int] = (1, 2)
     seed: int = 0
     batch_size: int = 16
 
     def with_defaults_of(self, pipe: FARPipeline) -> "WorldModelProtocol":
-        """The same with the steps and the guidance that `pipe` is shipped with, where they were left open."""
+        """The same with the settings that `pipe` is shipped with, where they were left open."""
         steps = self.num_inference_steps or pipe.default_inference_steps
         guidance = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
-        return replace(self, num_inference_steps=steps, guidance_scale=guidance)
+        short_cache = self.short_cache or str(pipe.default_short_cache)
+        return replace(self, num_inference_steps=steps, guidance_scale=guidance, short_cache=short_cache)
 
     @property
     def last_frame(self) -> int:
@@ -97,15 +97,14 @@ def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
 @torch.no_grad()
 def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol) -> Predictions:
     """Continue every walk at its true actions, and one frame at the mirrored action."""
-    num_context = protocol.num_context_frames
+    protocol = protocol.with_defaults_of(pipe)
+    num_context, short_cache = protocol.num_context_frames, protocol.short_cache
     left, right = protocol.mirrored_actions
     predicted, mirrored, reconstructed = [], [], []
     for start in range(0, len(walks.video), protocol.batch_size):
         batch = slice(start, start + protocol.batch_size)
         video, actions = walks.video[batch], walks.actions[batch]
         context = encode_video(pipe.vae, video.flatten(0, 1)).unflatten(0, video.shape[:2])
-
-        short_cache = int(protocol.short_cache) if protocol.short_cache.isdigit() else protocol.short_cache
 
         def continue_walks(actions: torch.Tensor, num_frames: int) -> torch.Tensor:
             return pipe(
@@ -114,7 +113,7 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
                 num_frames=num_frames,
                 num_inference_steps=protocol.num_inference_steps,
                 guidance_scale=protocol.guidance_scale,
-                short_cache=short_cache,
+                short_cache=int(short_cache) if short_cache.isdigit() else short_cache,
                 generator=[torch.Generator().manual_seed(protocol.seed + start + walk) for walk in range(len(video))],
                 output_type="pt",
             ).frames

@@ -98,7 +98,7 @@ def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, 
         "Conditions": describe_conditions(config, pipe.config.action_names),
         "FlexRoPE": describe_flex_rope(pipe.config.flex_rope),
         "Scheduler": f"`{type(pipe.scheduler).__name__}`",
-        "By default": f"{pipe.default_inference_steps} steps{' a frame' if config.frame_causal else ''}, guidance {pipe.default_guidance_scale:g}",
+        "By default": describe_defaults(pipe),
     }
     training = {"Longest clip": f"{config.trained_frames} frames" if config.trained_frames else "not recorded"}
     training.update(training_facts or {"Data": "not recorded"})
@@ -195,6 +195,14 @@ def describe_conditions(config, action_names: list[str] | None) -> str:
     if config.num_classes is not None:
         conditions.append(f"{config.num_classes} classes")
     return "; ".join(conditions) or "none"
+
+
+def describe_defaults(pipe: DiffusionPipeline) -> str:
+    per_frame = " a frame" if pipe.transformer.config.frame_causal else ""
+    text = f"{pipe.default_inference_steps} steps{per_frame}, guidance {pipe.default_guidance_scale:g}"
+    if pipe.default_short_cache == "exact":
+        return text
+    return f"{text}, `short_cache={pipe.default_short_cache!r}`"
 
 
 def describe_flex_rope(flex_rope: Mapping[str, Any] | None) -> str | None:

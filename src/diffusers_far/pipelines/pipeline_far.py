@@ -4,7 +4,7 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..loaders.lora import FARLoraLoaderMixin
 from ..models.cache_options import CacheOptions
 from ..models.codec import decode_video, encode_video
 from ..models.transformer_far import FARTransformer3DModel
+from .generation import Callbacks, Generation, GenerationInterrupted
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
 from .inputs import CALLBACK_TENSORS, PipelineInputs, check_call, repeat_samples
 from .latency import LatencyBudget
@@ -44,29 +45,6 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-@dataclass(frozen=True)
-class Callbacks:
-    """What the user wants to be called with, after each step and after each frame."""
-
-    on_step_end: Callable | None = None
-    tensor_inputs: tuple[str, ...] = ()
-    on_frame_end: Callable | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A call that was checked and is ready to run."""
-
-    inputs: PipelineInputs
-    config: RolloutConfig
-    generator: torch.Generator | list[torch.Generator] | None
-    callbacks: Callbacks
-
-
-class GenerationInterrupted(Exception):
-    """Raised inside a call whose user set `pipe._interrupt`; the frames that are finished are returned."""
-
-
 class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     r"""
     Frame-autoregressive video generation: continues a video, under actions, a class or nothing, or starts from nothing.
@@ -80,8 +58,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             `dict`.
         height (`int`, *optional*), width (`int`, *optional*): The model's own size in pixels.
         flex_rope (`dict`, *optional*): Fields of a [`FlexRoPEConfig`] to apply; written by `enable_flex_rope`.
-        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): Of a call that does not say; 50
-            and 1, no guidance, where these do not say either.
+        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str` or `int`,
+            *optional*): Of a call that does not say; 50, 1, which is no guidance, and `"exact"`, where these do not say
+            either.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -99,6 +78,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         flex_rope: dict | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        short_cache: str | int | None = None,
     ):
         super().__init__()
         check_components_complete(transformer=transformer, vae=vae)
@@ -107,6 +87,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             action_names = list(action_names.values())
         self.register_to_config(fps=fps, action_names=action_names, height=height, width=width)
         self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        self.register_to_config(short_cache=short_cache)
         self.register_to_config(flex_rope=applied_flex_rope(transformer))
         if flex_rope is not None:
             self.enable_flex_rope(FlexRoPEConfig(**flex_rope))
@@ -125,6 +106,11 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     def default_guidance_scale(self) -> float:
         """Guidance where a call does not say; 1 is none."""
         return 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
+
+    @property
+    def default_short_cache(self) -> str | int:
+        """How the short window is cached where a call does not say, see [`CacheOptions`]."""
+        return self.config.short_cache or "exact"
 
     @property
     def guidance_scale(self) -> float:
@@ -161,7 +147,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         use_cache: bool = True,
-        short_cache: str | int = "exact",
+        short_cache: str | int | None = None,
         max_long_frames: int | None = None,
         num_sink_frames: int = 0,
         output_type: str = "pil",
@@ -187,8 +173,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             height (`int`, *optional*), width (`int`, *optional*): In pixels, where neither context nor `latents` give
                 it; the pipeline's own by default.
             num_inference_steps (`int`, *optional*): Denoising steps of each frame; by default the pipeline's own, else 50.
-            guidance_scale (`float`, *optional*): The pipeline's own by default, else 1. Above 1: away from the null condition, `null + scale * (condition
-                - null)`; the null half has null actions for the context too.
+            guidance_scale (`float`, *optional*): The pipeline's own by default, else 1. Above 1: away from the null
+                condition, `null + scale * (condition - null)`; the null half has null actions for the context too.
             num_videos_per_context (`int`, defaults to 1): Continuations of each context; they follow each other in the
                 batch of the output.
             generator (`torch.Generator` or a list, one per video, *optional*): With a list each video is the same alone
@@ -196,8 +182,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             latents (`torch.Tensor` of shape `(B, num_frames, C, H, W)`, *optional*): Starting noise; else drawn frame
                 after frame.
             use_cache (`bool`, defaults to `True`): `False` computes the whole context anew at every step.
-            short_cache (`str` or `int`), max_long_frames (`int`, *optional*), num_sink_frames (`int`): How the cache
-                saves time and memory, see [`CacheOptions`].
+            short_cache (`str` or `int`, *optional*), max_long_frames (`int`, *optional*), num_sink_frames (`int`): How
+                the cache saves time and memory, see [`CacheOptions`]; the first is the pipeline's own by default, else
+                `"exact"`.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (channels last), `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): `False` returns a tuple.
             attention_kwargs (`dict`, *optional*): `scale` scales LoRA layers.
@@ -268,7 +255,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        short_cache: str | int = "exact",
+        short_cache: str | int | None = None,
         max_long_frames: int | None = None,
         num_sink_frames: int = 0,
         max_history: int | None = None,
@@ -321,7 +308,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         self,
         *,
         use_cache: bool = True,
-        short_cache: str | int = "exact",
+        short_cache: str | int | None = None,
         max_long_frames: int | None = None,
         num_sink_frames: int = 0,
         num_inference_steps: int | None = None,
@@ -338,6 +325,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             num_inference_steps = self.default_inference_steps
         if guidance_scale is None:
             guidance_scale = self.default_guidance_scale
+        if short_cache is None:
+            short_cache = self.default_short_cache if use_cache else "exact"
         cache_options = CacheOptions(short_cache, max_long_frames, num_sink_frames)
         inputs = self.check_inputs(
             num_inference_steps=num_inference_steps,

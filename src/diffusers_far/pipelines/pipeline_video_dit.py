@@ -91,6 +91,7 @@ class VideoDiTPipeline(FARPipeline):
         flex_rope: dict | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        short_cache: str | None = None,
         context_mode: str = "noised",
     ):
         if context_mode not in CONTEXT_MODES:
@@ -106,6 +107,7 @@ class VideoDiTPipeline(FARPipeline):
             flex_rope,
             num_inference_steps,
             guidance_scale,
+            short_cache,
         )
         self.register_to_config(context_mode=context_mode)
 
@@ -124,7 +126,7 @@ class VideoDiTPipeline(FARPipeline):
         num_videos_per_context: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        short_cache: str | int = "exact",
+        short_cache: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -139,7 +141,7 @@ class VideoDiTPipeline(FARPipeline):
             generator (`torch.Generator` or a list, one per video, *optional*): Draws the noise of the new frames, then
                 that of the context where it is noised. With a list each video is the same alone as in a batch.
             latents (`torch.Tensor` of shape `(B, num_frames, C, H, W)`, *optional*): Starting noise of the new frames.
-            short_cache (`str`): There is no cache: only `"exact"`, the default, is accepted.
+            short_cache (`str`, *optional*): There is no cache: only `"exact"`, the default, is accepted.
 
         Returns:
             [`FARPipelineOutput`], the new frames only.
@@ -169,7 +171,7 @@ class VideoDiTPipeline(FARPipeline):
             generator=generator,
             latents=latents,
             use_cache=False,
-            cache_options=CacheOptions(short_cache),
+            cache_options=CacheOptions(short_cache or "exact"),
             output_type=output_type,
             callback_on_step_end_tensor_inputs=[],
             is_whole_clip=True,

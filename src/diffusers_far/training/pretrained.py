@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 CONDITIONS = ("num_actions", "action_dim", "num_classes")
 CONDITION_EMBEDDERS = ("action_embedder.", "label_embedder.")
-INHERITED_SETTINGS = ("fps", "num_inference_steps", "guidance_scale")
+INHERITED_SETTINGS = ("fps", "num_inference_steps", "guidance_scale", "short_cache")
 
 
 def is_pipeline(name_or_path: str) -> bool:
