@@ -90,3 +90,5 @@ def test_a_video_without_masked_frames_has_no_mean():
     means = mean_where(values, mask)
     assert means[0] == 2 and math.isnan(means[1])
     assert Estimate.of(means).num_samples == 1
+    assert Estimate.of(means).to_json() == {"mean": 2, "half_width": None, "num_samples": 1}
+    assert Estimate.of(means[1:]).to_json() == {"mean": None, "half_width": None, "num_samples": 0}

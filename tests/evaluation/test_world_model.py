@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,17 @@ def test_the_truth_is_the_ceiling_and_follows_every_turn(perfect, walks, protoco
 
 
 def test_walks_without_a_turn_say_nothing_about_following(perfect, walks, protocol):
-    assert score_walks(perfect, walks, protocol)["follows_actions"]["num_samples"] == 0
+    scores = score_walks(perfect, walks, protocol)
+    assert scores["follows_actions"]["num_samples"] == 0
+    assert "nearer to the truth than mirrored  0 turns" in format_scores(scores)
+
+
+def test_figures_that_there_are_none_of_are_neither_shown_nor_written_as_numbers(perfect, walks, protocol):
+    other_places = walks.pose + 1e4 * torch.arange(walks.pose.shape[1])[:, None]
+    scores = score_walks(perfect, replace(walks, pose=other_places), protocol)
+    assert scores["by_view"]["seen"]["psnr"]["num_samples"] == 0
+    assert "of views seen in the context    no frames" in format_scores(scores)
+    json.dumps(scores, allow_nan=False)
 
 
 @pytest.mark.parametrize("short_cache", ["rolling", "2"])

@@ -3,6 +3,7 @@
 B batch, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,11 @@ class Estimate:
             return cls(float("nan"), float("nan"), 0)
         half_width = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
         return cls(float(values.mean()), float(half_width), len(values))
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Its fields; `None` for a mean of no samples and for an interval of fewer than two, which JSON has no number for."""
+        values = {"mean": self.mean, "half_width": self.half_width, "num_samples": self.num_samples}
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} ± {self.half_width:.2f}"

@@ -165,20 +165,20 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
     for name, mask in (("seen", seen), ("unseen", ~seen)):
         by_view[name] = {
             "share_of_frames": mask.double().mean().item(),
-            "psnr": asdict(Estimate.of(mean_where(psnr["predicted"], mask))),
-            "gain_over_repeating": asdict(Estimate.of(mean_where(gain, mask))),
+            "psnr": Estimate.of(mean_where(psnr["predicted"], mask)).to_json(),
+            "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
         }
     return {
         "protocol": asdict(protocol),
         "psnr_by_horizon": {
-            name: [asdict(Estimate.of(values[:, frame])) for frame in range(protocol.num_frames)]
+            name: [Estimate.of(values[:, frame]).to_json() for frame in range(protocol.num_frames)]
             for name, values in psnr.items()
         },
-        "psnr": {name: asdict(Estimate.of(values.mean(dim=1))) for name, values in psnr.items()},
-        "gain_on_first_frame": asdict(Estimate.of(gain[:, 0])),
-        "gain_on_all_frames": asdict(Estimate.of(gain.mean(dim=1))),
+        "psnr": {name: Estimate.of(values.mean(dim=1)).to_json() for name, values in psnr.items()},
+        "gain_on_first_frame": Estimate.of(gain[:, 0]).to_json(),
+        "gain_on_all_frames": Estimate.of(gain.mean(dim=1)).to_json(),
         "gradient_ratio": sharpness.item(),
-        "follows_actions": asdict(Estimate.of(follows)),
+        "follows_actions": Estimate.of(follows).to_json(),
         "by_view": by_view,
     }
 
@@ -187,25 +187,32 @@ def format_scores(scores: dict) -> str:
     """The figures as a table for people."""
 
     def show(estimate: dict) -> str:
+        if estimate["half_width"] is None:
+            return f"{estimate['mean']:.2f}"
         return str(Estimate(**estimate))
+
+    def show_view(name: str) -> str:
+        view = scores["by_view"][name]
+        if not view["psnr"]["num_samples"]:
+            return "no frames"
+        return (
+            f"{show(view['gain_over_repeating'])} dB, PSNR {show(view['psnr'])} "
+            f"({view['share_of_frames']:.0%} of the frames)"
+        )
 
     horizons = range(1, scores["protocol"]["num_frames"] + 1)
     lines = ["PSNR in dB by frame      " + "".join(f"{horizon:>15}" for horizon in horizons)]
     titles = {"predicted": "FAR", "repeated": "last frame repeated", "reconstructed": "VAE (the ceiling)"}
     for name, title in titles.items():
         lines.append(f"{title:<25}" + "".join(f"{show(each):>15}" for each in scores["psnr_by_horizon"][name]))
-    view = scores["by_view"]
+    turns = scores["follows_actions"]
+    share_of_turns = f"{turns['mean']:.0%} of " if turns["num_samples"] else ""
     lines += [
         "",
         f"gain over repeating, first frame   {show(scores['gain_on_first_frame'])} dB",
         f"gain over repeating, all frames    {show(scores['gain_on_all_frames'])} dB",
-        *(
-            f"  of views {name} in the context    {show(view[name]['gain_over_repeating'])} dB, "
-            f"PSNR {show(view[name]['psnr'])} ({view[name]['share_of_frames']:.0%} of the frames)"
-            for name in view
-        ),
+        *(f"  of views {name} in the context    {show_view(name)}" for name in scores["by_view"]),
         f"gradient magnitude, of the VAE's   {scores['gradient_ratio']:.0%}",
-        f"nearer to the truth than mirrored  {scores['follows_actions']['mean']:.0%} "
-        f"of {scores['follows_actions']['num_samples']} turns",
+        f"nearer to the truth than mirrored  {share_of_turns}{turns['num_samples']} turns",
     ]
     return "\n".join(lines)
