@@ -308,7 +308,7 @@ def test_a_video_dit_is_saved_as_what_makes_whole_clips(workplace, clean_prefix_
     pipe = DiffusionPipeline.from_pretrained(workplace / output)
     assert type(pipe) is VideoDiTPipeline and pipe.config.context_mode == context_mode
     card = (workplace / output / "README.md").read_text()
-    assert "all new frames at once" in card and "psnr_of_frame_2" in card
+    assert "all new frames at once" in card and "| PSNR, mean of the predicted frames, dB |" in card
     usage = card.partition("```python")[2].partition("```")[0]
     assert f'VideoDiTPipeline.from_pretrained("{output}")' in usage
     assert "import VideoDiTPipeline" in (workplace / output / "pipeline.py").read_text()
