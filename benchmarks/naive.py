@@ -2,9 +2,9 @@
 
 It works as published implementations do. Every call, a denoising step too, builds a dense float mask of all tokens, in which
 FlexRoPE's decay with their distance in time has its place whether it is used or not, and takes the rows of its queries; the
-cache holds keys that are not rotated, and every step concatenates them with the new ones and
-rotates them all, by tables of cosines and sines; the modulation is computed for each token. It shares the weights of a
-transformer and none of its code; the rotary embedding is diffusers' own, as its pipelines use it.
+cache holds keys that are not rotated, and every step concatenates them with the new ones and rotates them all, by tables of
+cosines and sines; the modulation is computed for each token. It shares the weights of a transformer and none of its code; the
+rotary embedding is diffusers' own, as its pipelines use it.
 
 B batch, F frames, P patch size, L tokens of a pass, N heads, D head dim.
 """

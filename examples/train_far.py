@@ -4,8 +4,9 @@
         --transformer_config examples/configs/far_maze.json --num_frames 40 --output_dir far-maze --use_ema
 
 The latents come from `cache_latents.py`; `--dataset_name` encodes each clip when it is drawn instead, and with
-`--streaming` such a dataset is read as it is needed. The result in `--output_dir` is a pipeline folder, beside the run's checkpoints and
-logs: `FARPipeline.from_pretrained` loads it, and after `--objective video_dit` `VideoDiTPipeline.from_pretrained`.
+`--streaming` such a dataset is read as it is needed. The result in `--output_dir` is a pipeline folder, beside the run's
+checkpoints and logs: `FARPipeline.from_pretrained` loads it, and after `--objective video_dit`
+`VideoDiTPipeline.from_pretrained`.
 """
 
 import argparse

@@ -37,22 +37,23 @@ def run_study(settings: StudySettings | CacheSettings, data: DataFolder, path: P
     if isinstance(settings, CacheSettings):
         study = CacheStudy(settings, data, path)
         return write_results({**results, "records": study.run(), "timings": study.timings()}, folder)
-    study = Study(settings, data, path, known_records(settings, folder))
-    records = study.run(lambda records: write_results({**results, "records": records, "costs": {}}, folder))
-    return write_results({**results, "records": records, "costs": study.costs()}, folder)
+    known = known_numbers(settings, folder)
+    study, costs = Study(settings, data, path, known["records"]), known["costs"]
+    records = study.run(lambda records: write_results({**results, "records": records, "costs": costs}, folder))
+    return write_results({**results, "records": records, "costs": costs or study.costs()}, folder)
 
 
-def known_records(settings: StudySettings, folder: Path) -> list[dict]:
-    """The records of a study in its file of numbers; none where there is no file.
+def known_numbers(settings: StudySettings, folder: Path) -> Mapping[str, Any]:
+    """`records` and `costs` of a study in its file of numbers; empty where there is no file.
 
     Raises:
         ValueError: The file holds numbers of other settings.
     """
     results = read_results(settings.name, folder)
     if results is None:
-        return []
+        return {"records": [], "costs": {}}
     check_same(identity(results["settings"]), identity(settings.to_json()), str(folder / f"{settings.name}.json"))
-    return results["records"]
+    return results
 
 
 def complete_seeds(results: Mapping[str, Any]) -> list[int]:

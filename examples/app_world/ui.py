@@ -283,6 +283,7 @@ def settings_controls(model: WorldModel) -> list:
 
 
 def short_cache_control(own: str | int) -> gr.Radio:
+    """How the short window is cached, the model's own way among the choices."""
     choices = [(f"anew every {own} frames", own)] if isinstance(own, int) else []
     choices = [("exact", "exact"), *choices, ("rolling", "rolling")]
     return gr.Radio(choices, value=own, label="Short cache", info="From the next start on.", elem_id="short-cache")

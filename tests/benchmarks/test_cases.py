@@ -1,7 +1,9 @@
 """Every case runs, compares its output with the naive reference's, and its results are written with all that they need."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +14,9 @@ from benchmarks import __main__ as command
 from benchmarks.cases import growth, loading, prefill, training
 from benchmarks.checks import require_close
 from benchmarks.naive import NaiveFAR
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -42,6 +47,15 @@ def run_command(*arguments) -> None:
         patch.object(command, "in_fresh_process", call_here),
     ):
         command.main(command.parse_args())
+
+
+@pytest.mark.full
+def test_the_command_runs_each_case_in_a_process_of_its_own(tmp_path):
+    output = tmp_path / "results.json"
+    command_line = [sys.executable, "-m", "benchmarks", "int8", "--num_rounds", "2", "--output", str(output)]
+    result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert {row["case"] for row in json.loads(output.read_text())["rows"]} == {"int8"}
 
 
 def test_results_have_machine_versions_seed_and_spread(tmp_path):

@@ -371,7 +371,7 @@ def test_from_a_dataset_on_the_hub_to_a_model_on_the_hub(workplace, tmp_path):
     """
     generate = """
         import torch
-        from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
+        from diffusers_far import FARPipeline, FARTransformer3DModel
 
         pipe = FARPipeline.from_pretrained("org/far-walks")
         video, actions = torch.rand(1, 3, 3, 16, 16), [[0, 1, 2, 0, 1]]

@@ -125,8 +125,8 @@ def iter_media(path: str | Path, limits: MediaLimits = MediaLimits()) -> Iterato
             num_pixels += frame.shape[0] * frame.shape[1]
             if limits.max_total_pixels is not None and num_pixels > limits.max_total_pixels:
                 raise BadExampleError(
-                    f"{path.name!r} has more than {limits.max_total_pixels:,} pixels in all of its frames together; cut it, or "
-                    "make its frames smaller."
+                    f"{path.name!r} has more than {limits.max_total_pixels:,} pixels in all of its frames together; "
+                    "cut it, or make its frames smaller."
                 )
             yield frame
 

@@ -91,8 +91,8 @@ def evaluation_identity(
     """What results depend on: they may be continued only where all of it is the same.
 
     Args:
-        pipe ([`FARPipeline`]): Its weights, scheduler, FlexRoPE and, of a [`VideoDiTPipeline`], context mode count, not where they
-            lie.
+        pipe ([`FARPipeline`]): Its weights, scheduler, FlexRoPE and, of a [`VideoDiTPipeline`], context mode count, not
+            where they lie.
         dataset (`datasets.Dataset`): Its content counts.
         protocol_settings (`dict`): All settings, `batch_size` apart, which changes no more than rounding.
         metric_weights (`dict[str, str | None]`): Hash of each network's file, by metric; `None` where there is none.

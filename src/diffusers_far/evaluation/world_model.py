@@ -97,8 +97,9 @@ def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
 @torch.no_grad()
 def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol) -> Predictions:
     """Continue every walk at its true actions, and one frame at the mirrored action."""
-    protocol = protocol.with_defaults_of(pipe)
     num_context, short_cache = protocol.num_context_frames, protocol.short_cache
+    if short_cache is not None and short_cache.isdigit():
+        short_cache = int(short_cache)
     left, right = protocol.mirrored_actions
     predicted, mirrored, reconstructed = [], [], []
     for start in range(0, len(walks.video), protocol.batch_size):
@@ -113,7 +114,7 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
                 num_frames=num_frames,
                 num_inference_steps=protocol.num_inference_steps,
                 guidance_scale=protocol.guidance_scale,
-                short_cache=int(short_cache) if short_cache.isdigit() else short_cache,
+                short_cache=short_cache,
                 generator=[torch.Generator().manual_seed(protocol.seed + start + walk) for walk in range(len(video))],
                 output_type="pt",
             ).frames

@@ -165,12 +165,12 @@ class FARTransformer3DModel(
         return hasattr(self, "action_embedder")
 
     @property
-    def _has_compiled_blocks(self) -> bool:
-        return torch.compiler.is_compiling() or self.transformer_blocks[0]._compiled_call_impl is not None
-
-    @property
     def takes_labels(self) -> bool:
         return hasattr(self, "label_embedder")
+
+    @property
+    def _has_compiled_blocks(self) -> bool:
+        return torch.compiler.is_compiling() or self.transformer_blocks[0]._compiled_call_impl is not None
 
     def context_plan(self, num_frames: int, height: int, width: int, rebuild_interval: int = 1) -> ContextPlan:
         """Which of `num_frames` frames are long or short, at latents of `height` x `width`; with a `rebuild_interval`
@@ -263,7 +263,8 @@ class FARTransformer3DModel(
                 what the noisy frames were made of. Each short frame then attends to the clean frames before it instead
                 of the noisy ones, as at inference, and so a clip trains every length of clean context at once.
             denoising_steps (`DenoisingSteps`, *optional*): For a noisy frame and its `kv_cache`: all of its steps, of
-                which this one is taken. What depends on time and conditions alone is then computed at the first.
+                which this one, at `timestep`, is taken. What depends on time and conditions alone is then computed at
+                the first.
 
         Returns:
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
@@ -287,11 +288,10 @@ class FARTransformer3DModel(
                     self._run_pass(encoded, plan, clean, class_labels, kv_cache, cache_pass)
             else:
                 plan, cache_pass = kv_cache.begin_noisy()
-                if denoising_steps is not None and (
-                    self._has_compiled_blocks or not denoising_steps.is_worth_it(len(hidden_states))
-                ):
-                    denoising_steps = None
-                sample = self._run_pass(frames, plan, timestep, class_labels, kv_cache, cache_pass, denoising_steps)
+                steps = None if self._has_compiled_blocks else denoising_steps
+                if steps is not None and not steps.is_worth_it(len(hidden_states)):
+                    steps = None
+                sample = self._run_pass(frames, plan, timestep, class_labels, kv_cache, cache_pass, steps)
 
         if not return_dict:
             return (sample,)
@@ -345,20 +345,10 @@ class FARTransformer3DModel(
         # 4. Blocks; of the last one only what is read
         is_write = cache_pass is not None and not cache_pass.is_noisy
         num_output_frames = self._num_output_frames(plan, attention_mask, is_write=is_write, has_twins=has_twins)
-        last_block = self.transformer_blocks[-1]
+        last_block, shared = self.transformer_blocks[-1], (temb, long_temb, rotary_emb, attention_mask)
         for block, layer in zip(self.transformer_blocks, layers):
             num_outputs = num_output_frames if block is last_block else None
-            inputs = (
-                short_states,
-                long_states,
-                temb,
-                long_temb,
-                rotary_emb,
-                attention_mask,
-                layer,
-                num_outputs,
-                steps,
-            )
+            inputs = (short_states, long_states, *shared, layer, num_outputs, steps)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
             elif block is last_block and is_write:

@@ -65,9 +65,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", tru
 FRAME_CAUSAL = """A frame-autoregressive (FAR) video model: it {task}, one frame after the other.
 Attention is full inside a frame and causal between frames, so finished frames are cached."""
 
-WHOLE_CLIP = (
-    """A video diffusion transformer: it {task}, all new frames at once. Every frame attends to every other."""
-)
+WHOLE_CLIP = "A video diffusion transformer: it {task}, all new frames at once. Every frame attends to every other."
 
 CONTEXT_FRAMES, NEW_FRAMES = 4, 8  # of the usage example
 
@@ -198,6 +196,7 @@ def describe_conditions(config, action_names: list[str] | None) -> str:
 
 
 def describe_defaults(pipe: DiffusionPipeline) -> str:
+    """How a call that does not say is made."""
     per_frame = " a frame" if pipe.transformer.config.frame_causal else ""
     text = f"{pipe.default_inference_steps} steps{per_frame}, guidance {pipe.default_guidance_scale:g}"
     if pipe.default_short_cache == "exact":

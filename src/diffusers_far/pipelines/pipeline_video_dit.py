@@ -171,7 +171,7 @@ class VideoDiTPipeline(FARPipeline):
             generator=generator,
             latents=latents,
             use_cache=False,
-            cache_options=CacheOptions(short_cache or "exact"),
+            cache_options=CacheOptions(short_cache or self.default_short_cache),
             output_type=output_type,
             callback_on_step_end_tensor_inputs=[],
             is_whole_clip=True,

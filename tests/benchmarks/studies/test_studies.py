@@ -14,7 +14,7 @@ from benchmarks.studies import __main__ as command
 from benchmarks.studies import study as study_module
 from benchmarks.studies.data import DataFolder, prepare
 from benchmarks.studies.report import study_section
-from benchmarks.studies.results import STUDIES, finished_results, read_results, run_study
+from benchmarks.studies.results import STUDIES, finished_results, read_results, run_study, write_results
 from benchmarks.studies.scripts import load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
 from benchmarks.studies.study import Study
@@ -165,7 +165,12 @@ def test_a_study_goes_on_from_its_numbers_on_another_machine(data, workplace, mo
     trained.clear()
     run_study(settings, data, workplace / "here", folder)
     assert trained == ["teacher_forcing-seed1"]
-    assert read_results("small", folder)["records"] == expected
+    results = read_results("small", folder)
+    assert results["records"] == expected
+    costs = {"with": {"seconds": 1.0}}  # measured there, and not here
+    write_results({**results, "costs": costs}, folder)
+    run_study(settings, data, workplace / "elsewhere", folder)
+    assert read_results("small", folder)["costs"] == costs
     with pytest.raises(ValueError, match="`latent_size` was 8 and is 4"):
         run_study(replace(settings, latent_size=4), data, workplace / "other", folder)
 
