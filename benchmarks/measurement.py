@@ -76,6 +76,10 @@ class Measurement:
         """The ratio in each round: what disturbs the machine hits both in the same round alike, and cancels."""
         return Measurement(tuple(mine / theirs for mine, theirs in zip(self.values, other.values, strict=True)), unit)
 
+    def per_median(self, other: "Measurement") -> "Measurement":
+        """The ratio of what was measured outside of the rounds, as a run that takes minutes, to the median of `other`."""
+        return Measurement(tuple(mine / other.median for mine in self.values), "x")
+
     def __str__(self) -> str:
         """The median; of ratios the quartiles too."""
         show = FORMATS[self.unit]

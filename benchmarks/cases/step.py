@@ -11,6 +11,7 @@ from ..anyflow import DIFFERENCES, AnyFlowStep
 from ..checks import require_close
 from ..limit import Limit, denoising_pass
 from ..measurement import Measurement, Row, compared
+from ..memory import in_fresh_process
 from ..models import FAR_B, FAR_B_LONG, BenchmarkModel, Clip
 from ..naive import NaiveFAR
 from ..timing import time_in_turn
@@ -29,14 +30,14 @@ def run(num_rounds: int, places: tuple[tuple[BenchmarkModel, tuple[int, ...]], .
         RuntimeError: FAR and the naive reference disagree.
     """
     for model, frame_counts in places:
-        transformer = model.build()
         for num_frames in frame_counts:
-            yield measure(model, transformer, num_frames, num_rounds)
+            # What naive and AnyFlow free in one place makes the large tensors of the next one cheaper.
+            yield in_fresh_process(measure, model, num_frames, num_rounds)
 
 
-def measure(model: BenchmarkModel, transformer: FARTransformer3DModel, num_frames: int, num_rounds: int) -> Row:
+def measure(model: BenchmarkModel, num_frames: int, num_rounds: int) -> Row:
     """A step of the last of `num_frames` frames."""
-    clip = model.clip(num_frames)
+    transformer, clip = model.build(), model.clip(num_frames)
     far, naive, anyflow = FARStep(transformer, clip), NaiveStep(transformer, clip), AnyFlowStep(transformer, clip)
     limit = Limit(transformer, [denoising_pass(transformer, num_frames, model.latent_size)])
     difference = require_close(far(), naive(), f"a step of {model.name} at {num_frames} frames")

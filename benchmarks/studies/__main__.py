@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .data import DataFolder, prepare
 from .plan import describe_plan
-from .plots import draw
+from .plots import PLOTS, draw
 from .report import all_sections, rewrite
 from .results import STUDIES, finished_results, run_study
 from .scripts import ROOT
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     plan = commands.add_parser("plan", help="Runs, operations and hours of each study.")
     plan.add_argument("--flops_per_second", type=float, default=4e10, help="Of this machine, in training.")
     plot = commands.add_parser("plot", help="Draw the studies that were run.")
-    plot.add_argument("studies", nargs="*", choices=[[], *STUDIES], help="All by default.")
+    plot.add_argument("studies", nargs="*", choices=[[], *PLOTS], help="All by default.")
     report = commands.add_parser("report", help="Rewrite the tables of the page.")
     report.add_argument("--page", type=Path, default=PAGE)
     for command in (plot, report):
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    for name in args.studies or STUDIES:
+    for name in args.studies or PLOTS:
         results = finished_results(name, args.results_dir)
         if results is None:
             print(f"{name}: no seed is finished yet")

@@ -1,7 +1,9 @@
-"""What the studies train on and are measured on: plain mazes of 5 by 5 cells, their latents, and their codes.
+"""What the studies train on and are measured on: plain mazes of 3 by 3 cells, so small that a walk comes back to more than
+half of its views; their latents, and their codes.
 
 DIR/mazes      made by make_maze_dataset.py
 DIR/latents    by cache_latents.py, with the shipped VAE
+DIR/poses      the same latents, with the camera's poses for actions
 DIR/vq         a VQ autoencoder, by train_vae.py, for the token-autoregressive baseline
 DIR/codes      by cache_latents.py, with that
 """
@@ -12,8 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .poses import write_poses
 from .scripts import EXAMPLES, ROOT, command_line, run_script
-from .settings import CONFIGS, merge
+from .settings import CONFIGS, Variant, merge
 
 
 SPLITS = ("train", "validation", "test")
@@ -38,6 +41,10 @@ class DataFolder:
         return self.path / "latents"
 
     @property
+    def poses(self) -> Path:
+        return self.path / "poses"
+
+    @property
     def vae(self) -> Path:
         """The shipped VAE, which made the latents."""
         return ROOT / read_data_settings()["vae"]
@@ -49,6 +56,12 @@ class DataFolder:
     @property
     def codes(self) -> Path:
         return self.path / "codes"
+
+    def encoded(self, variant: Variant) -> Path:
+        """What a variant is trained on and shown."""
+        if variant.script == "train_token_ar":
+            return self.codes
+        return self.poses if variant.knows_pose else self.latents
 
     def require(self, *folders: Path) -> None:
         """Refuse to start on data that are not there.
@@ -85,6 +98,8 @@ def prepare(data: DataFolder, *, smoke: bool = False) -> None:
         arguments = command_line({"output_dir": data.mazes, **settings["mazes"]})
         subprocess.run([sys.executable, str(EXAMPLES / "make_maze_dataset.py"), *arguments], check=True)
     cache(data, data.vae, data.latents)
+    for split in SPLITS:
+        write_poses(data.latents, split, data.poses)
     if not (data.vq / "config.json").is_file():
         run_script(
             "train_vae",

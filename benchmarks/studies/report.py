@@ -51,7 +51,8 @@ def study_section(name: str, results: Mapping | None, images_dir: Path) -> str:
     """What a study has found, or that no seed of it is finished."""
     if results is None:
         return f"Not run yet: `{COMMAND.format(study=name)}`."
-    parts = [describe(results), verdict_table(results), *TABLES[name](results)]
+    claims = [verdict_table(results)] if results["settings"]["comparisons"] else []
+    parts = [describe(results), *claims, *TABLES[name](results)]
     image = images_dir / f"study-{name}.png"
     if image.is_file():
         parts.append(f"![The numbers of the study {name}]({images_dir.name}/{image.name})")
@@ -69,7 +70,8 @@ def describe(results: Mapping) -> str:
             f"{settings['budget']['steps']:,} steps of {settings['training']['train_batch_size']} clips, seeds "
             f"{', '.join(map(str, settings['seeds']))}"
         )
-    facts.append(f"{settings['evaluation']['num_walks']} held-out walks; means with 95% intervals over walks")
+    evaluation = settings["evaluation"]
+    facts.append(f"{evaluation['num_walks']} walks of the split {evaluation['split']}; means with 95% intervals over walks")
     prefix = "**A smoke test, whose figures mean nothing.** " if results["smoke"] else ""
     text = prefix + "; ".join(facts) + f". Numbers: `docs/results/{results['study']}.json`."
     return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
@@ -186,6 +188,7 @@ def median_seconds(results: Mapping, mode: str, num_frames: int) -> float:
 
 
 TABLES: dict[str, Callable[[Mapping], list[str]]] = {
+    "learning_rate": convergence_tables,
     "convergence": convergence_tables,
     "clean_context": convergence_tables,
     "extrapolation": extrapolation_tables,

@@ -12,6 +12,7 @@ from diffusers_far.evaluation.results import check_same, write_whole
 CONFIGS = Path(__file__).parent / "configs"
 SCRIPTS = ("train_far", "train_token_ar")
 METHODS = ("plain", "interpolation", "window", "decay")
+SPLITS = ("test", "validation")
 MOST_REVISITS = "most_revisits"
 METRICS = ("psnr", "psnr_first", "revisited", "unseen", "gain", "sharpness")
 
@@ -45,16 +46,20 @@ class Variant:
         script (`str`): `"train_far"` or `"train_token_ar"`, in `examples/`.
         arguments (`dict`, *optional*): Of the script, over the study's own.
         model (`dict`, *optional*): Of the transformer's config, over the study's own; of the token model all of it.
+        knows_pose (`bool`): It is told where the camera stands at each frame, instead of the action that led there.
     """
 
     label: str
     script: str = "train_far"
     arguments: dict | None = None
     model: dict | None = None
+    knows_pose: bool = False
 
     def __post_init__(self):
         if self.script not in SCRIPTS:
             raise ValueError(f"`script` is {self.script!r}; choose one of {', '.join(SCRIPTS)}.")
+        if self.knows_pose and self.script != "train_far":
+            raise ValueError(f"`knows_pose` is True and `script` {self.script!r}; poses are for 'train_far' alone.")
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Evaluation:
     """How every model is measured.
 
     Args:
-        num_walks (`int`): The first held-out walks of the split `test`.
+        num_walks (`int`): The first walks of the split.
         num_inference_steps (`int`): Denoising steps of a frame, or of a whole clip.
         num_first_frames (`int`): Predicted frames that `psnr_first` is the mean of.
         batch_size (`int`): Walks at once.
@@ -158,6 +163,7 @@ class Evaluation:
         min_revisit_age (`int`): A frame revisits a view if a near one was seen at least so many frames before,
         max_recent_age (`int`): and none since, but in the last so many frames, which led there. A frame that no near
             view came before, but in those last frames, is unseen.
+        split (`str`): `"test"`; `"validation"` for what is chosen by it.
     """
 
     num_walks: int
@@ -169,11 +175,14 @@ class Evaluation:
     max_turn: float = 15.0
     min_revisit_age: int = 32
     max_recent_age: int = 10
+    split: str = "test"
 
     def __post_init__(self):
         for name in ("num_walks", "num_inference_steps", "num_first_frames", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is at least 1.")
+        if self.split not in SPLITS:
+            raise ValueError(f"`split` is {self.split!r}; choose one of {', '.join(SPLITS)}.")
         if not 0 <= self.max_recent_age < self.min_revisit_age:
             raise ValueError(
                 f"`max_recent_age` is {self.max_recent_age} and `min_revisit_age` {self.min_revisit_age}; the first is "

@@ -83,9 +83,11 @@ class Study:
                 yield variant, seed
 
     def _check(self) -> None:
-        needs_codes = any(variant.script == "train_token_ar" for variant in self.settings.variants.values())
-        folders = (self.data.vq, self.data.codes) if needs_codes else ()
-        self.data.require(self.data.mazes, self.data.latents, *folders)
+        variants = self.settings.variants.values()
+        folders = {self.data.encoded(variant) for variant in variants}
+        if any(variant.script == "train_token_ar" for variant in variants):
+            folders.add(self.data.vq)
+        self.data.require(self.data.mazes, *sorted(folders))
         keep_settings(self.settings, self.path)
 
     def _measured(self, run: TrainingRun, variant: str, share: float) -> list[dict]:
@@ -122,6 +124,4 @@ class Study:
             write_whole(file, json.dumps(scores))
 
     def _walks(self, run: TrainingRun) -> HeldOutWalks:
-        is_tokens = run.variant.script == "train_token_ar"
-        latents_dir = self.data.codes if is_tokens else self.data.latents
-        return HeldOutWalks(self.data.mazes, latents_dir, self.settings.evaluation)
+        return HeldOutWalks(self.data.mazes, self.data.encoded(run.variant), self.settings.evaluation)

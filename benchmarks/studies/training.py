@@ -122,10 +122,11 @@ class TrainingRun:
         self.path.mkdir(parents=True, exist_ok=True)
         config_file = self.path / "config.json"
         write_whole(config_file, json.dumps(model_config(self.settings, self.variant), indent=2) + "\n")
+        encoded = self.data.encoded(self.variant)
         if self.variant.script == "train_far":
-            sources = {"latents_dir": self.data.latents, "vae": self.data.vae, "transformer_config": config_file}
+            sources = {"latents_dir": encoded, "vae": self.data.vae, "transformer_config": config_file}
         else:
-            sources = {"codes_dir": self.data.codes, "vq": self.data.vq, "model_config": config_file}
+            sources = {"codes_dir": encoded, "vq": self.data.vq, "model_config": config_file}
         return {
             **sources,
             "output_dir": self.model_dir,

@@ -18,9 +18,6 @@ from diffusers_far.evaluation.metrics import seen_before
 from .settings import MOST_REVISITS, Evaluation, Task
 
 
-SPLIT = "test"
-
-
 @dataclass(frozen=True)
 class WalkClips:
     """Clips of some walks for one task.
@@ -45,7 +42,7 @@ class WalkClips:
 
 
 class HeldOutWalks:
-    """The first walks of the split `test`.
+    """The first walks of a split.
 
     Args:
         mazes (`Path`), latents_dir (`Path`): The dataset, and its latents or codes.
@@ -56,13 +53,14 @@ class HeldOutWalks:
     """
 
     def __init__(self, mazes: Path, latents_dir: Path, evaluation: Evaluation) -> None:
-        dataset = load_split(str(mazes), SPLIT)
+        dataset = load_split(str(mazes), evaluation.split)
         if len(dataset) < evaluation.num_walks:
             raise ValueError(
-                f"`num_walks` is {evaluation.num_walks} but {str(mazes)!r} has {len(dataset)} of {SPLIT!r}."
+                f"`num_walks` is {evaluation.num_walks} but {str(mazes)!r} has {len(dataset)} of "
+                f"{evaluation.split!r}."
             )
         self.evaluation = evaluation
-        self.latents = LatentDataset(latents_dir, SPLIT)
+        self.latents = LatentDataset(latents_dir, evaluation.split)
         self.frames = VideoFrames(dataset)
         self.poses = [torch.tensor(pose) for pose in dataset.select_columns(["pose"])["pose"]]
 

@@ -11,7 +11,7 @@ import torch
 from tiny_benchmarks import LONG, TINY_CASES, call_here, peak_here
 
 from benchmarks import __main__ as command
-from benchmarks.cases import growth, loading, prefill, training
+from benchmarks.cases import growth, loading, prefill, step, training
 from benchmarks.checks import require_close
 from benchmarks.naive import NaiveFAR
 
@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    monkeypatch.setattr(growth, "in_fresh_process", call_here)
+    for module in (growth, step):
+        monkeypatch.setattr(module, "in_fresh_process", call_here)
     monkeypatch.setattr(prefill, "peak_memory_of", peak_here)
     monkeypatch.setattr(training, "peak_memory_of", peak_here)
     monkeypatch.setattr(loading, "STATEMENTS", {"FAR": "pass", "diffusers": "pass"})
@@ -58,7 +59,7 @@ def test_the_command_runs_each_case_in_a_process_of_its_own(tmp_path):
     assert {row["case"] for row in json.loads(output.read_text())["rows"]} == {"int8"}
 
 
-def test_results_have_machine_versions_seed_and_spread(tmp_path):
+def test_results_have_machine_versions_seed_and_spread(tmp_path, in_this_process):
     output = tmp_path / "results.json"
     run_command("step", "frame", "--num_rounds", 3, "--output", output)
     results = json.loads(output.read_text())

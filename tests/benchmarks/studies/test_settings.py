@@ -38,8 +38,8 @@ MINIMAL = {
 def test_the_committed_settings_fit_the_walks(study, smoke):
     settings, mazes = read_settings(study, smoke=smoke), read_data_settings(smoke=smoke)["mazes"]
     num_frames = mazes.get("num_frames", NUM_WALK_FRAMES)
-    assert settings.evaluation.num_walks <= mazes["num_test"]
-    assert settings.comparisons
+    assert settings.evaluation.num_walks <= mazes[f"num_{settings.evaluation.split}"]
+    assert bool(settings.comparisons) == (settings.evaluation.split == "test")  # claims are judged on test walks alone
     tasks = [settings.task] if isinstance(settings, CacheSettings) else settings.tasks.values()
     for task in tasks:
         first = task.history if task.first_new_frame == MOST_REVISITS else task.first_new_frame

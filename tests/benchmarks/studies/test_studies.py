@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 from benchmarks.studies import __main__ as command
 from benchmarks.studies import study as study_module
 from benchmarks.studies.data import DataFolder, prepare
+from benchmarks.studies.poses import pose_actions
 from benchmarks.studies.report import study_section
 from benchmarks.studies.results import STUDIES, finished_results, read_results, run_study, write_results
 from benchmarks.studies.scripts import load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
 from benchmarks.studies.study import Study
 from benchmarks.studies.training import TrainingRun
+from diffusers_far.data.latents import LatentDataset
 
 
 pytestmark = pytest.mark.full
@@ -57,8 +60,18 @@ def test_what_is_prepared_is_not_made_again(data):
     before = {path: path.stat().st_mtime_ns for path in files}
     prepare(data, smoke=True)
     assert {path: path.stat().st_mtime_ns for path in files} == before
-    for folder in (data.latents, data.codes):
+    for folder in (data.latents, data.poses, data.codes):
         assert sorted(path.name for path in folder.iterdir()) == ["test", "train", "validation"]
+
+
+def test_poses_stand_beside_the_latents_of_the_same_frames(data):
+    latents, poses = LatentDataset(data.latents, "test"), LatentDataset(data.poses, "test")
+    assert len(poses) == len(latents)
+    for walk in range(len(latents)):
+        clip = poses.clip(walk, 5, 4)
+        assert torch.equal(clip.latents, latents.clip(walk, 5, 4).latents)
+        pose = np.array(latents.table["pose"][walk])[5:9]
+        torch.testing.assert_close(clip.actions, torch.from_numpy(pose_actions(pose)))
 
 
 @pytest.mark.parametrize("name", STUDIES)
