@@ -5,7 +5,7 @@ The shipped model is timed, and for a cache without long frames the same network
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from diffusers_far import FARPipeline
 from diffusers_far.evaluation.results import write_whole
 
+from .analysis import select
 from .data import DataFolder
 from .measure import measure
 from .predictors import PipelinePredictor
@@ -33,11 +34,13 @@ class CacheStudy:
         settings ([`CacheSettings`]): What it is.
         data ([`DataFolder`]): For the quality.
         path (`Path`): Its work folder.
+        known (sequence of `dict`): Records of an earlier run, which are not made again.
     """
 
     settings: CacheSettings
     data: DataFolder
     path: Path
+    known: Sequence[dict] = ()
 
     def run(self) -> list[dict]:
         """Measure the quality that is left to measure.
@@ -47,9 +50,11 @@ class CacheStudy:
         """
         self.data.require(self.data.mazes, self.data.latents)
         keep_settings(self.settings, self.path)
-        records = []
+        records = list(self.known)
         modes = {name: mode for name, mode in self.settings.modes.items() if mode.is_long and mode.use_cache}
         for name, mode in modes.items():
+            if select(records, variant=name):
+                continue
             file = self.path / f"quality-{name}.json"
             if not file.exists():
                 print(f"{self.settings.name}: quality of {mode.label}", flush=True)

@@ -22,6 +22,7 @@ from .settings import Comparison, build
 
 
 COMMAND = "python -m benchmarks.studies {study} --data_dir outputs/studies-data --work_dir outputs/studies"
+HORIZONS = (1, 2, 4, 8, 16, 32)
 Columns = Mapping[str, Mapping[str, Any]]  # a selection of records by its title
 
 
@@ -71,7 +72,9 @@ def describe(results: Mapping) -> str:
             f"{', '.join(map(str, settings['seeds']))}"
         )
     evaluation = settings["evaluation"]
-    facts.append(f"{evaluation['num_walks']} walks of the split {evaluation['split']}; means with 95% intervals over walks")
+    facts.append(
+        f"{evaluation['num_walks']} walks of the split {evaluation['split']}; means with 95% intervals over walks"
+    )
     prefix = "**A smoke test, whose figures mean nothing.** " if results["smoke"] else ""
     text = prefix + "; ".join(facts) + f". Numbers: `docs/results/{results['study']}.json`."
     return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
@@ -80,7 +83,7 @@ def describe(results: Mapping) -> str:
 def verdict_table(results: Mapping) -> str:
     """A row for each claim: what the paper found, what was found here, and whether it holds."""
     settings, rows = results["settings"], []
-    for each in settings.get("speed_claims", []):
+    for each in settings.get("speed_claims", []) if results.get("timings") else []:
         ratios = speed_ratios(results, each["slower"], each["faster"])
         here = f"{statistics.median(ratios):.1f} times ({min(ratios):.1f} to {max(ratios):.1f})"
         rows.append([each["claim"], each["paper"], here, judge_speed(ratios)])
@@ -169,6 +172,23 @@ def memory_tables(results: Mapping) -> list[str]:
 
 
 def cache_tables(results: Mapping) -> list[str]:
+    return [quality_table(results), time_table(results) if results["timings"] else "Not timed yet."]
+
+
+def quality_table(results: Mapping) -> str:
+    """How good the kinds of multi-level cache are, over all new frames and at some of them."""
+    settings, rows = results["settings"], []
+    num_frames = settings["task"]["num_frames"]
+    horizons = [frame for frame in HORIZONS if frame <= num_frames]
+    for record in results["records"]:
+        label = settings["modes"][record["variant"]]["label"]
+        by_frame = [f"{record['psnr_by_frame'][frame - 1]:.2f}" for frame in horizons]
+        rows.append([label, show(estimate([record], "psnr")), *by_frame])
+    titles = ["", f"PSNR in dB, {settings['task']['label']}", *(f"frame {frame}" for frame in horizons)]
+    return table(titles, rows)
+
+
+def time_table(results: Mapping) -> str:
     settings, rows = results["settings"], []
     slowest = next(iter(settings["modes"]))
     for name, mode in settings["modes"].items():
@@ -176,10 +196,8 @@ def cache_tables(results: Mapping) -> list[str]:
         for num_frames in settings["num_frames"]:
             seconds, rival = (median_seconds(results, each, num_frames) for each in (name, slowest))
             cells.append(f"{seconds:.1f} s ({rival / seconds:.1f}x)")
-        records = select(results["records"], variant=name)
-        rows.append([mode["label"], *cells, show(estimate(records, "psnr")) if records else ""])
-    titles = ["", *(f"{num_frames} frames" for num_frames in settings["num_frames"])]
-    return [table([*titles, f"PSNR in dB, {settings['task']['label']}"], rows)]
+        rows.append([mode["label"], *cells])
+    return table(["", *(f"{num_frames} frames" for num_frames in settings["num_frames"])], rows)
 
 
 def median_seconds(results: Mapping, mode: str, num_frames: int) -> float:

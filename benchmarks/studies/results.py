@@ -34,17 +34,19 @@ def run_study(settings: StudySettings | CacheSettings, data: DataFolder, path: P
         ValueError: The file holds numbers of other settings.
     """
     results = {"study": settings.name, **facts, "machine": describe_machine(), "settings": settings.to_json()}
-    if isinstance(settings, CacheSettings):
-        study = CacheStudy(settings, data, path)
-        return write_results({**results, "records": study.run(), "timings": study.timings()}, folder)
     known = known_numbers(settings, folder)
+    if isinstance(settings, CacheSettings):
+        study = CacheStudy(settings, data, path, known["records"])
+        results |= {"records": study.run(), "timings": known.get("timings", [])}
+        write_results(results, folder)  # what is timed on a machine that does nothing else may have to wait
+        return write_results({**results, "timings": results["timings"] or study.timings()}, folder)
     study, costs = Study(settings, data, path, known["records"]), known["costs"]
     records = study.run(lambda records: write_results({**results, "records": records, "costs": costs}, folder))
     return write_results({**results, "records": records, "costs": costs or study.costs()}, folder)
 
 
 def known_numbers(settings: StudySettings, folder: Path) -> Mapping[str, Any]:
-    """`records` and `costs` of a study in its file of numbers; empty where there is no file.
+    """A study's file of numbers: `records`, and `costs` or `timings`; empty where there is no file.
 
     Raises:
         ValueError: The file holds numbers of other settings.

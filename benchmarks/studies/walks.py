@@ -56,8 +56,7 @@ class HeldOutWalks:
         dataset = load_split(str(mazes), evaluation.split)
         if len(dataset) < evaluation.num_walks:
             raise ValueError(
-                f"`num_walks` is {evaluation.num_walks} but {str(mazes)!r} has {len(dataset)} of "
-                f"{evaluation.split!r}."
+                f"`num_walks` is {evaluation.num_walks} but {str(mazes)!r} has {len(dataset)} of {evaluation.split!r}."
             )
         self.evaluation = evaluation
         self.latents = LatentDataset(latents_dir, evaluation.split)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from benchmarks.studies import __main__ as command
 from benchmarks.studies import study as study_module
+from benchmarks.studies.cache import CacheStudy
 from benchmarks.studies.data import DataFolder, prepare
 from benchmarks.studies.poses import pose_actions
 from benchmarks.studies.report import study_section
@@ -102,6 +103,13 @@ def test_a_study_runs_from_data_to_page(name, data, workplace, monkeypatch):
     assert not again
     repeated = read_results(name, work / "results")
     assert {**repeated, "machine": None} == {**results, "machine": None}
+
+
+def test_quality_that_is_known_is_not_measured_again(data, workplace, monkeypatch):
+    settings = read_settings("cache", smoke=True)
+    records = CacheStudy(settings, data, workplace / "measured").run()
+    monkeypatch.setattr(CacheStudy, "_measure_quality", None)
+    assert CacheStudy(settings, data, workplace / "known", records).run() == records
 
 
 def test_an_interrupted_study_goes_on_and_ends_as_an_uninterrupted_one(data, workplace, monkeypatch):
