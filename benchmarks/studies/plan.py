@@ -26,7 +26,9 @@ def measuring_flops(settings: StudySettings) -> float:
 
 def rollout_flops(settings: StudySettings, variant: Variant, task: Task, method: Method) -> float:
     """The rollouts of all walks. A token of a frame costs at every step what it costs in training without the backward
-    pass; what it attends to is counted too."""
+    pass; what it attends to is counted too. What was not trained costs nothing."""
+    if variant.script is None:
+        return 0.0
     config = model_config(settings, variant) if variant.script == "train_far" else settings.transformer
     transformer = meta_transformer(config)
     per_token = 2 * (transformer.num_parameters() - 6 * transformer.config.num_layers * transformer.inner_dim**2)

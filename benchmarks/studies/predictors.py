@@ -12,7 +12,7 @@ from typing import Protocol
 from unittest.mock import patch
 
 import torch
-from diffusers import VQModel
+from diffusers import AutoModel, VQModel
 
 from diffusers_far import ContextPlan, FARPipeline, FlexRoPEConfig, TokenARForVideo
 from diffusers_far.models import transformer_far
@@ -20,7 +20,7 @@ from diffusers_far.models.codec import decode_codes, decode_video
 from diffusers_far.models.functional import position_ids
 from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
-from .settings import Method, Variant
+from .settings import Evaluation, Method, Variant
 from .walks import WalkClips
 
 
@@ -106,9 +106,43 @@ class TokenPredictor:
         return decode_codes(self.vq, codes.flatten(0, 1)).unflatten(0, codes.shape[:2]).float().cpu()
 
 
-def load_predictor(variant: Variant, model_dir: Path) -> Predictor:
+@dataclass(frozen=True)
+class NearestViewPredictor:
+    """What memory is worth: each new frame is the shown one that was seen from the nearest pose. It is told all poses.
+
+    Args:
+        vae (`torch.nn.Module`): The autoencoder of the latents.
+        max_distance (`float`), max_turn (`float`): Of near views; so much place counts as much as so much heading.
+    """
+
+    vae: torch.nn.Module
+    max_distance: float
+    max_turn: float
+
+    def predict(
+        self, clips: WalkClips, method: Method, num_inference_steps: int, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        num_new = clips.truth.shape[1]
+        shown, asked = clips.pose[:, :-num_new], clips.pose[:, -num_new:]
+        distance = torch.cdist(asked[..., :2], shown[..., :2])  # (B, F_new, F_context)
+        turn = (asked[:, :, None, 2] - shown[:, None, :, 2] + 180).remainder(360) - 180
+        nearest = (distance / self.max_distance + turn.abs() / self.max_turn).argmin(dim=2)
+        walks = torch.arange(len(nearest))[:, None]
+        return self._decode(clips.latents[walks, nearest])
+
+    def reconstruct(self, clips: WalkClips) -> torch.Tensor:
+        return self._decode(clips.latents[:, -clips.truth.shape[1] :])
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return decode_video(self.vae, latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).float().cpu()
+
+
+def load_predictor(variant: Variant, model_dir: Path, vae_dir: Path, evaluation: Evaluation) -> Predictor:
     """What a variant's training has saved, on the accelerator where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if variant.script is None:
+        vae = AutoModel.from_pretrained(vae_dir).to(device).eval()
+        return NearestViewPredictor(vae, evaluation.max_distance, evaluation.max_turn)
     if variant.script == "train_token_ar":
         model = TokenARForVideo.from_pretrained(model_dir).to(device).eval()
         return TokenPredictor(model, VQModel.from_pretrained(model_dir / "vq").to(device).eval())

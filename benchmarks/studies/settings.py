@@ -43,20 +43,21 @@ class Variant:
 
     Args:
         label (`str`): For tables and plots.
-        script (`str`): `"train_far"` or `"train_token_ar"`, in `examples/`.
+        script (`str`, *optional*): `"train_far"` or `"train_token_ar"`, in `examples/`. `None`: nothing is trained, and
+            each frame is the shown one that was seen from the nearest pose.
         arguments (`dict`, *optional*): Of the script, over the study's own.
         model (`dict`, *optional*): Of the transformer's config, over the study's own; of the token model all of it.
         knows_pose (`bool`): It is told where the camera stands at each frame, instead of the action that led there.
     """
 
     label: str
-    script: str = "train_far"
+    script: str | None = "train_far"
     arguments: dict | None = None
     model: dict | None = None
     knows_pose: bool = False
 
     def __post_init__(self):
-        if self.script not in SCRIPTS:
+        if self.script not in (*SCRIPTS, None):
             raise ValueError(f"`script` is {self.script!r}; choose one of {', '.join(SCRIPTS)}.")
         if self.knows_pose and self.script != "train_far":
             raise ValueError(f"`knows_pose` is True and `script` {self.script!r}; poses are for 'train_far' alone.")
@@ -261,6 +262,11 @@ class StudySettings:
         if self.budget.variant is not None and self.budget.variant not in self.variants:
             raise ValueError(
                 f"`budget.variant` is {self.budget.variant!r}; the variants are {', '.join(self.variants)}."
+            )
+        if self.budget.variant is not None and any(variant.script is None for variant in self.variants.values()):
+            raise ValueError(
+                f"`budget.variant` is {self.budget.variant!r}, but a variant that trains nothing has no equal budget; "
+                "leave one of them out."
             )
         for comparison in self.comparisons:
             for side in comparison.sides:

@@ -14,7 +14,7 @@ from diffusers_far.evaluation.results import write_whole
 from .analysis import select
 from .data import DataFolder
 from .measure import measure
-from .predictors import load_predictor
+from .predictors import Predictor, load_predictor
 from .settings import StudySettings, keep_settings
 from .training import TrainingRun, num_steps, step_flops
 from .walks import HeldOutWalks
@@ -64,7 +64,9 @@ class Study:
         if not self.settings.measures_cost:
             return {}
         costs = {}
-        for variant in self.settings.variants:
+        for variant, each in self.settings.variants.items():
+            if each.script is None:
+                continue
             run = self.training_run(variant, self.settings.seeds[0])
             file = run.path / "cost.json"
             if not file.exists():
@@ -115,13 +117,16 @@ class Study:
 
     def _measure(self, run: TrainingRun, files: Mapping[tuple[str, str], Path]) -> None:
         """Measure what a run has saved, a file for each task and method."""
-        predictor, walks = load_predictor(run.variant, run.model_dir), self._walks(run)
+        predictor, walks = self._load(run), self._walks(run)
         for (task, method), file in files.items():
             scores = measure(
                 predictor, walks, self.settings.tasks[task], self.settings.methods[method], self.settings.evaluation
             )
             file.parent.mkdir(exist_ok=True)
             write_whole(file, json.dumps(scores))
+
+    def _load(self, run: TrainingRun) -> Predictor:
+        return load_predictor(run.variant, run.model_dir, self.data.vae, self.settings.evaluation)
 
     def _walks(self, run: TrainingRun) -> HeldOutWalks:
         return HeldOutWalks(self.data.mazes, self.data.encoded(run.variant), self.settings.evaluation)

@@ -42,7 +42,9 @@ def training_arguments(settings: StudySettings, variant: Variant) -> dict:
 
 
 def step_flops(settings: StudySettings, variant: Variant) -> float:
-    """Floating-point operations of one of a variant's training steps."""
+    """Floating-point operations of one of a variant's training steps; 0 where nothing is trained."""
+    if variant.script is None:
+        return 0.0
     arguments, config = training_arguments(settings, variant), model_config(settings, variant)
     num_frames, num_clips = arguments["num_frames"], arguments["train_batch_size"]
     if variant.script == "train_token_ar":
@@ -106,6 +108,8 @@ class TrainingRun:
         Raises:
             ValueError: The run is beyond that step already.
         """
+        if self.variant.script is None:
+            return
         first_step = self.steps
         if first_step > last_step:
             raise ValueError(

@@ -25,7 +25,8 @@ class WalkClips:
     Args:
         walks (sequence of `int`): Which ones.
         latents (`torch.Tensor` of shape `(B, F, C, H, W)`): Of context and new frames: scaled latents, or codes.
-        actions (`torch.Tensor` of shape `(B, F)`): Taken at each frame.
+        actions (`torch.Tensor` of shape `(B, F)` or `(B, F, A)`): Taken at each frame, or its pose.
+        pose (`torch.Tensor` of shape `(B, F, 3)`): Of the camera at each frame: x and y in map units, heading in degrees.
         truth (`torch.Tensor` of shape `(B, F_new, 3, h, w)`): The new frames, in [0, 1].
         last_shown (`torch.Tensor` of shape `(B, 1, 3, h, w)`): The last frame of the context.
         revisited, unseen (`torch.Tensor` of shape `(B, F_new)`): Whether a new frame shows a view that was seen long
@@ -35,6 +36,7 @@ class WalkClips:
     walks: Sequence[int]
     latents: torch.Tensor
     actions: torch.Tensor
+    pose: torch.Tensor
     truth: torch.Tensor
     last_shown: torch.Tensor
     revisited: torch.Tensor
@@ -65,22 +67,21 @@ class HeldOutWalks:
 
     def clips(self, task: Task, walks: Sequence[int]) -> WalkClips:
         """What a task asks for, of some walks."""
-        latents, actions, videos, masks = [], [], [], []
+        latents, actions, poses, videos, masks = [], [], [], [], []
         for walk in walks:
             first_new = self.first_new_frame(task, walk)
-            clip = self.latents.clip(
-                walk, first_new - task.num_context_frames, task.num_context_frames + task.num_frames
-            )
+            start, length = first_new - task.num_context_frames, task.num_context_frames + task.num_frames
+            clip = self.latents.clip(walk, start, length)
             latents.append(clip.latents)
             actions.append(clip.actions)
+            poses.append(self.poses[walk][start : start + length])
             videos.append(self.frames.clip(walk, first_new - 1, 1 + task.num_frames))
             frames = range(first_new, first_new + task.num_frames)
             masks.append(view_masks(self.poses[walk], frames, self.evaluation))
         video = torch.stack(videos).float() / 255
         revisited, unseen = (torch.stack(each) for each in zip(*masks))
-        return WalkClips(
-            walks, torch.stack(latents), torch.stack(actions), video[:, 1:], video[:, :1], revisited, unseen
-        )
+        shown = (torch.stack(each) for each in (latents, actions, poses))
+        return WalkClips(walks, *shown, video[:, 1:], video[:, :1], revisited, unseen)
 
     def first_new_frame(self, task: Task, walk: int) -> int:
         """Where in a walk a task predicts; told by the poses alone, so that no model has a say in it."""

@@ -8,6 +8,7 @@ from tiny_models import sharpened, tiny_pipeline, tiny_transformer, tiny_vq
 
 from benchmarks.studies.measure import measure, score
 from benchmarks.studies.predictors import (
+    NearestViewPredictor,
     PipelinePredictor,
     TokenPredictor,
     applied,
@@ -32,7 +33,8 @@ def clips_of(num_context: int = NUM_CONTEXT, num_new: int = NUM_NEW, batch_size:
     truth = torch.rand(batch_size, num_new, 3, 8, 8, generator=generator)
     masks = torch.zeros(batch_size, num_new, dtype=torch.bool)
     actions = torch.randint(0, 3, shape, generator=generator)
-    return WalkClips(range(batch_size), latents, actions, truth, truth[:, :1], masks, ~masks)
+    pose = torch.zeros(*shape, 3)
+    return WalkClips(range(batch_size), latents, actions, pose, truth, truth[:, :1], masks, ~masks)
 
 
 def predictor_of(action_shift: int = 1) -> PipelinePredictor:
@@ -163,7 +165,7 @@ def test_scores_of_walks_made_by_hand():
     stripes = torch.zeros(4, 4)
     stripes[:, ::2] = 0.02
     is_seen = torch.tensor([[True, False, False]])
-    clips = WalkClips([0], truth, truth, truth, truth[:, :1] + 0.1, is_seen, torch.zeros_like(is_seen))
+    clips = WalkClips([0], truth, truth, truth, truth, truth[:, :1] + 0.1, is_seen, torch.zeros_like(is_seen))
     scores, psnr = score(predicted, reconstructed + stripes, clips, num_first_frames=2)
     assert psnr[0].tolist() == pytest.approx([20, 40, 40], abs=1e-2)
     assert scores["psnr"] == [pytest.approx(100 / 3, abs=1e-2)]
@@ -215,3 +217,14 @@ def test_a_measurement_does_not_depend_on_the_batch(predictor):
     for metric in ("psnr", "sharpness", "codec"):
         assert together["by_walk"][metric] == pytest.approx(apart["by_walk"][metric], abs=1e-3)
     assert len(together["psnr_by_frame"]) == 2
+
+
+def test_the_nearest_view_is_near_in_place_and_in_heading(predictor):
+    """Shown are 5 views, one asked for from next to each of 3."""
+    clips = clips_of(batch_size=1)
+    shown = [(0.0, 0.0, 350.0), (0.0, 0.0, 180.0), (90.0, 0.0, 0.0), (90.0, 90.0, 0.0), (90.0, 90.0, 90.0)]
+    asked = [(5.0, 5.0, 2.0), (85.0, 90.0, 80.0), (85.0, 2.0, 359.0)]
+    nearest = NearestViewPredictor(predictor.pipe.vae, max_distance=40.0, max_turn=15.0)
+    predicted = predict(nearest, PLAIN, replace(clips, pose=torch.tensor([shown + asked])))
+    views = replace(clips, latents=clips.latents[:, [0, 1, 2, 3, 4, 0, 4, 2]])
+    torch.testing.assert_close(predicted, nearest.reconstruct(views), rtol=0, atol=1e-6)
