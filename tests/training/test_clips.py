@@ -35,7 +35,7 @@ class FakeLatents:
         return FakeClip(latents.clone(), frames % 3, trajectory)
 
 
-def make_batches(**changes) -> TrainingBatches:
+def make_batches(objective: TrainingObjective | None = None, **changes) -> TrainingBatches:
     arguments = {
         "num_frames": 12,
         "short_window": 4,
@@ -44,7 +44,8 @@ def make_batches(**changes) -> TrainingBatches:
         "num_accumulated": 1,
         "seed": 0,
     }
-    return TrainingBatches(FakeLatents(), TrainingObjective(clean_prefix_ratio=0.5), **(arguments | changes))
+    objective = objective or TrainingObjective(clean_prefix_ratio=0.5)
+    return TrainingBatches(FakeLatents(), objective, **(arguments | changes))
 
 
 def make_transformer(**changes) -> FARTransformer3DModel:
@@ -165,6 +166,19 @@ def test_teacher_forcing_feeds_the_transformer_the_clean_latents():
     transformer.register_forward_pre_hook(lambda module, args, kwargs: fed.update(kwargs), with_kwargs=True)
     clip_loss(transformer, transformer.config, clips, draw, teacher_forcing=True)
     assert torch.equal(fed["clean_hidden_states"], clips.latents)
+
+
+def test_a_repeated_clip_feeds_frames_with_the_actions_that_were_taken_at_them():
+    transformer, objective = make_transformer(), TrainingObjective(repeat_ratio=1.0, condition_dropout=0.0)
+    clips, draw = make_batches(objective=objective, short_window=None)[0]
+    fed = {}
+    transformer.register_forward_pre_hook(lambda module, args, kwargs: fed.update(kwargs), with_kwargs=True)
+    clip_loss(transformer, transformer.config, clips, draw, teacher_forcing=True)
+    for clip, order in enumerate(draw.frame_order):
+        assert torch.equal(fed["clean_hidden_states"][clip], clips.latents[clip, order])
+        assert torch.equal(fed["actions"][clip, 1:], clips.actions[clip, order[:-1]])
+        jumps = (order.diff() != 1).nonzero().flatten() + 1
+        assert len(jumps) and not fed["action_mask"][clip, jumps].any()
 
 
 # Videos that are encoded in the process that trains

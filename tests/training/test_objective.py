@@ -106,6 +106,33 @@ def test_conditions_are_dropped_at_their_share():
     assert draw_batch(TrainingObjective(condition_dropout=0.0), 10, 8).keeps_action.all()
 
 
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 8, 33])
+def test_a_repeated_clip_is_a_stretch_of_itself_over_and_over(num_frames):
+    lengths = set()
+    for order in draw_batch(TrainingObjective(repeat_ratio=1.0), 300, num_frames).frame_order:
+        jumps = (order.diff() != 1).nonzero().flatten() + 1
+        length = int(jumps[0]) if len(jumps) else num_frames
+        assert torch.equal(order, order[0] + torch.arange(num_frames) % length)
+        assert 0 <= order[0] and order.max() < num_frames
+        lengths.add(length)
+    assert lengths == ({1} if num_frames == 1 else set(range(-(-num_frames // 8), num_frames // 2 + 1)))
+
+
+def test_clips_are_repeated_at_their_share_and_drawn_as_if_they_were_not():
+    plain, repeated = (draw_batch(TrainingObjective(repeat_ratio=ratio), 1, 8) for ratio in (0.0, 1.0))
+    for name in ("noise", "timestep", "keeps_label"):
+        assert torch.equal(getattr(plain, name), getattr(repeated, name))
+    assert torch.equal(plain.frame_order, torch.arange(8)[None])
+    orders = draw_batch(TrainingObjective(repeat_ratio=0.3), 1000, 8).frame_order
+    assert abs((orders != torch.arange(8)).any(dim=1).float().mean() - 0.3) < 0.05
+
+
+def test_no_action_leads_from_the_end_of_a_stretch_to_its_start():
+    draw = draw_batch(TrainingObjective(repeat_ratio=1.0, condition_dropout=0.0), 100, 12)
+    assert torch.equal(draw.keeps_action[:, 1:], draw.frame_order.diff(dim=1) == 1)
+    assert draw.keeps_action[:, 0].all()
+
+
 def test_draws_depend_on_seed_and_step_and_clip_alone():
     objective = TrainingObjective(clean_prefix_ratio=0.5)
 

@@ -19,7 +19,7 @@ RUN_IDENTITY = (
     "num_frames frame_interval combine_actions num_actions train_batch_size gradient_accumulation_steps "
     "learning_rate lr_scheduler lr_warmup_steps optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon "
     "max_grad_norm objective clean_context_ratio clean_prefix_ratio teacher_forcing condition_dropout logit_mean "
-    "logit_std mixed_precision seed"
+    "logit_std repeat_ratio mixed_precision seed"
 ).split()
 
 
@@ -71,6 +71,9 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--condition_dropout", type=float, default=0.1)
     parser.add_argument("--logit_mean", type=float, default=0.0, help="Of the noise levels; above 0: more noise.")
     parser.add_argument("--logit_std", type=float, default=1.0)
+    parser.add_argument(
+        "--repeat_ratio", type=float, default=0.0, help="Share of clips that repeat a stretch of theirs."
+    )
 
 
 def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +153,7 @@ def training_objective(args: argparse.Namespace) -> TrainingObjective:
         args.condition_dropout,
         args.logit_mean,
         args.logit_std,
+        args.repeat_ratio,
     )
 
 

@@ -58,6 +58,12 @@ class ClipBatch:
         values = (getattr(self, field.name) for field in fields(self))
         return ClipBatch(*(None if value is None else value.to(device) for value in values))
 
+    def in_order(self, frame_order: torch.Tensor) -> "ClipBatch":
+        """The clips with the frames `frame_order`, shape `(B, F)`, int64, of each, and the actions taken at them."""
+        clips = torch.arange(len(frame_order), device=frame_order.device)[:, None]
+        actions = None if self.actions is None else self.actions[clips, frame_order]
+        return ClipBatch(self.latents[clips, frame_order], actions, self.labels)
+
     def conditions(self, transformer_config, draw: ObjectiveDraw | None = None) -> dict[str, torch.Tensor]:
         """What the transformer is fed beside latents and timesteps, as keyword arguments; what `draw` drops is null.
 
@@ -291,6 +297,7 @@ def clip_loss(
     teacher_forcing: bool = False,
 ) -> torch.Tensor:
     """The loss of one pass. `model` is the transformer, or what wraps it for training on several devices."""
+    clips = clips.in_order(draw.frame_order)
     noisy_latents = add_noise(clips.latents, draw.noise, draw.timestep)
     conditions = clips.conditions(transformer_config, draw)
     if teacher_forcing:

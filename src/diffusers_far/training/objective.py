@@ -24,12 +24,14 @@ class ObjectiveDraw:
         timestep (`torch.Tensor` of shape `(F,)`): 1 to 1000; -1 marks a clean frame.
         keeps_action (`torch.Tensor` of shape `(F,)`, bool): `False`: the frame's action is dropped.
         keeps_label (`torch.Tensor` of shape `()`, bool): `False`: the clip's class is dropped.
+        frame_order (`torch.Tensor` of shape `(F,)`, int64): Which frame of the trajectory's clip stands at each place.
     """
 
     noise: torch.Tensor
     timestep: torch.Tensor
     keeps_action: torch.Tensor
     keeps_label: torch.Tensor
+    frame_order: torch.Tensor
 
     @classmethod
     def stack(cls, draws: Sequence["ObjectiveDraw"]) -> "ObjectiveDraw":
@@ -55,10 +57,13 @@ class TrainingObjective:
             about twice the tokens. The two ratios have no say then.
         logit_mean (`float`), logit_std (`float`): Of the logit-normal noise levels. The paper's are 0 and 1; a mean above
             0 spends more of the training on high noise, where a frame is decided by its context.
+        repeat_ratio (`float`): Share of the clips that are a stretch of themselves over and over. What comes after the first
+            round is known to those who look far enough back, and to nobody else: so a small model learns to, where
+            walks that seldom return to a view teach it late.
         condition_dropout (`float`): Share of the actions (per frame) and labels (per clip) that become null. It is drawn
             here, not by the model, so that a clip's draw does not depend on the batch it is in.
 
-    Source: FAR, arXiv:2503.19325; teacher forcing, ACDiT, arXiv:2412.07720; the clean prefix is ours.
+    Source: FAR, arXiv:2503.19325; teacher forcing, ACDiT, arXiv:2412.07720; the clean prefix and the repetition are ours.
     """
 
     name: str = "far"
@@ -68,13 +73,14 @@ class TrainingObjective:
     condition_dropout: float = 0.1
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    repeat_ratio: float = 0.0
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
             raise ValueError(f"`name` is {self.name!r}; the objectives are {', '.join(OBJECTIVES)}.")
-        for name, highest in (("clean_context_ratio", 1), ("clean_prefix_ratio", 1), ("condition_dropout", 1)):
-            if not 0 <= getattr(self, name) <= highest:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, from 0 to {highest}.")
+        for name in ("clean_context_ratio", "clean_prefix_ratio", "condition_dropout", "repeat_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, from 0 to 1.")
         if self.teacher_forcing and self.name != "far":
             raise ValueError(f"`teacher_forcing` needs frames in an order, but `name` is {self.name!r}; leave it out.")
         if not self.logit_std > 0:
@@ -109,12 +115,34 @@ class TrainingObjective:
         noise = torch.zeros(num_frames, *latent_shape)
         noise[num_long_frames:] = torch.randn(num_short_frames, *latent_shape, generator=generator)
         long_timestep = torch.full((num_long_frames,), CLEAN_TIMESTEP)
+        keeps_action = torch.rand(num_frames, generator=generator) >= self.condition_dropout
+        keeps_label = torch.rand((), generator=generator) >= self.condition_dropout
+        frame_order = draw_frame_order(num_frames, self.repeat_ratio, generator)
+        keeps_action[1:] &= frame_order.diff() == 1  # no action leads from the end of a stretch to its start
         return ObjectiveDraw(
             noise=noise,
             timestep=torch.cat([long_timestep, timestep.masked_fill(is_clean, CLEAN_TIMESTEP)]),
-            keeps_action=torch.rand(num_frames, generator=generator) >= self.condition_dropout,
-            keeps_label=torch.rand((), generator=generator) >= self.condition_dropout,
+            keeps_action=keeps_action,
+            keeps_label=keeps_label,
+            frame_order=frame_order,
         )
+
+
+def draw_frame_order(num_frames: int, repeat_ratio: float, generator: torch.Generator) -> torch.Tensor:
+    """The frames of a clip as they come, or, in a share of the clips, a stretch of them over and over: of an eighth to half of
+    the clip, anywhere in it, so that neither the distance nor the place tells what comes again.
+
+    Returns:
+        `torch.Tensor` of shape `(num_frames,)`, int64: indices into the clip.
+    """
+    order = torch.arange(num_frames)
+    # Without repetition nothing is drawn, so that everything else is drawn as if there were none.
+    if repeat_ratio == 0 or torch.rand((), generator=generator) >= repeat_ratio or num_frames < 2:
+        return order
+    shortest, longest = -(-num_frames // 8), num_frames // 2
+    length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+    start = int(torch.randint(num_frames - length + 1, (), generator=generator))
+    return start + order % length
 
 
 def draw_timesteps(
