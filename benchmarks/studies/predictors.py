@@ -38,6 +38,11 @@ class Predictor(Protocol):
         ...
 
 
+def decoded(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Frames `(B, F, 3, h, w)` in [0, 1] of latents `(B, F, C, H, W)`."""
+    return decode_video(vae, latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).float().cpu()
+
+
 @dataclass(frozen=True)
 class PipelinePredictor:
     """FAR or a Video DiT.
@@ -69,13 +74,10 @@ class PipelinePredictor:
                 latents = self.pipe(
                     video_latents=context, actions=clips.actions, num_frames=num_new, **arguments
                 ).frames
-        return self._decode(latents)
+        return decoded(self.pipe.vae, latents)
 
     def reconstruct(self, clips: WalkClips) -> torch.Tensor:
-        return self._decode(clips.latents[:, -clips.truth.shape[1] :])
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return decode_video(self.pipe.vae, latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).float().cpu()
+        return decoded(self.pipe.vae, clips.latents[:, -clips.truth.shape[1] :])
 
 
 @dataclass(frozen=True)
@@ -128,20 +130,17 @@ class NearestViewPredictor:
         turn = (asked[:, :, None, 2] - shown[:, None, :, 2] + 180).remainder(360) - 180
         nearest = (distance / self.max_distance + turn.abs() / self.max_turn).argmin(dim=2)
         walks = torch.arange(len(nearest))[:, None]
-        return self._decode(clips.latents[walks, nearest])
+        return decoded(self.vae, clips.latents[walks, nearest])
 
     def reconstruct(self, clips: WalkClips) -> torch.Tensor:
-        return self._decode(clips.latents[:, -clips.truth.shape[1] :])
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return decode_video(self.vae, latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).float().cpu()
+        return decoded(self.vae, clips.latents[:, -clips.truth.shape[1] :])
 
 
 def load_predictor(variant: Variant, model_dir: Path, vae_dir: Path, evaluation: Evaluation) -> Predictor:
     """What a variant's training has saved, on the accelerator where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if variant.script is None:
-        vae = AutoModel.from_pretrained(vae_dir).to(device).eval()
+        vae = AutoModel.from_pretrained(str(vae_dir)).to(device).eval()
         return NearestViewPredictor(vae, evaluation.max_distance, evaluation.max_turn)
     if variant.script == "train_token_ar":
         model = TokenARForVideo.from_pretrained(model_dir).to(device).eval()

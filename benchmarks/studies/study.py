@@ -122,7 +122,7 @@ class Study:
             scores = measure(
                 predictor, walks, self.settings.tasks[task], self.settings.methods[method], self.settings.evaluation
             )
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(scores))
 
     def _load(self, run: TrainingRun) -> Predictor:

@@ -258,6 +258,7 @@ class TrainingBatches(StepBatches):
 
     @property
     def extent(self) -> str:
+        """How much of the data is long enough, in words for the log."""
         return (
             f"{len(self.trajectories)} of {len(self.dataset.num_frames)} trajectories are long enough for "
             f"{self.num_frames} frames"

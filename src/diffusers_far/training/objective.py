@@ -58,8 +58,7 @@ class TrainingObjective:
         logit_mean (`float`), logit_std (`float`): Of the logit-normal noise levels. The paper's are 0 and 1; a mean above
             0 spends more of the training on high noise, where a frame is decided by its context.
         repeat_ratio (`float`): Share of the clips that are a stretch of themselves over and over. What comes after the first
-            round is known to those who look far enough back, and to nobody else: so a small model learns to, where
-            walks that seldom return to a view teach it late.
+            round is known to those who look far enough back, and to nobody else.
         condition_dropout (`float`): Share of the actions (per frame) and labels (per clip) that become null. It is drawn
             here, not by the model, so that a clip's draw does not depend on the batch it is in.
 

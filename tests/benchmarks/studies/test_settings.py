@@ -94,6 +94,9 @@ def test_minimal_settings_are_enough():
         ({"methods": {"x": {"label": "X", "kind": "decay"}}}, "a slope above 0 is for 'decay' alone"),
         ({"methods": {"x": {"label": "X", "slope": 0.1}}}, "a slope above 0 is for 'decay' alone"),
         ({"evaluation": {"num_walks": 0}}, "`evaluation`: `num_walks` is 0"),
+        ({"evaluation": {"split": "train"}}, "`evaluation`: `split` is 'train'"),
+        ({"variants": {"a": {"script": "train_token_ar", "knows_pose": True}}}, "`variants.a`: `knows_pose` is True"),
+        ({"variants": {"c": {"label": "C", "script": None}}, "budget": {"variant": "a"}}, "no equal budget"),
         ({"evaluation": {"max_recent_age": 32}}, "`max_recent_age` is 32 and `min_revisit_age` 32"),
     ],
 )

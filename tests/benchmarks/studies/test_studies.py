@@ -105,6 +105,15 @@ def test_a_study_runs_from_data_to_page(name, data, workplace, monkeypatch):
     assert {**repeated, "machine": None} == {**results, "machine": None}
 
 
+def test_the_nearest_view_is_measured_beside_what_is_trained_and_trains_nothing(data, workplace):
+    variants = {"nearest": {"label": "nearest view", "script": None}}
+    study = small_study(workplace / "nearest", data, variants=variants, budget={"shares": [1]}, measures_cost=True)
+    records = study.run()
+    nearest = [record for record in records if record["variant"] == "nearest"]
+    assert nearest and all(record["flops"] == 0 and min(record["by_walk"]["psnr"]) > 0 for record in nearest)
+    assert not (workplace / "nearest" / "nearest-seed0" / "model").exists()
+
+
 def test_quality_that_is_known_is_not_measured_again(data, workplace, monkeypatch):
     settings = read_settings("cache", smoke=True)
     records = CacheStudy(settings, data, workplace / "measured").run()
