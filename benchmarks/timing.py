@@ -54,12 +54,13 @@ def timed(run: Callable[[], object]) -> tuple[object, Measurement]:
     return result, Measurement((time.perf_counter() - start,), "s")
 
 
-def describe_machine() -> dict[str, str | int]:
+def describe_machine() -> dict[str, str | int | None]:
     """What a figure was measured on, and when."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor_name(),
         "cores": os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": platform.platform(),

@@ -7,8 +7,10 @@
     python -m benchmarks.studies report
 
 A study that was interrupted goes on when the same command is given again, from its work folder and from its numbers, which are
-in `docs/results/STUDY.json` as far as they are there: a study may take several days, and machines. From the numbers of the seeds
-that are complete `plot` draws, and `report` writes the tables of `docs/results.md`.
+in `docs/results/STUDY.json` as far as they are there: a study may take several days, and machines. With `--variants` or `--seeds`
+it does these runs alone; several such commands may share a work folder and a machine, and one without them writes the
+numbers of all. From the numbers of the seeds that are complete `plot` draws, and `report` writes the tables of
+`docs/results.md`.
 """
 
 import argparse
@@ -18,9 +20,10 @@ from .data import DataFolder, prepare
 from .plan import describe_plan
 from .plots import PLOTS, draw
 from .report import all_sections, rewrite
-from .results import STUDIES, finished_results, run_study
+from .results import STUDIES, finished_results, run_part, run_study
 from .scripts import ROOT
-from .settings import read_settings
+from .settings import CacheSettings, read_settings
+from .study import StudyPart
 
 
 RESULTS, IMAGES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
@@ -34,11 +37,14 @@ def parse_args() -> argparse.Namespace:
         study.add_argument("--data_dir", type=Path, required=True, help="What `prepare` has made.")
         study.add_argument("--work_dir", type=Path, required=True, help="Gets a folder of this study's runs.")
         study.add_argument("--results_dir", type=Path, help="For the numbers; docs/results, or in the work folder.")
+        study.add_argument("--variants", nargs="+", help="These alone; the cache study has none.")
+        study.add_argument("--seeds", nargs="+", type=int, help="These alone.")
         study.add_argument(
             "--smoke", action="store_true", help="Seconds instead of hours, and figures without meaning."
         )
     data = commands.add_parser("prepare", help="Mazes, latents and codes.")
     data.add_argument("--data_dir", type=Path, required=True)
+    data.add_argument("--num_processes", type=int, default=1, help="That encode at a time.")
     data.add_argument("--smoke", action="store_true", help="Very little of everything.")
     plan = commands.add_parser("plan", help="Runs, operations and hours of each study.")
     plan.add_argument("--flops_per_second", type=float, default=4e10, help="Of this machine, in training.")
@@ -53,10 +59,19 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """A study, up to its file of numbers."""
+    """A study, up to its file of numbers, or a part of it."""
     settings, work = read_settings(args.command, smoke=args.smoke), args.work_dir / args.command
     results_dir = args.results_dir or (args.work_dir / "results" if args.smoke else RESULTS)
-    print(f"Wrote {run_study(settings, DataFolder(args.data_dir), work, results_dir, smoke=args.smoke)}")
+    data, part = DataFolder(args.data_dir), StudyPart(args.variants, args.seeds)
+    if part.is_whole:
+        print(f"Wrote {run_study(settings, data, work, results_dir, smoke=args.smoke)}")
+    elif isinstance(settings, CacheSettings):
+        raise ValueError(
+            f"`--variants` or `--seeds` is given, but {args.command} has no runs to choose from; leave it out."
+        )
+    else:
+        run_part(settings, data, work, results_dir, part)
+        print("These runs are done; without `--variants` and `--seeds` the numbers are written.")
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -74,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     if args.command in STUDIES:
         run(args)
     elif args.command == "prepare":
-        prepare(DataFolder(args.data_dir), smoke=args.smoke)
+        prepare(DataFolder(args.data_dir), num_processes=args.num_processes, smoke=args.smoke)
     elif args.command == "plan":
         print(describe_plan(args.flops_per_second))
     elif args.command == "plot":

@@ -9,13 +9,11 @@ DIR/codes      by cache_latents.py, with that
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from .poses import write_poses
-from .scripts import EXAMPLES, ROOT, command_line, run_script
+from .scripts import ROOT, run_script, run_script_alone
 from .settings import CONFIGS, Variant, merge
 
 
@@ -84,20 +82,19 @@ def read_data_settings(*, smoke: bool = False) -> dict:
     return merge(values, overrides) if smoke else values
 
 
-def prepare(data: DataFolder, *, smoke: bool = False) -> None:
+def prepare(data: DataFolder, *, num_processes: int = 1, smoke: bool = False) -> None:
     """Make what is not there yet; interrupted, it goes on with the same call.
 
     Args:
         data ([`DataFolder`]): May hold some of it already.
+        num_processes (`int`): That encode at a time.
         smoke (`bool`): Very little of everything.
     """
     settings = read_data_settings(smoke=smoke)
     data.path.mkdir(parents=True, exist_ok=True)
     if not data.mazes.is_dir():
-        # The engine's processes import the script that started them, so it runs on its own.
-        arguments = command_line({"output_dir": data.mazes, **settings["mazes"]})
-        subprocess.run([sys.executable, str(EXAMPLES / "make_maze_dataset.py"), *arguments], check=True)
-    cache(data, data.vae, data.latents)
+        run_script_alone("make_maze_dataset", {"output_dir": data.mazes, **settings["mazes"]})
+    cache(data, data.vae, data.latents, num_processes)
     for split in SPLITS:
         write_poses(data.latents, split, data.poses)
     if not (data.vq / "config.json").is_file():
@@ -112,13 +109,20 @@ def prepare(data: DataFolder, *, smoke: bool = False) -> None:
                 **settings["vq_training"],
             },
         )
-    cache(data, data.vq, data.codes)
+    cache(data, data.vq, data.codes, num_processes)
 
 
-def cache(data: DataFolder, autoencoder: Path, folder: Path) -> None:
+def cache(data: DataFolder, autoencoder: Path, folder: Path, num_processes: int) -> None:
     """Encode every split; shards that are there are kept."""
+    run = run_script if num_processes == 1 else run_script_alone
     for split in SPLITS:
-        run_script(
+        run(
             "cache_latents",
-            {"dataset_name": data.mazes, "dataset_split": split, "vae": autoencoder, "output_dir": folder},
+            {
+                "dataset_name": data.mazes,
+                "dataset_split": split,
+                "vae": autoencoder,
+                "output_dir": folder,
+                "num_processes": num_processes,
+            },
         )

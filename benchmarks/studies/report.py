@@ -17,7 +17,7 @@ from diffusers_far.evaluation.metrics import Estimate
 from .analysis import Verdict, compare, estimate, judge_speed, select
 from .flops import meta_transformer
 from .recipes import recipe_table
-from .results import STUDIES, finished_results
+from .results import STUDIES, finished_results, hardware
 from .settings import Comparison, build
 
 
@@ -63,7 +63,8 @@ def study_section(name: str, results: Mapping | None, images_dir: Path) -> str:
 def describe(results: Mapping) -> str:
     """Where, when and at what size the numbers were made."""
     machine, settings = results["machine"], results["settings"]
-    facts = [f"Measured {machine['date']}, {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"]
+    made_on = dict.fromkeys(map(hardware, [*results.get("earlier_machines", ()), machine]))
+    facts = [f"Measured {machine['date']}, {' and '.join(made_on)}, torch {machine['torch']}"]
     if "transformer" in settings:
         model = meta_transformer(settings["transformer"])
         facts.append(

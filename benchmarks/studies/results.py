@@ -13,7 +13,7 @@ from .analysis import select
 from .cache import CacheStudy
 from .data import DataFolder
 from .settings import CacheSettings, StudySettings, identity
-from .study import Study
+from .study import Study, StudyPart
 
 
 STUDIES = ("learning_rate", "convergence", "clean_context", "extrapolation", "memory", "cache")
@@ -33,8 +33,8 @@ def run_study(settings: StudySettings | CacheSettings, data: DataFolder, path: P
     Raises:
         ValueError: The file holds numbers of other settings.
     """
-    results = {"study": settings.name, **facts, "machine": describe_machine(), "settings": settings.to_json()}
     known = known_numbers(settings, folder)
+    results = {"study": settings.name, **facts, **machines(known), "settings": settings.to_json()}
     if isinstance(settings, CacheSettings):
         study = CacheStudy(settings, data, path, known["records"])
         results |= {"records": study.run(), "timings": known.get("timings", [])}
@@ -43,6 +43,28 @@ def run_study(settings: StudySettings | CacheSettings, data: DataFolder, path: P
     study, costs = Study(settings, data, path, known["records"]), known["costs"]
     records = study.run(lambda records: write_results({**results, "records": records, "costs": costs}, folder))
     return write_results({**results, "records": records, "costs": costs or study.costs()}, folder)
+
+
+def run_part(settings: StudySettings, data: DataFolder, path: Path, folder: Path, part: StudyPart) -> None:
+    """Do what is left of some of a study's runs. Their numbers stay in the work folder, where [`run_study`] finds them, so
+    that several parts can run side by side.
+
+    Raises:
+        ValueError: The file of numbers holds those of other settings, or the study has no such runs.
+    """
+    Study(settings, data, path, known_numbers(settings, folder)["records"]).run(part=part)
+
+
+def machines(known: Mapping[str, Any]) -> dict[str, Any]:
+    """`machine`, this one, and `earlier_machines`: others that made some of the numbers that are `known`."""
+    machine = describe_machine()
+    others = [*known.get("earlier_machines", ()), *([known["machine"]] if "machine" in known else [])]
+    return {"machine": machine, "earlier_machines": [each for each in others if hardware(each) != hardware(machine)]}
+
+
+def hardware(machine: Mapping[str, Any]) -> str:
+    """What a machine computes on, in words."""
+    return machine.get("accelerator") or f"{machine['processor']}, {machine['cores']} cores"
 
 
 def known_numbers(settings: StudySettings, folder: Path) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 dozens of short runs would cost more than the run."""
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -31,6 +32,15 @@ def run_script(name: str, arguments: Mapping[str, Any]) -> None:
     """Run a script's `main` on these arguments."""
     script = load_script(name)
     script.main(script.parse_args(command_line(arguments)))
+
+
+def run_script_alone(name: str, arguments: Mapping[str, Any]) -> None:
+    """Run a script in a process of its own: one that starts worker processes, which import what started them.
+
+    Raises:
+        subprocess.CalledProcessError: It failed.
+    """
+    subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py"), *command_line(arguments)], check=True)
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ again; what was interrupted goes on.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,44 @@ from .predictors import Predictor, load_predictor
 from .settings import StudySettings, keep_settings
 from .training import TrainingRun, num_steps, step_flops
 from .walks import HeldOutWalks
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """Some of a study's runs.
+
+    Args:
+        variants (sequence of `str`, *optional*), seeds (sequence of `int`, *optional*): Which; `None`: all.
+    """
+
+    variants: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.variants is None and self.seeds is None
+
+    def runs_of(self, settings: StudySettings) -> list[tuple[str, int]]:
+        """Variants and seeds, in the order in which they run: all variants once, then all once more.
+
+        Raises:
+            ValueError: The study has no such variant or seed.
+        """
+        for name, wanted, known in (
+            ("variants", self.variants, list(settings.variants)),
+            ("seeds", self.seeds, settings.seeds),
+        ):
+            unknown = sorted(set(wanted or ()) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"`--{name}` has {', '.join(map(str, unknown))}; {settings.name} has {', '.join(map(str, known))}."
+                )
+        return [
+            (variant, seed)
+            for seed in settings.seeds
+            for variant in settings.variants
+            if (self.seeds is None or seed in self.seeds) and (self.variants is None or variant in self.variants)
+        ]
 
 
 @dataclass(frozen=True)
@@ -36,21 +74,24 @@ class Study:
     path: Path
     known: Sequence[dict] = ()
 
-    def run(self, on_run_end: Callable[[list[dict]], None] | None = None) -> list[dict]:
+    def run(
+        self, on_run_end: Callable[[list[dict]], None] | None = None, *, part: StudyPart = StudyPart()
+    ) -> list[dict]:
         """Do all that is left to do.
 
         Args:
             on_run_end (`Callable`, *optional*): Called with the records so far after each variant of each seed.
+            part ([`StudyPart`]): The runs that are wanted; all by default.
 
         Returns:
             The records: a `dict` for each variant, seed, share of the training, task and method, with its scores.
 
         Raises:
-            ValueError: Data are missing, or the folder holds a study of other settings.
+            ValueError: Data are missing, the folder holds a study of other settings, or the part is none of this study.
         """
         self._check()
         records = []
-        for variant, seed in self._runs():
+        for variant, seed in part.runs_of(self.settings):
             run = self.training_run(variant, seed)
             for share in self.settings.budget.shares:
                 records += self._measured(run, variant, share)
@@ -77,12 +118,6 @@ class Study:
     def training_run(self, variant: str, seed: int) -> TrainingRun:
         folder = self.path / f"{variant}-seed{seed}"
         return TrainingRun(folder, self.settings, self.settings.variants[variant], seed, self.data)
-
-    def _runs(self) -> Iterator[tuple[str, int]]:
-        """Variants and seeds, in the order in which they run: all variants once, then all once more."""
-        for seed in self.settings.seeds:
-            for variant in self.settings.variants:
-                yield variant, seed
 
     def _check(self) -> None:
         variants = self.settings.variants.values()

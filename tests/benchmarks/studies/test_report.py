@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.studies.plots import PLOTS, draw
 from benchmarks.studies.report import TABLES, all_sections, rewrite, study_section, table
-from benchmarks.studies.results import STUDIES, read_results, write_results
+from benchmarks.studies.results import STUDIES, hardware, machines, read_results, write_results
 from benchmarks.studies.settings import read_settings
+from benchmarks.timing import describe_machine
 
 
 ROOT = Path(__file__).parents[3]
@@ -92,6 +93,18 @@ def test_a_section_names_size_machine_and_every_claim(study, tmp_path):
     assert "**A smoke test" in study_section(study, {**made_up(study), "smoke": True}, tmp_path)
 
 
+def test_every_machine_that_made_numbers_is_named_once(tmp_path):
+    here = hardware(describe_machine())
+    assert machines({"records": []})["earlier_machines"] == []
+    once = machines({"machine": MACHINE})
+    assert once["earlier_machines"] == [MACHINE] and hardware(once["machine"]) == here
+    again = machines({**once, "machine": {**MACHINE, "accelerator": "A GPU"}})
+    assert [hardware(each) for each in again["earlier_machines"]] == ["A Processor, 2 cores", "A GPU"]
+    assert machines(once)["earlier_machines"] == [MACHINE]  # this one is not an earlier one
+    text = " ".join(study_section("memory", {**made_up("memory"), **again}, tmp_path).split())
+    assert f"A Processor, 2 cores and A GPU and {here}, torch" in text
+
+
 def test_a_plot_is_shown_where_it_was_drawn(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "study-memory.png").touch()
@@ -106,10 +119,10 @@ def test_verdicts_and_means_of_made_up_numbers(tmp_path):
     assert rows[1].endswith("| -3.00 ± 0.00 dB (by seed -3.00, -3.00, -3.00) | contradicted |")
     assert rows[2] == "| FAR | 11.00 ± 1.13 | 12.00 ± 1.13 | 13.00 ± 1.13 | 14.00 ± 1.13 | 15.00 ± 1.13 |"
     memory = study_section("memory", made_up("memory"), tmp_path)
-    assert "| +5.00 ± 0.00 dB on revisited views | holds |" in memory
-    assert "| +5.00 ± 0.00 dB on unseen views | contradicted |" in memory
-    assert "| kernel 1, window 8 | 640 | 0.50 | not known | 1.50 |" in memory
-    assert "| kernel 1, window 8 | 10.50 ± 0.98 |" in memory  # two of three walks
+    assert "| +4.00 ± 0.00 dB on revisited views | holds |" in memory
+    assert "| +4.00 ± 0.00 dB on unseen views | contradicted |" in memory
+    assert "| FAR-Long, kernel 2, window 8 | 640 | 0.50 | not known | 1.50 |" in memory
+    assert "| FAR-Long, kernel 2, window 8 | 11.50 ± 0.98 |" in memory  # two of three walks
 
 
 def test_speeds_of_made_up_numbers(tmp_path):

@@ -17,10 +17,10 @@ from benchmarks.studies.cache import CacheStudy
 from benchmarks.studies.data import DataFolder, prepare
 from benchmarks.studies.poses import pose_actions
 from benchmarks.studies.report import study_section
-from benchmarks.studies.results import STUDIES, finished_results, read_results, run_study, write_results
+from benchmarks.studies.results import STUDIES, finished_results, read_results, run_part, run_study, write_results
 from benchmarks.studies.scripts import load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
-from benchmarks.studies.study import Study
+from benchmarks.studies.study import Study, StudyPart
 from benchmarks.studies.training import TrainingRun
 from diffusers_far.data.latents import LatentDataset
 
@@ -39,7 +39,7 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(workplace) -> DataFolder:
     folder = DataFolder(workplace / "data")
-    prepare(folder, smoke=True)
+    prepare(folder, num_processes=2, smoke=True)
     return folder
 
 
@@ -94,7 +94,8 @@ def test_a_study_runs_from_data_to_page(name, data, workplace, monkeypatch):
         for group in groups:
             expected *= len(group)
         assert len(results["records"]) == expected
-        assert set(results["costs"]) == (set(settings.variants) if settings.measures_cost else set())
+        trained = {name for name, variant in settings.variants.items() if variant.script is not None}
+        assert set(results["costs"]) == (trained if settings.measures_cost else set())
     assert "smoke test" in study_section(name, results, workplace / "images")
 
     again = []
@@ -203,6 +204,26 @@ def test_a_study_goes_on_from_its_numbers_on_another_machine(data, workplace, mo
     assert read_results("small", folder)["costs"] == costs
     with pytest.raises(ValueError, match="`latent_size` was 8 and is 4"):
         run_study(replace(settings, latent_size=4), data, workplace / "other", folder)
+
+
+def test_parts_of_a_study_leave_their_numbers_for_the_whole_to_collect(data, workplace, monkeypatch):
+    changes = {"budget": {"steps": 1, "shares": [1]}, "seeds": [0, 1]}
+    study = small_study(workplace / "parts", data, **changes)
+    expected = small_study(workplace / "in-one", data, **changes).run()
+    trained, train, folder = [], TrainingRun.train, workplace / "numbers-of-parts"
+
+    def counted_train(run, last_step):
+        trained.append(run.path.name)
+        train(run, last_step)
+
+    monkeypatch.setattr(TrainingRun, "train", counted_train)
+    run_part(study.settings, data, study.path, folder, StudyPart(variants=["teacher_forcing"]))
+    run_part(study.settings, data, study.path, folder, StudyPart(seeds=[0]))
+    assert trained == ["teacher_forcing-seed0", "teacher_forcing-seed1", "with-seed0"]
+    assert read_results("small", folder) is None
+    run_study(study.settings, data, study.path, folder)
+    assert trained[3:] == ["with-seed1"]
+    assert read_results("small", folder)["records"] == expected
 
 
 def test_a_folder_of_other_settings_is_refused_and_so_is_one_beyond_its_step(data, workplace):

@@ -56,7 +56,10 @@ def test_a_variant_s_arguments_win_over_the_study_s(tmp_path):
     arguments = run.arguments(last_step=7)
     assert arguments["seed"] == 3 and arguments["max_train_steps"] == 7 and arguments["teacher_forcing"] is True
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config == {**settings.transformer, "long_patch_size": 8}
+    known = {**settings.transformer, "patch_size": 2, "long_patch_size": 8, "short_window": 8}
+    known |= {"action_dim": 22, "action_shift": 0}
+    del known["num_actions"]  # poses in their place
+    assert config == known
 
     settings = read_settings("clean_context")
     variant = replace(settings.variants["without"], arguments={"clean_context_ratio": 0.0, "num_frames": 9})
@@ -81,7 +84,7 @@ def test_the_cost_that_a_dry_run_prints_is_read():
 
 def test_seconds_of_a_step_are_those_of_all_stretches(tmp_path):
     settings = read_settings("memory")
-    run = TrainingRun(tmp_path, settings, settings.variants["kernel2"], 0, DataFolder(tmp_path))
+    run = TrainingRun(tmp_path, settings, settings.variants["full"], 0, DataFolder(tmp_path))
     assert run.seconds_per_step is None and run.steps == 0
     run._log({"first_step": 0, "last_step": 10, "seconds": 20.0})
     run._log({"first_step": 10, "last_step": 20, "seconds": 40.0})
