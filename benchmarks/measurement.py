@@ -29,6 +29,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "difference": format_difference,
     "error": "{:.2%}".format,
     "frames/s": "{:,.0f}".format,
+    "TFLOP/s": "{:.3g} TFLOP/s".format,
 }
 RATIOS = ("x", "share")
 

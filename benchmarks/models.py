@@ -79,7 +79,7 @@ SMALL_LONG = BenchmarkModel("small-long", {**SMALL_CONFIG, "long_patch_size": 4}
 
 
 def latent_pipeline(transformer: FARTransformer3DModel) -> FARPipeline:
-    """A quiet pipeline that makes latents; its VAE only completes it."""
+    """A quiet pipeline that makes latents, where the transformer lies; its VAE only completes it."""
     vae = AutoencoderTiny(
         latent_channels=transformer.config.in_channels,
         encoder_block_out_channels=(8, 8),
@@ -87,6 +87,6 @@ def latent_pipeline(transformer: FARTransformer3DModel) -> FARPipeline:
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
-    pipe = FARPipeline(transformer, vae.eval(), FlowMatchEulerDiscreteScheduler())
+    pipe = FARPipeline(transformer, vae.eval().to(transformer.device), FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe

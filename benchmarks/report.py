@@ -4,7 +4,7 @@ python -m benchmarks.report docs/results/benchmarks.json                        
 python -m benchmarks.report docs/results/benchmarks.json --page docs/speed.md   # fill the page's
 
 A page marks the place of a table by two comments, `<!-- benchmarks: step -->` and `<!-- end of step -->`; what stands between them
-replaced. `machine` in place of a case is a line about what was measured on.
+replaced. `machine` in place of a case is a line about what was measured on; `gpu_machine`, that of `python -m benchmarks.gpu`.
 """
 
 import argparse
@@ -41,13 +41,14 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     rows = [Row.from_json(row) for row in results["rows"]]
     cases = dict.fromkeys(row.case for row in rows)
     tables = {case: markdown_tables(row for row in rows if row.case == case) for case in cases}
-    return {"machine": machine_line(results), **tables}
+    return {"gpu_machine" if "gpu" in results else "machine": machine_line(results), **tables}
 
 
 def machine_line(results: dict[str, Any]) -> str:
-    machine = results["machine"]
+    machine, gpu = results["machine"], results.get("gpu")
+    device = f"{gpu['name']} with {gpu['memory']}, CUDA {gpu['cuda']}; " if gpu else ""
     return (
-        f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['date']}, {device}{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['memory']} of memory; Python {machine['python']}, torch {machine['torch']}, diffusers "
         f"{machine['diffusers']}; seed {results['seed']}, {results['num_rounds']} rounds (fewer of what takes long)."
     )

@@ -11,7 +11,8 @@ from benchmarks.report import filled, main, parse_args, sections
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "speed.md"
-RESULTS = [ROOT / "docs" / "results" / f"{name}.json" for name in ("step_rollout", "frame", "benchmarks")]
+RESULTS = [ROOT / "docs" / "results" / f"{name}.json" for name in ("step_rollout", "frame", "benchmarks", "gpu")]
+RESULTS = [file for file in RESULTS if file.is_file()]  # not everybody has a GPU
 MACHINE = {
     "date": "2026-01-01",
     "processor": "some",
@@ -42,6 +43,12 @@ def test_marked_places_are_filled_and_what_is_not_measured_stays_empty():
         "<!-- benchmarks: frame -->\n<!-- end of frame -->\n\nprose\n"
     )
     assert filled(once, sections(results())) == once
+
+
+def test_a_gpu_has_a_line_of_its_own():
+    on_gpu = {**results(), "gpu": {"name": "Some GPU", "memory": "80 GiB", "cuda": "13.0"}}
+    assert sections(on_gpu)["gpu_machine"].startswith("2026-01-01, Some GPU with 80 GiB, CUDA 13.0; some, 2 cores")
+    assert "machine" not in sections(on_gpu)
 
 
 def run_report(*arguments) -> None:
@@ -87,7 +94,9 @@ def test_the_page_shows_the_committed_results():
 
 def test_the_page_has_a_place_for_every_case():
     from benchmarks.cases import CASES
+    from benchmarks.gpu import PARTS
 
     page = PAGE.read_text()
-    for name in ("machine", *CASES):
+    on_gpu = [f"gpu_{name}" for name in ("machine", *PARTS)]
+    for name in ("machine", *CASES, *on_gpu):
         assert page.count(f"<!-- benchmarks: {name} -->") == page.count(f"<!-- end of {name} -->") == 1, name

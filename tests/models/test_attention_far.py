@@ -5,7 +5,7 @@ import torch
 from tiny_models import fill_cache, predict, random_clip, randomize, spy_attention, tiny_transformer, using_backend
 
 from diffusers_far.models import attention_far
-from diffusers_far.models.attention_far import FARAttention, FARAttnProcessor
+from diffusers_far.models.attention_far import FARAttention, FARAttnProcessor, fitting_bias
 from diffusers_far.models.functional import frame_causal_mask, rotary_embedding
 
 
@@ -171,6 +171,20 @@ def test_the_cache_is_read_in_place():
     for _, key, value, _ in calls:
         assert [key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr()] == stores
         assert key.shape[1] == 3 * 6 + 3 * 24  # everything that the frame may see and nothing else
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_accelerator_gets_a_bias_in_the_dtype_of_the_queries_and_in_memory_of_its_own(dtype):
+    query, bias = torch.empty(1, 4, 2, 8, dtype=dtype, device="meta"), torch.zeros(1, 1, 3, 16, device="meta")
+    part = fitting_bias(bias[..., 1:2, 3:7], query)
+    assert (part.dtype, part.shape, part.storage_offset()) == (dtype, (1, 1, 1, 4), 0)
+    is_seen = bias.bool()
+    assert fitting_bias(is_seen, query) is is_seen and fitting_bias(None, query) is None
+
+
+def test_the_cpu_gets_a_bias_as_it_is():
+    bias = torch.zeros(1, 1, 3, 16)
+    assert fitting_bias(bias, torch.empty(1, 4, 2, 8, dtype=torch.bfloat16)) is bias
 
 
 # Processors, as in diffusers

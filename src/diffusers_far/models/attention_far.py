@@ -137,7 +137,7 @@ class FARAttnProcessor:
             query,
             key,
             value,
-            attn_mask=attention_mask,
+            attn_mask=fitting_bias(attention_mask, query),
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
@@ -160,6 +160,19 @@ class FARAttnProcessor:
                 bias = attention_bias[..., frame : frame + 1, columns]
             outputs.append(self._attend(query[:, span.start : span.end], *kv_cache.view(span), bias))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def fitting_bias(attention_mask: Any, query: torch.Tensor) -> Any:
+    """An additive mask as the kernels of an accelerator take it: in the dtype of the queries, and in memory of its own. Other
+    masks, and the CPU's, are returned as they are.
+
+    Some kernels refuse another dtype, and some misread it; they load blocks that are aligned, but a part of a mask may start
+    anywhere.
+    """
+    is_bias = isinstance(attention_mask, torch.Tensor) and attention_mask.dtype != torch.bool
+    if not is_bias or query.device.type == "cpu":
+        return attention_mask
+    return attention_mask.to(query.dtype, copy=True)
 
 
 class FARAttention(nn.Module, AttentionModuleMixin):
