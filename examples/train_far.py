@@ -56,6 +56,7 @@ from diffusers_far.training.run import (
     check_data,
     evaluated,
     is_out_of_time,
+    leave_out_planned_attention,
     require_finite,
     run_identity,
     seed_step,
@@ -225,6 +226,7 @@ def main(args: argparse.Namespace) -> None:
     transformer = build_transformer(args, latents.latent_shape[0], num_actions)
     check_data(latents, transformer, num_actions)
     config = transformer.config
+    leave_out_planned_attention(config)
     objective = training_objective(args)
     batches = training_batches(args, latents, objective, config, accelerator)
     # Conditions are dropped by the objective, each clip's by its own generator, so the model must not drop more.

@@ -54,6 +54,7 @@ from diffusers_far.training.run import (
     check_data,
     evaluated,
     is_out_of_time,
+    leave_out_planned_attention,
     model_hash,
     require_finite,
     run_identity,
@@ -139,6 +140,7 @@ def main(args: argparse.Namespace) -> None:
     latents = open_clips(args, args.dataset_split, pipeline.vae)
     check_data(latents, transformer, num_fed_actions(args, latents.num_actions))
     validation_latents = open_validation_clips(args, pipeline.vae)
+    leave_out_planned_attention(config)
     objective = training_objective(args)
     batches = training_batches(args, latents, objective, config, accelerator)
 

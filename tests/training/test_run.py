@@ -15,6 +15,7 @@ from diffusers_far.training.run import (
     accumulate_gradients,
     check_data,
     evaluated,
+    leave_out_planned_attention,
     model_hash,
     require_finite,
     run_identity,
@@ -147,3 +148,11 @@ def test_the_facts_of_a_run_name_its_data_and_no_place_on_the_machine():
     )
     facts = training_facts(args, "/somewhere/mazes", 7, TrainingObjective())
     assert facts["Data"].startswith("mazes, split train") and facts["Steps"] == "7 of 6 clips per process"
+
+
+@pytest.mark.parametrize("long_patch_size", [None, 4])
+def test_the_attention_of_long_models_alone_is_kept_from_cudnn(long_patch_size, monkeypatch):
+    left_out = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: left_out.append(not enabled))
+    leave_out_planned_attention(tiny_transformer(long_patch_size=long_patch_size).config)
+    assert left_out == ([] if long_patch_size is None else [True])

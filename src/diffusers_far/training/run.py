@@ -47,6 +47,14 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     )
 
 
+def leave_out_planned_attention(transformer_config) -> None:
+    """Let no attention of a long model run on cuDNN, which makes a plan for each new shape: the clips of such a model differ in
+    length from step to step, and on an H200 its steps then took many times as long. A model without long frames sees one
+    shape, and keeps it."""
+    if transformer_config.long_patch_size is not None:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def check_data(
     latents: LatentDataset | EncodedDataset | StreamedClips, transformer: torch.nn.Module, num_fed_actions: int | None
 ) -> None:
