@@ -73,6 +73,7 @@ PLOTS: dict[str, Callable] = {
     "clean_context": plot_clean_context,
     "extrapolation": plot_extrapolation,
     "memory": plot_memory,
+    "compression": plot_memory,
     "cache": plot_cache,
 }
 

@@ -149,8 +149,8 @@ def memory_tables(results: Mapping) -> list[str]:
     rows = {each["label"]: {"variant": name} for name, each in settings["variants"].items()}
     columns = {f"{each['label']} frames": {"task": name, "share": 1} for name, each in settings["tasks"].items()}
     parts = []
-    for metric in ("revisited", "unseen"):
-        parts.append(f"PSNR in dB of {metric} views by frames of context:")
+    for metric, frames in (("revisited", "revisited views"), ("unseen", "unseen views"), ("psnr", "all new frames")):
+        parts.append(f"PSNR in dB of {frames} by frames of context:")
         parts.append(grid(results["records"], rows, columns, metric))
     costs = [
         [
@@ -212,6 +212,7 @@ TABLES: dict[str, Callable[[Mapping], list[str]]] = {
     "clean_context": convergence_tables,
     "extrapolation": extrapolation_tables,
     "memory": memory_tables,
+    "compression": memory_tables,
     "cache": cache_tables,
 }
 

@@ -16,7 +16,7 @@ from .settings import CacheSettings, StudySettings, identity
 from .study import Study, StudyPart
 
 
-STUDIES = ("learning_rate", "convergence", "clean_context", "extrapolation", "memory", "cache")
+STUDIES = ("learning_rate", "convergence", "clean_context", "extrapolation", "memory", "compression", "cache")
 
 
 def run_study(settings: StudySettings | CacheSettings, data: DataFolder, path: Path, folder: Path, **facts) -> Path:

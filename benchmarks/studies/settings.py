@@ -48,6 +48,8 @@ class Variant:
         arguments (`dict`, *optional*): Of the script, over the study's own.
         model (`dict`, *optional*): Of the transformer's config, over the study's own; of the token model all of it.
         knows_pose (`bool`): It is told where the camera stands at each frame, instead of the action that led there.
+        starts_from (`str`, *optional*): An earlier variant of the same model, whose training it goes on from, with
+            arguments of its own.
     """
 
     label: str
@@ -55,12 +57,17 @@ class Variant:
     arguments: dict | None = None
     model: dict | None = None
     knows_pose: bool = False
+    starts_from: str | None = None
 
     def __post_init__(self):
         if self.script not in (*SCRIPTS, None):
             raise ValueError(f"`script` is {self.script!r}; choose one of {', '.join(SCRIPTS)}.")
         if self.knows_pose and self.script != "train_far":
             raise ValueError(f"`knows_pose` is True and `script` {self.script!r}; poses are for 'train_far' alone.")
+        if self.starts_from is not None and self.script != "train_far":
+            raise ValueError(
+                f"`starts_from` is {self.starts_from!r} and `script` {self.script!r}; only 'train_far' goes on from a model."
+            )
 
 
 @dataclass(frozen=True)
@@ -268,9 +275,26 @@ class StudySettings:
                 f"`budget.variant` is {self.budget.variant!r}, but a variant that trains nothing has no equal budget; "
                 "leave one of them out."
             )
+        self._check_starts()
         for comparison in self.comparisons:
             for side in comparison.sides:
                 self._check_side(side)
+
+    def _check_starts(self) -> None:
+        earlier = {}
+        for name, variant in self.variants.items():
+            start = variant.starts_from
+            if start is not None:
+                if start not in earlier:
+                    raise ValueError(
+                        f"`variants.{name}` starts from {start!r}; the variants before it are {', '.join(earlier)}."
+                    )
+                for what in ("model", "knows_pose", "script"):
+                    if getattr(variant, what) != getattr(earlier[start], what):
+                        raise ValueError(
+                            f"`variants.{name}` starts from {start!r}, whose `{what}` is another; give both the same."
+                        )
+            earlier[name] = variant
 
     def _check_side(self, side: dict) -> None:
         for key, choices in (

@@ -16,7 +16,7 @@ from .data import DataFolder
 from .measure import measure
 from .predictors import Predictor, load_predictor
 from .settings import StudySettings, keep_settings
-from .training import TrainingRun, num_steps, step_flops
+from .training import TrainingRun, num_steps
 from .walks import HeldOutWalks
 
 
@@ -116,8 +116,9 @@ class Study:
         return costs
 
     def training_run(self, variant: str, seed: int) -> TrainingRun:
-        folder = self.path / f"{variant}-seed{seed}"
-        return TrainingRun(folder, self.settings, self.settings.variants[variant], seed, self.data)
+        each, folder = self.settings.variants[variant], self.path / f"{variant}-seed{seed}"
+        start = None if each.starts_from is None else self.training_run(each.starts_from, seed)
+        return TrainingRun(folder, self.settings, each, seed, self.data, start)
 
     def _check(self) -> None:
         variants = self.settings.variants.values()
@@ -134,7 +135,7 @@ class Study:
             return known
         steps = num_steps(self.settings, run.variant, share)
         files = {
-            (task, method): run.path / f"step-{steps:06}" / f"{task}-{method}.json"
+            (task, method): run.measurements(steps) / f"{task}-{method}.json"
             for task in self.settings.tasks
             for method in self.settings.methods
         }
@@ -144,7 +145,7 @@ class Study:
             run.train(steps)
             self._measure(run, missing)
         facts = {"variant": variant, "seed": run.seed, "share": share, "steps": steps}
-        facts["flops"] = steps * step_flops(self.settings, run.variant)
+        facts["flops"] = run.flops(steps)
         return [
             {**facts, "task": task, "method": method, **json.loads(file.read_text())}
             for (task, method), file in files.items()

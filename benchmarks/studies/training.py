@@ -84,6 +84,7 @@ class TrainingRun:
         path (`Path`): Its folder; `model/` in it is what the script writes.
         settings ([`StudySettings`]), variant ([`Variant`]), seed (`int`): What is trained.
         data ([`DataFolder`]): On what.
+        start ([`TrainingRun`], *optional*): Whose model it goes on from.
     """
 
     path: Path
@@ -91,6 +92,7 @@ class TrainingRun:
     variant: Variant
     seed: int
     data: DataFolder
+    start: "TrainingRun | None" = None
 
     @property
     def model_dir(self) -> Path:
@@ -102,6 +104,20 @@ class TrainingRun:
         checkpoints = list_checkpoints(self.model_dir)
         return checkpoint_step(checkpoints[-1]) if checkpoints else 0
 
+    @property
+    def last_step(self) -> int:
+        """Of its whole budget."""
+        return num_steps(self.settings, self.variant, 1)
+
+    def measurements(self, step: int) -> Path:
+        """The folder of what is measured after so many steps."""
+        return self.path / f"step-{step:06}"
+
+    def flops(self, step: int) -> float:
+        """Floating-point operations of the training up to `step`, and of the one that it started from."""
+        before = 0.0 if self.start is None else self.start.flops(self.start.last_step)
+        return before + step * step_flops(self.settings, self.variant)
+
     def train(self, last_step: int) -> None:
         """Go on until `last_step` steps are done, and save the model as it is then.
 
@@ -110,6 +126,8 @@ class TrainingRun:
         """
         if self.variant.script is None:
             return
+        if self.start is not None and not self.start.measurements(self.start.last_step).is_dir():
+            self.start.train(self.start.last_step)
         first_step = self.steps
         if first_step > last_step:
             raise ValueError(
@@ -127,8 +145,12 @@ class TrainingRun:
         config_file = self.path / "config.json"
         write_whole(config_file, json.dumps(model_config(self.settings, self.variant), indent=2) + "\n")
         encoded = self.data.encoded(self.variant)
+        if self.start is not None:
+            model = {"pretrained_model_name_or_path": self.start.model_dir}
+        else:
+            model = {"transformer_config": config_file}
         if self.variant.script == "train_far":
-            sources = {"latents_dir": encoded, "vae": self.data.vae, "transformer_config": config_file}
+            sources = {"latents_dir": encoded, "vae": self.data.vae, **model}
         else:
             sources = {"codes_dir": encoded, "vq": self.data.vq, "model_config": config_file}
         return {

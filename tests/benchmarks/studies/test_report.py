@@ -121,8 +121,8 @@ def test_verdicts_and_means_of_made_up_numbers(tmp_path):
     memory = study_section("memory", made_up("memory"), tmp_path)
     assert "| +4.00 ± 0.00 dB on revisited views | holds |" in memory
     assert "| +4.00 ± 0.00 dB on unseen views | contradicted |" in memory
-    assert "| FAR-Long, kernel 2, window 8 | 640 | 0.50 | not known | 1.50 |" in memory
-    assert "| FAR-Long, kernel 2, window 8 | 11.50 ± 0.98 |" in memory  # two of three walks
+    assert "| in full | 640 | 0.50 | not known | 1.50 |" in memory
+    assert "| in full | 10.50 ± 0.98 |" in memory  # two of three walks
 
 
 def test_speeds_of_made_up_numbers(tmp_path):

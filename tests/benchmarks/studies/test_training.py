@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.studies import training
 from benchmarks.studies.data import DataFolder
 from benchmarks.studies.plan import describe_plan
 from benchmarks.studies.scripts import command_line
 from benchmarks.studies.settings import read_settings
+from benchmarks.studies.study import Study
 from benchmarks.studies.training import DRY_RUN, TrainingRun, model_config, num_steps, step_flops
 from diffusers_far import FARTransformer3DModel, TokenARConfig, TokenARForVideo
 
@@ -51,15 +53,12 @@ def test_a_video_dit_costs_more_a_step_for_it_masks_nothing():
 
 
 def test_a_variant_s_arguments_win_over_the_study_s(tmp_path):
-    settings = read_settings("memory")
+    settings = read_settings("compression")
     run = TrainingRun(tmp_path / "run", settings, settings.variants["kernel4"], 3, DataFolder(tmp_path / "data"))
     arguments = run.arguments(last_step=7)
     assert arguments["seed"] == 3 and arguments["max_train_steps"] == 7 and arguments["teacher_forcing"] is True
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    known = {**settings.transformer, "patch_size": 2, "long_patch_size": 8, "short_window": 8}
-    known |= {"action_dim": 22, "action_shift": 0}
-    del known["num_actions"]  # poses in their place
-    assert config == known
+    assert config == {**settings.transformer, "long_patch_size": 8}
 
     settings = read_settings("clean_context")
     variant = replace(settings.variants["without"], arguments={"clean_context_ratio": 0.0, "num_frames": 9})
@@ -67,6 +66,32 @@ def test_a_variant_s_arguments_win_over_the_study_s(tmp_path):
     assert run.arguments(last_step=7)["num_frames"] == 9
     words = command_line(run.arguments(last_step=7))
     assert words[words.index("--clean_context_ratio") + 1] == "0.0" and "--teacher_forcing" not in words
+
+
+def test_a_variant_goes_on_from_the_model_of_another(tmp_path):
+    settings, data = read_settings("memory"), DataFolder(tmp_path / "data")
+    last = Study(settings, data, tmp_path).training_run("short_long", 5)
+    middle, first = last.start, last.start.start
+    assert [run.path.name for run in (last, middle, first)] == [
+        f"{name}-seed5" for name in ("short_long", "short", "full_pose_repeat")
+    ]
+    assert first.start is None and "transformer_config" in first.arguments(1)
+    arguments = middle.arguments(1)
+    assert arguments["pretrained_model_name_or_path"] == first.model_dir and "transformer_config" not in arguments
+    costs = [step_flops(settings, run.variant) for run in (first, middle, last)]
+    assert costs[0] == costs[2] > 3 * costs[1] > 0
+    assert last.flops(10) == settings.budget.steps * (costs[0] + costs[1]) + 10 * costs[2]
+
+
+def test_what_a_variant_goes_on_from_is_trained_first_and_once(tmp_path, monkeypatch):
+    settings, data = read_settings("memory"), DataFolder(tmp_path / "data")
+    run, trained = Study(settings, data, tmp_path).training_run("short", 0), []
+    monkeypatch.setattr(training, "run_script", lambda name, arguments: trained.append(arguments["output_dir"]))
+    run.train(7)
+    assert trained == [run.start.model_dir, run.model_dir]
+    run.start.measurements(settings.budget.steps).mkdir(parents=True)
+    run.train(8)
+    assert trained[2:] == [run.model_dir]
 
 
 def test_flags_are_named_or_left_out():
