@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_far.evaluation.results import check_same, write_whole
+from diffusers_far.evaluation.results import write_whole
 
 from ..timing import describe_machine
 from .analysis import select
 from .cache import CacheStudy
 from .data import DataFolder
-from .settings import CacheSettings, StudySettings, identity
+from .settings import CacheSettings, StudySettings, check_settings
 from .study import Study, StudyPart
 
 
@@ -76,7 +76,7 @@ def known_numbers(settings: StudySettings, folder: Path) -> Mapping[str, Any]:
     results = read_results(settings.name, folder)
     if results is None:
         return {"records": [], "costs": {}}
-    check_same(identity(results["settings"]), identity(settings.to_json()), str(folder / f"{settings.name}.json"))
+    check_settings(results["settings"], settings, str(folder / f"{settings.name}.json"))
     return results
 
 

@@ -1,6 +1,7 @@
 """The committed settings are whole, and what contradicts itself is refused before anything is run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,8 @@ from benchmarks.studies.settings import (
     MOST_REVISITS,
     CacheSettings,
     StudySettings,
+    check_settings,
+    identity,
     keep_settings,
     merge,
     read_settings,
@@ -146,3 +149,28 @@ def test_a_work_folder_belongs_to_one_study_whose_claims_may_be_worded_anew(tmp_
     keep_settings(StudySettings.of("minimal", merge(MINIMAL, {"comparisons": []})), tmp_path)
     with pytest.raises(ValueError, match="`budget.steps` was 4 and is 5"):
         keep_settings(StudySettings.of("minimal", merge(MINIMAL, {"budget": {"steps": 5}})), tmp_path)
+
+
+def test_variants_may_be_added_to_a_work_folder_and_leave_it_but_not_change(tmp_path):
+    def keep(**variants):
+        keep_settings(StudySettings.of("minimal", merge(MINIMAL, {"variants": variants, "comparisons": []})), tmp_path)
+
+    keep()
+    keep(c={"label": "C"})
+    keep(a=None)
+    with pytest.raises(ValueError, match="`variants.a` was "):
+        keep(a={"arguments": {"teacher_forcing": True}})
+    with pytest.raises(ValueError, match="`variants.c` was "):
+        keep(c={"label": "C", "knows_pose": True})
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_settings_from_before_a_new_setting_had_its_default(study):
+    settings = read_settings(study)
+    found = json.loads(json.dumps(settings.to_json()))
+    for variant in found.get("variants", {}).values():
+        if variant["starts_from"] is None:
+            del variant["starts_from"]
+    del found["evaluation"]["split"]
+    settings = replace(settings, evaluation=replace(settings.evaluation, split="test"))
+    assert check_settings(found, settings, "here") == json.loads(json.dumps(identity(settings.to_json())))
