@@ -166,13 +166,13 @@ class TrainingRun:
         }
 
     def measure_cost(self) -> dict[str, float]:
-        """What a step on the longest clips costs: `tokens` of a clip, `parameters` in millions, `gib` of memory at the
-        peak, `seconds`. Measured by `--dry_run`, in a process of its own, whose memory is nobody else's.
+        """What a step on the longest clips costs in float32: `tokens` of a clip, `parameters` in millions, `gib` of memory
+        at the peak, `seconds`. Measured by `--dry_run`, in a process of its own, whose memory is nobody else's.
 
         Raises:
             RuntimeError: The script failed.
         """
-        arguments = command_line(self.arguments(1)) + ["--dry_run"]
+        arguments = command_line({**self.arguments(1), "mixed_precision": "no"}) + ["--dry_run"]
         command = [sys.executable, str(EXAMPLES / f"{self.variant.script}.py"), *arguments]
         result = subprocess.run(command, capture_output=True, text=True)
         found = DRY_RUN.search(result.stdout)
