@@ -152,16 +152,22 @@ def memory_tables(results: Mapping) -> list[str]:
     for metric, frames in (("revisited", "revisited views"), ("unseen", "unseen views"), ("psnr", "all new frames")):
         parts.append(f"PSNR in dB of {frames} by frames of context:")
         parts.append(grid(results["records"], rows, columns, metric))
-    costs = [
-        [
-            settings["variants"][name]["label"],
-            f"{cost['tokens']:,.0f}",
-            f"{cost['seconds']:.2f}",
-            "not known" if cost["seconds_in_training"] is None else f"{cost['seconds_in_training']:.2f}",
-            f"{cost['gib']:.2f}",
-        ]
-        for name, cost in results["costs"].items()
-    ]
+    return [*parts, cost_table(results) if results["costs"] else "What a step costs was not measured yet."]
+
+
+def cost_table(results: Mapping) -> str:
+    variants, rows = results["settings"]["variants"], []
+    for name, cost in results["costs"].items():
+        in_training = cost["seconds_in_training"]
+        rows.append(
+            [
+                variants[name]["label"],
+                f"{cost['tokens']:,.0f}",
+                f"{cost['seconds']:.2f}",
+                "not known" if in_training is None else f"{in_training:.2f}",
+                f"{cost['gib']:.2f}",
+            ]
+        )
     titles = [
         "",
         "tokens of the longest clip",
@@ -169,7 +175,7 @@ def memory_tables(results: Mapping) -> list[str]:
         "seconds a step of the training",
         "GiB at the peak, the process included",
     ]
-    return [*parts, table(titles, costs)]
+    return table(titles, rows)
 
 
 def cache_tables(results: Mapping) -> list[str]:
