@@ -16,10 +16,11 @@ from diffusers_far.evaluation.results import write_whole
 
 from .analysis import select
 from .data import DataFolder
+from .identity import keep_settings
 from .measure import measure
 from .predictors import PipelinePredictor
 from .scripts import ROOT
-from .settings import CacheMode, CacheSettings, Method, keep_settings
+from .settings import CacheMode, CacheSettings, Method
 from .walks import HeldOutWalks
 
 

@@ -12,7 +12,8 @@ from ..timing import describe_machine
 from .analysis import select
 from .cache import CacheStudy
 from .data import DataFolder
-from .settings import CacheSettings, StudySettings, check_settings
+from .identity import check_settings
+from .settings import CacheSettings, StudySettings
 from .study import Study, StudyPart
 
 

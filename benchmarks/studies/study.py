@@ -13,9 +13,10 @@ from diffusers_far.evaluation.results import write_whole
 
 from .analysis import select
 from .data import DataFolder
+from .identity import keep_settings
 from .measure import measure
 from .predictors import Predictor, load_predictor
-from .settings import StudySettings, keep_settings
+from .settings import StudySettings
 from .training import TrainingRun, num_steps
 from .walks import HeldOutWalks
 

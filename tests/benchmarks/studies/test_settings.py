@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.studies.data import read_data_settings
+from benchmarks.studies.identity import check_settings, identity, keep_settings
 from benchmarks.studies.results import STUDIES
 from benchmarks.studies.settings import (
     MOST_REVISITS,
     CacheSettings,
     StudySettings,
-    check_settings,
-    identity,
-    keep_settings,
     merge,
     read_settings,
 )
