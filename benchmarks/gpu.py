@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from diffusers_far import FARSession, FARTransformer3DModel
+from diffusers_far.evaluation.results import write_whole
 from diffusers_far.training.clips import ClipBatch, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 
@@ -355,12 +356,11 @@ def measure(
                 print(failures[-1], flush=True)
                 continue
             finally:
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # does nothing without a GPU
             table.print(row)
             results["rows"].append(row.to_json())
             if output is not None:
-                output.write_text(json.dumps(results, indent=2) + "\n")
+                write_whole(output, json.dumps(results, indent=2) + "\n")
     return failures
 
 

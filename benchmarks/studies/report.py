@@ -63,8 +63,9 @@ def study_section(name: str, results: Mapping | None, images_dir: Path) -> str:
 def describe(results: Mapping) -> str:
     """Where, when and at what size the numbers were made."""
     machine, settings = results["machine"], results["settings"]
-    made_on = dict.fromkeys(map(hardware, [*results.get("earlier_machines", ()), machine]))
-    facts = [f"Measured {machine['date']}, {' and '.join(made_on)}, torch {machine['torch']}"]
+    made_on = [*results.get("earlier_machines", ()), machine]
+    devices, versions = dict.fromkeys(map(hardware, made_on)), dict.fromkeys(each["torch"] for each in made_on)
+    facts = [f"Measured {machine['date']}, {' and '.join(devices)}, torch {' and '.join(versions)}"]
     if "transformer" in settings:
         model = meta_transformer(settings["transformer"])
         facts.append(

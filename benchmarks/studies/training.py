@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -167,12 +167,13 @@ class TrainingRun:
 
     def measure_cost(self) -> dict[str, float]:
         """What a step on the longest clips costs in float32: `tokens` of a clip, `parameters` in millions, `gib` of memory
-        at the peak, `seconds`. Measured by `--dry_run`, in a process of its own, whose memory is nobody else's.
+        at the peak, `seconds`. Measured by `--dry_run`, in a process of its own, whose memory is nobody else's, on a new
+        model: what a run goes on from may lie on another machine.
 
         Raises:
             RuntimeError: The script failed.
         """
-        arguments = command_line({**self.arguments(1), "mixed_precision": "no"}) + ["--dry_run"]
+        arguments = command_line({**replace(self, start=None).arguments(1), "mixed_precision": "no"}) + ["--dry_run"]
         command = [sys.executable, str(EXAMPLES / f"{self.variant.script}.py"), *arguments]
         result = subprocess.run(command, capture_output=True, text=True)
         found = DRY_RUN.search(result.stdout)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.studies.plots import PLOTS, draw
 from benchmarks.studies.report import TABLES, all_sections, rewrite, study_section, table
@@ -103,6 +104,7 @@ def test_every_machine_that_made_numbers_is_named_once(tmp_path):
     assert machines(once)["earlier_machines"] == [MACHINE]  # this one is not an earlier one
     text = " ".join(study_section("memory", {**made_up("memory"), **again}, tmp_path).split())
     assert f"A Processor, 2 cores and A GPU and {here}, torch" in text
+    assert f"torch 2.13 and {torch.__version__};" in text
 
 
 def test_a_plot_is_shown_where_it_was_drawn(tmp_path):

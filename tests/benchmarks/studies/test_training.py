@@ -1,6 +1,7 @@
 """Equal budgets are equal, and a variant's script is told what its settings say."""
 
 import json
+import subprocess
 from dataclasses import replace
 
 import torch
@@ -92,6 +93,24 @@ def test_what_a_variant_goes_on_from_is_trained_first_and_once(tmp_path, monkeyp
     run.start.measurements(settings.budget.steps).mkdir(parents=True)
     run.train(8)
     assert trained[2:] == [run.model_dir]
+
+
+def test_a_cost_is_measured_without_the_model_that_a_run_goes_on_from_and_in_float32(tmp_path, monkeypatch):
+    settings, commands = read_settings("memory"), []
+    printed = "600 tokens per clip of\n5.87 M parameters\n1.25 GiB of memory at the peak, 0.98 s per step"
+
+    def fake_run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, printed, "")
+
+    monkeypatch.setattr(training.subprocess, "run", fake_run)
+    run = Study(settings, DataFolder(tmp_path / "data"), tmp_path).training_run("full_pose_repeat", 0)
+    goes_on = Study(settings, DataFolder(tmp_path / "data"), tmp_path).training_run("short", 0)
+    for each in (run, goes_on):
+        assert each.measure_cost()["gib"] == 1.25
+    for command in commands:
+        assert "--pretrained_model_name_or_path" not in command and "--transformer_config" in command
+        assert command[command.index("--mixed_precision") + 1] == "no"
 
 
 def test_flags_are_named_or_left_out():
