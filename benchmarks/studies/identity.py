@@ -10,6 +10,7 @@ from .settings import CacheSettings, StudySettings
 
 
 CLAIMS = {"comparisons", "speed_claims"}
+TRAININGS = {"starts", "variants"}
 
 
 def identity(settings: Mapping) -> dict:
@@ -38,13 +39,13 @@ def check_settings(found: Mapping, settings: StudySettings | CacheSettings, plac
     complete = type(settings).of(settings.name, {**wanted, **found, **dict.fromkeys(CLAIMS & wanted.keys(), [])})
     # By way of JSON, where there are no tuples.
     known, wanted = (identity(json.loads(json.dumps(each))) for each in (complete.to_json(), wanted))
-    variants = {**known.get("variants", {}), **wanted.get("variants", {})}
-    shared = known.get("variants", {}).keys() & wanted.get("variants", {}).keys()
-    for each in (known, wanted):
-        if "variants" in each:
-            each["variants"] = {name: each["variants"][name] for name in sorted(shared)}
+    both = {group: {**known[group], **wanted[group]} for group in TRAININGS & wanted.keys()}
+    for group in both:
+        shared = sorted(known[group].keys() & wanted[group].keys())
+        for each in (known, wanted):
+            each[group] = {name: each[group][name] for name in shared}
     check_same(known, wanted, place)
-    return {**wanted, "variants": variants} if "variants" in wanted else wanted
+    return {**wanted, **both}
 
 
 def keep_settings(settings: StudySettings | CacheSettings, folder: Path) -> None:

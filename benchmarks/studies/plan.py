@@ -9,7 +9,7 @@ from .training import model_config, num_steps, step_flops
 def training_flops(settings: StudySettings) -> float:
     """All trainings of a study."""
     per_seed = sum(
-        num_steps(settings, variant, 1) * step_flops(settings, variant) for variant in settings.variants.values()
+        num_steps(settings, variant, 1) * step_flops(settings, variant) for variant in settings.trainings.values()
     )
     return len(settings.seeds) * per_seed
 
@@ -57,7 +57,7 @@ def describe_plan(flops_per_second: float) -> str:
             continue
         training, measuring = training_flops(settings), measuring_flops(settings)
         hours = (training + measuring) / flops_per_second / 3600
-        runs = len(settings.seeds) * len(settings.variants)
+        runs = len(settings.seeds) * len(settings.trainings)
         lines.append(f"{name:<16}{runs:>6}{training / 1e12:>10.0f} TFLOP{measuring / 1e12:>10.0f} TFLOP{hours:>8.1f}")
     lines.append(f"Hours at {flops_per_second:.1e} operations a second: an estimate.")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ class Variant:
         arguments (`dict`, *optional*): Of the script, over the study's own.
         model (`dict`, *optional*): Of the transformer's config, over the study's own; of the token model all of it.
         knows_pose (`bool`): It is told where the camera stands at each frame, instead of the action that led there.
-        starts_from (`str`, *optional*): An earlier variant of the same model, whose training it goes on from, with
-            arguments of its own.
+        starts_from (`str`, *optional*): An earlier variant of the same model, or one of the study's `starts`, whose training
+            it goes on from, with arguments of its own.
     """
 
     label: str
@@ -243,6 +243,7 @@ class StudySettings:
         variants, tasks, methods (`dict`): By name; every variant is measured on every task by every method.
         budget, evaluation, comparisons: See there.
         measures_cost (`bool`): Also what a training step costs in time and memory, in a process of its own.
+        starts (`dict`, *optional*): Variants by name that others go on from, and that are not measured themselves.
     """
 
     name: str
@@ -257,6 +258,7 @@ class StudySettings:
     evaluation: Evaluation
     comparisons: list[Comparison]
     measures_cost: bool = False
+    starts: dict[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -278,9 +280,17 @@ class StudySettings:
             for side in comparison.sides:
                 self._check_side(side)
 
+    @property
+    def trainings(self) -> dict[str, Variant]:
+        """All that is trained: `starts` and `variants`."""
+        return {**self.starts, **self.variants}
+
     def _check_starts(self) -> None:
+        twice = sorted(self.starts.keys() & self.variants.keys())
+        if twice:
+            raise ValueError(f"`starts` and `variants` both have {', '.join(twice)}; give each a name of its own.")
         earlier = {}
-        for name, variant in self.variants.items():
+        for name, variant in self.trainings.items():
             start = variant.starts_from
             if start is not None:
                 if start not in earlier:
@@ -317,7 +327,7 @@ class StudySettings:
     def of(cls, name: str, values: Mapping[str, Any]) -> "StudySettings":
         """From JSON."""
         values = {"methods": {"plain": {"label": "plain"}}, **values, "name": name}
-        kinds = {"variants": Variant, "tasks": Task, "methods": Method}
+        kinds = {"starts": Variant, "variants": Variant, "tasks": Task, "methods": Method}
         built = {
             group: {key: build(kind, each, f"{group}.{key}") for key, each in values.get(group, {}).items()}
             for group, kind in kinds.items()

@@ -117,12 +117,12 @@ class Study:
         return costs
 
     def training_run(self, variant: str, seed: int) -> TrainingRun:
-        each, folder = self.settings.variants[variant], self.path / f"{variant}-seed{seed}"
+        each, folder = self.settings.trainings[variant], self.path / f"{variant}-seed{seed}"
         start = None if each.starts_from is None else self.training_run(each.starts_from, seed)
         return TrainingRun(folder, self.settings, each, seed, self.data, start)
 
     def _check(self) -> None:
-        variants = self.settings.variants.values()
+        variants = self.settings.trainings.values()
         folders = {self.data.encoded(variant) for variant in variants}
         if any(variant.script == "train_token_ar" for variant in variants):
             folders.add(self.data.vq)

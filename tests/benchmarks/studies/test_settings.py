@@ -50,10 +50,8 @@ def test_the_committed_settings_fit_the_walks(study, smoke):
 
 
 def test_a_study_over_lengths_says_where_its_tasks_stand():
-    for study in ("extrapolation", "memory"):
-        tasks = read_settings(study).tasks.values()
-        assert all(task.length is not None for task in tasks)
-    assert all(task.length == task.num_context_frames for task in read_settings("memory").tasks.values())
+    for study in ("memory", "compression"):
+        assert all(task.length == task.num_context_frames for task in read_settings(study).tasks.values())
     extrapolation = read_settings("extrapolation")
     for task in extrapolation.tasks.values():
         assert task.length == task.num_context_frames + task.num_frames
@@ -61,10 +59,18 @@ def test_a_study_over_lengths_says_where_its_tasks_stand():
     assert extrapolation.training["num_frames"] == 16
 
 
-def test_the_longest_context_of_the_memory_study_fits_its_training():
-    memory = read_settings("memory")
-    longest = max(task.num_context_frames + task.num_frames for task in memory.tasks.values())
-    assert longest <= memory.training["num_frames"]
+@pytest.mark.parametrize("study", ["memory", "compression"])
+def test_the_longest_context_of_a_study_of_memory_fits_its_training(study):
+    settings = read_settings(study)
+    longest = max(task.num_context_frames + task.num_frames for task in settings.tasks.values())
+    assert longest <= settings.training["num_frames"]
+
+
+def test_models_that_are_compared_by_their_compression_are_trained_alike():
+    settings = read_settings("compression")
+    assert len({json.dumps(each.arguments) for each in settings.starts.values()}) == 1
+    for name, variant in settings.variants.items():
+        assert variant.starts_from == f"{name}_start" and variant.arguments is None
 
 
 def test_minimal_settings_are_enough():
@@ -101,6 +107,8 @@ def test_minimal_settings_are_enough():
         ({"variants": {"a": {"starts_from": "b"}}}, "`variants.a` starts from 'b'; the variants before it are "),
         ({"variants": {"b": {"starts_from": "a", "model": {"num_layers": 2}}}}, "starts from 'a', whose `model` is"),
         ({"variants": {"b": {"starts_from": "a", "knows_pose": True}}}, "starts from 'a', whose `knows_pose` is"),
+        ({"starts": {"a": {"label": "A"}}}, "`starts` and `variants` both have a"),
+        ({"starts": {"s": {"starts_from": "a", "label": "S"}}}, "starts from 'a'; the variants before it are "),
         ({"variants": {"c": {"label": "C", "script": None}}, "budget": {"variant": "a"}}, "no equal budget"),
         ({"evaluation": {"max_recent_age": 32}}, "`max_recent_age` is 32 and `min_revisit_age` 32"),
     ],
@@ -149,16 +157,19 @@ def test_a_work_folder_belongs_to_one_study_whose_claims_may_be_worded_anew(tmp_
         keep_settings(StudySettings.of("minimal", merge(MINIMAL, {"budget": {"steps": 5}})), tmp_path)
 
 
-def test_variants_may_be_added_to_a_work_folder_and_leave_it_but_not_change(tmp_path):
+@pytest.mark.parametrize("group", ["starts", "variants"])
+def test_variants_may_be_added_to_a_work_folder_and_leave_it_but_not_change(group, tmp_path):
     def keep(**variants):
-        keep_settings(StudySettings.of("minimal", merge(MINIMAL, {"variants": variants, "comparisons": []})), tmp_path)
+        minimal = {**MINIMAL, "starts": {"a": {"label": "A"}}, "variants": {"z": {"label": "Z"}}}
+        minimal = MINIMAL if group == "variants" else minimal
+        keep_settings(StudySettings.of("minimal", merge(minimal, {group: variants, "comparisons": []})), tmp_path)
 
     keep()
     keep(c={"label": "C"})
     keep(a=None)
-    with pytest.raises(ValueError, match="`variants.a` was "):
+    with pytest.raises(ValueError, match=f"`{group}.a` was "):
         keep(a={"arguments": {"teacher_forcing": True}})
-    with pytest.raises(ValueError, match="`variants.c` was "):
+    with pytest.raises(ValueError, match=f"`{group}.c` was "):
         keep(c={"label": "C", "knows_pose": True})
 
 
@@ -169,6 +180,8 @@ def test_settings_from_before_a_new_setting_had_its_default(study):
     for variant in found.get("variants", {}).values():
         if variant["starts_from"] is None:
             del variant["starts_from"]
+    if not found.get("starts"):
+        found.pop("starts", None)
     del found["evaluation"]["split"]
     settings = replace(settings, evaluation=replace(settings.evaluation, split="test"))
     assert check_settings(found, settings, "here") == json.loads(json.dumps(identity(settings.to_json())))

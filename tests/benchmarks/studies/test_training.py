@@ -8,10 +8,11 @@ import torch
 
 from benchmarks.studies import training
 from benchmarks.studies.data import DataFolder
-from benchmarks.studies.plan import describe_plan
+from benchmarks.studies.plan import describe_plan, training_flops
+from benchmarks.studies.results import STUDIES
 from benchmarks.studies.scripts import command_line
 from benchmarks.studies.settings import read_settings
-from benchmarks.studies.study import Study
+from benchmarks.studies.study import Study, StudyPart
 from benchmarks.studies.training import DRY_RUN, TrainingRun, model_config, num_steps, step_flops
 from diffusers_far import FARTransformer3DModel, TokenARConfig, TokenARForVideo
 
@@ -95,6 +96,23 @@ def test_what_a_variant_goes_on_from_is_trained_first_and_once(tmp_path, monkeyp
     assert trained[2:] == [run.model_dir]
 
 
+def test_a_start_that_is_not_measured_is_trained_and_counted_all_the_same(tmp_path, monkeypatch):
+    settings, data = read_settings("compression", smoke=True), DataFolder(tmp_path / "data")
+    study, trained = Study(settings, data, tmp_path), []
+    run = study.training_run("window16", 0)
+    monkeypatch.setattr(training, "run_script", lambda name, arguments: trained.append(arguments["output_dir"]))
+    run.train(settings.budget.steps)
+    assert trained == [tmp_path / f"{name}-seed0" / "model" for name in ("window16_start", "window16")]
+    steps = settings.budget.steps
+    costs = [step_flops(settings, each) for each in (settings.starts["window16_start"], run.variant)]
+    assert run.flops(steps) == steps * sum(costs)
+    assert StudyPart().runs_of(settings) == [(name, 0) for name in settings.variants]
+    alone = {name: replace(each, starts_from=None) for name, each in settings.variants.items()}
+    without = replace(settings, starts={}, variants=alone)
+    by_starts = sum(step_flops(settings, each) for each in settings.starts.values())
+    assert training_flops(settings) == training_flops(without) + steps * by_starts
+
+
 def test_a_cost_is_measured_without_the_model_that_a_run_goes_on_from_and_in_float32(tmp_path, monkeypatch):
     settings, commands = read_settings("memory"), []
     printed = "600 tokens per clip of\n5.87 M parameters\n1.25 GiB of memory at the peak, 0.98 s per step"
@@ -137,4 +155,4 @@ def test_seconds_of_a_step_are_those_of_all_stretches(tmp_path):
 
 def test_the_plan_has_a_line_for_each_study():
     plan = describe_plan(4e10)
-    assert all(f"{name} " in plan for name in ("convergence", "clean_context", "extrapolation", "memory", "cache"))
+    assert all(f"{name} " in plan for name in STUDIES)
