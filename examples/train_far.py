@@ -12,7 +12,6 @@ checkpoints and logs: `FARPipeline.from_pretrained` loads it, and after `--objec
 import argparse
 import json
 import logging
-import resource
 import time
 from pathlib import Path
 
@@ -46,7 +45,7 @@ from diffusers_far.training.arguments import (
 )
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clip_sources import open_clips, open_validation_clips
-from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches
+from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.hub import open_repo, push_folder, results_section, write_card
 from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
 from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
@@ -63,6 +62,7 @@ from diffusers_far.training.run import (
     training_batches,
     training_facts,
 )
+from diffusers_far.training.step_cost import describe_step_cost
 
 
 logger = get_logger(__name__)
@@ -135,33 +135,6 @@ def build_pipeline(
     pipeline = pipeline_class(transformer, vae, height=height, width=width, **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def dry_run(
-    args: argparse.Namespace, accelerator: Accelerator, model, vae: torch.nn.Module, optimizer, batches: StepBatches
-) -> None:
-    """Print what two steps on the longest clips cost."""
-    transformer = accelerator.unwrap_model(model)
-    loaded = encode_batches(batches.longest.load(0, 2), vae)
-    for _ in range(2):
-        start_time = time.perf_counter()
-        for _ in range(args.gradient_accumulation_steps):
-            clips, draw = (part.to(accelerator.device) for part in next(loaded))
-            loss = clip_loss(model, transformer.config, clips, draw, teacher_forcing=args.teacher_forcing)
-            accelerator.backward(loss / args.gradient_accumulation_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device
-        seconds = time.perf_counter() - start_time
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    plan = transformer.context_plan(args.num_frames, *batches.latent_shape[1:])
-    accelerator.print(
-        f"{plan.num_tokens} tokens per clip of {args.num_frames} frames, {plan.num_long_tokens} of them long\n"
-        f"{transformer.num_parameters() / 1e6:.2f} M parameters\n"
-        f"{peak:.2f} GiB of memory at the peak, {seconds:.2f} s per step of {batches.clips_per_step} clips"
-    )
 
 
 def log_measurement(
@@ -247,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
 
     if args.dry_run:
-        dry_run(args, accelerator, model, vae, optimizer, batches)
+        accelerator.print(describe_step_cost(args, accelerator, model, vae, optimizer, batches))
         return
 
     # 3. Start or resume

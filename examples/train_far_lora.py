@@ -62,6 +62,7 @@ from diffusers_far.training.run import (
     training_batches,
     training_facts,
 )
+from diffusers_far.training.step_cost import describe_step_cost
 
 
 logger = get_logger(__name__)
@@ -90,6 +91,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_checkpoint_arguments(parser)
     add_validation_arguments(parser)
     add_hub_arguments(parser)
+    parser.add_argument("--dry_run", action="store_true", help="Two steps on the longest clips; print their cost.")
     # `num_frames`: as many as the pipeline was trained on.
     parser.set_defaults(num_frames=None, train_batch_size=8, max_train_steps=1000, lr_warmup_steps=50)
     args = parser.parse_args(arguments)
@@ -125,7 +127,7 @@ def save_result(
 
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
     accelerator = build_accelerator(args)
     checkpoint_trained_only(accelerator)
@@ -163,6 +165,10 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer = accelerator.prepare(transformer, optimizer)
     # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
     accelerator.register_for_checkpointing(lr_scheduler)
+
+    if args.dry_run:
+        accelerator.print(describe_step_cost(args, accelerator, model, pipeline.vae, optimizer, batches))
+        return
 
     # 4. Start or resume
     adapter = {"rank": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}

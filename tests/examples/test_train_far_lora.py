@@ -249,6 +249,13 @@ def test_a_run_with_another_adapter_or_base_is_not_resumed(workplace, trained):
         assert message in result.stderr
 
 
+def test_a_dry_run_prints_the_cost_and_how_little_is_trained_and_leaves_nothing(workplace):
+    result = train(workplace, "dry", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert " M of them trained" in result.stdout and "s per step of 2 clips" in result.stdout
+    assert not (workplace / "dry").exists()
+
+
 def test_latents_of_another_vae_are_refused(workplace):
     vae = tiny_dc()
     vae.register_to_config(scaling_factor=0.25)
