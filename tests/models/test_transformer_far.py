@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     CONDITIONS,
-    compiled_rollout,
     fill_cache,
     half_precision_error,
     model_configs,
@@ -387,24 +386,6 @@ def test_flex_attention_gets_a_block_mask_native_attention_chunks_and_the_others
     mask, key = dispatch.call_args.kwargs["attn_mask"], dispatch.call_args.args[1]
     assert isinstance(mask, mask_type)
     assert key.shape[1] == (24 if backend == "native" else 3 * 24)  # the first frame, a chunk of its own, or all
-
-
-# Compilation
-
-
-@pytest.mark.full
-@base_and_long
-def test_compiled_blocks_are_the_plain_ones_and_not_compiled_for_each_frame(long_patch_size):
-    counts, error = compiled_rollout(8, long_patch_size=long_patch_size, short_window=2, num_layers=1)
-    assert error < 1e-5
-    assert counts[4:] == [counts[4]] * 4
-
-
-@pytest.mark.full
-@base_and_long
-def test_a_rollout_compiles_at_most_3_times(long_patch_size):
-    counts, _ = compiled_rollout(7, long_patch_size=long_patch_size, short_window=3, num_layers=4)
-    assert counts[-1] <= (1 if long_patch_size is None else 3)
 
 
 # What a pass costs

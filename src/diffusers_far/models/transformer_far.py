@@ -344,6 +344,7 @@ class FARTransformer3DModel(
 
         # 4. Blocks; of the last one only what is read
         is_write = cache_pass is not None and not cache_pass.is_noisy
+        is_long_context = is_write and plan.num_frames > 2 * config.short_window
         num_output_frames = self._num_output_frames(plan, attention_mask, is_write=is_write, has_twins=has_twins)
         last_block, shared = self.transformer_blocks[-1], (temb, long_temb, rotary_emb, attention_mask)
         for block, layer in zip(self.transformer_blocks, layers):
@@ -351,8 +352,9 @@ class FARTransformer3DModel(
             inputs = (short_states, long_states, *shared, layer, num_outputs, steps)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
-            elif block is last_block and is_write:
-                # With its hooks, but not compiled: so little work is not worth it.
+            elif (block is last_block and is_write) or is_long_context:
+                # With its hooks, but not compiled: so little work is not worth it, nor are so many frames, whose attentions
+                # the compiler would unroll for a pass that does not come again.
                 short_states, long_states = block._call_impl(*inputs)
             else:
                 short_states, long_states = block(*inputs)
