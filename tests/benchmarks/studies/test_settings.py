@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.studies.data import read_data_settings
+from benchmarks.studies.data import DataFolder, read_data_settings
 from benchmarks.studies.identity import check_settings, identity, keep_settings
 from benchmarks.studies.results import STUDIES
 from benchmarks.studies.settings import (
@@ -15,6 +15,7 @@ from benchmarks.studies.settings import (
     merge,
     read_settings,
 )
+from benchmarks.studies.study import Study
 
 
 NUM_WALK_FRAMES = 300  # of make_maze_dataset.py, where nothing else is said
@@ -70,7 +71,17 @@ def test_models_that_are_compared_by_their_compression_are_trained_alike():
     settings = read_settings("compression")
     assert len({json.dumps(each.arguments) for each in settings.starts.values()}) == 1
     for name, variant in settings.variants.items():
-        assert variant.starts_from == f"{name}_start" and variant.arguments is None
+        assert variant.arguments is None
+        assert variant.starts_from == ("kernel2_start_4" if name == "kernel2_longer" else f"{name}_start")
+
+
+def test_the_compressed_model_that_is_trained_for_longer_takes_no_more_operations_than_the_whole_one(tmp_path):
+    settings = read_settings("compression")
+    study = Study(settings, DataFolder(tmp_path), tmp_path)
+    longer, whole = (
+        study.training_run(name, 0).flops(settings.budget.steps) for name in ("kernel2_longer", "kernel1")
+    )
+    assert 0.95 * whole < longer < whole
 
 
 def test_minimal_settings_are_enough():

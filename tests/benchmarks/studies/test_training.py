@@ -99,12 +99,12 @@ def test_what_a_variant_goes_on_from_is_trained_first_and_once(tmp_path, monkeyp
 def test_a_start_that_is_not_measured_is_trained_and_counted_all_the_same(tmp_path, monkeypatch):
     settings, data = read_settings("compression", smoke=True), DataFolder(tmp_path / "data")
     study, trained = Study(settings, data, tmp_path), []
-    run = study.training_run("window16", 0)
+    run = study.training_run("window2", 0)
     monkeypatch.setattr(training, "run_script", lambda name, arguments: trained.append(arguments["output_dir"]))
     run.train(settings.budget.steps)
-    assert trained == [tmp_path / f"{name}-seed0" / "model" for name in ("window16_start", "window16")]
+    assert trained == [tmp_path / f"{name}-seed0" / "model" for name in ("window2_start", "window2")]
     steps = settings.budget.steps
-    costs = [step_flops(settings, each) for each in (settings.starts["window16_start"], run.variant)]
+    costs = [step_flops(settings, each) for each in (settings.starts["window2_start"], run.variant)]
     assert run.flops(steps) == steps * sum(costs)
     assert StudyPart().runs_of(settings) == [(name, 0) for name in settings.variants]
     alone = {name: replace(each, starts_from=None) for name, each in settings.variants.items()}
