@@ -11,7 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from session_walks import NUM_NEW, call, go_on, pipeline, start, walk
-from tiny_models import Clip, half_precision_error, predict, predict_cached, random_clip, tiny_transformer
+from tiny_models import (
+    Clip,
+    base_and_long,
+    half_precision_error,
+    predict,
+    predict_cached,
+    random_clip,
+    tiny_transformer,
+)
 
 from diffusers_far import FARPipeline, FARSession, FlexRoPEConfig, apply_flex_rope
 from diffusers_far.training.clips import ClipBatch, clip_loss
@@ -23,8 +31,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 FAR_MAZE = Path(__file__).parents[1] / "checkpoints" / "far-maze"
 TOLERANCE = 1e-4  # of one pass, or of frames of a tiny model, in float32
 ROLLOUT_TOLERANCE = 1e-3  # of frames of far-maze: errors grow from frame to frame
-
-base_and_long = pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
+import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, VQModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -24,6 +25,7 @@ torch.set_num_threads(1)  # tensors this small are slower on more
 property_test = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+base_and_long = pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
 
 
 def tiny_transformer(seed: int = 0, **overrides) -> FARTransformer3DModel:

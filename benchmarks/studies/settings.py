@@ -291,16 +291,14 @@ class StudySettings:
             raise ValueError(f"`starts` and `variants` both have {', '.join(twice)}; give each a name of its own.")
         earlier = {}
         for name, variant in self.trainings.items():
-            start = variant.starts_from
+            start, place = variant.starts_from, f"{'starts' if name in self.starts else 'variants'}.{name}"
             if start is not None:
                 if start not in earlier:
-                    raise ValueError(
-                        f"`variants.{name}` starts from {start!r}; the variants before it are {', '.join(earlier)}."
-                    )
+                    raise ValueError(f"`{place}` starts from {start!r}; those before it are {', '.join(earlier)}.")
                 for what in ("model", "knows_pose", "script"):
                     if getattr(variant, what) != getattr(earlier[start], what):
                         raise ValueError(
-                            f"`variants.{name}` starts from {start!r}, whose `{what}` is another; give both the same."
+                            f"`{place}` starts from {start!r}, whose `{what}` is another; give both the same."
                         )
             earlier[name] = variant
 

@@ -122,7 +122,7 @@ class Study:
         return TrainingRun(folder, self.settings, each, seed, self.data, start)
 
     def _check(self) -> None:
-        variants = self.settings.trainings.values()
+        variants = self.settings.variants.values()
         folders = {self.data.encoded(variant) for variant in variants}
         if any(variant.script == "train_token_ar" for variant in variants):
             folders.add(self.data.vq)

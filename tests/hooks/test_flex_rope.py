@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import (
+    base_and_long,
     compiled_rollout,
     fill_cache,
     half_precision_error,
@@ -30,8 +31,6 @@ def slope_growing_with_time(frame_index, step_index, num_inference_steps):
 
 
 FRAME_SCHEDULES = ("constant", "beyond_training", slope_growing_with_time)
-
-base_and_long = pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
 
 
 def masks_of(calls: list[tuple]) -> list[torch.Tensor | None]:

@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import compiled_rollout, fill_cache, predict, random_clip, tiny_transformer
+from tiny_models import base_and_long, compiled_rollout, fill_cache, predict, random_clip, tiny_transformer
 from torch._dynamo.testing import CompileCounterWithBackend
-
-
-base_and_long = pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
 
 
 @pytest.mark.full

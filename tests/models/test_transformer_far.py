@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     CONDITIONS,
+    base_and_long,
     fill_cache,
     half_precision_error,
     model_configs,
@@ -35,7 +36,6 @@ def kind_of(config: dict) -> str:
 
 
 every_condition = pytest.mark.parametrize("condition", CONDITIONS, ids=kind_of)
-base_and_long = pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
 
 
 # Time runs one way

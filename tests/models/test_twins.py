@@ -6,12 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import models_with_clips, predict, property_test, random_clip, tiny_transformer, using_backend
+from tiny_models import (
+    base_and_long,
+    models_with_clips,
+    predict,
+    property_test,
+    random_clip,
+    tiny_transformer,
+    using_backend,
+)
 
 from diffusers_far import FlexRoPEConfig, apply_flex_rope
-
-
-base_and_long = pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
 
 
 def twins_of(clip):

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import (
     CONDITIONS,
+    base_and_long,
     model_configs,
     property_test,
     spy_attention,
@@ -32,8 +33,6 @@ from diffusers_far.models.codec import encode_video, spatial_compression
 
 LATENT_SIZE = (4, 6)
 SIZE = (8, 12)  # in pixels, with the VAE that `tiny_pipeline` has by default
-
-base_and_long = pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
 
 
 def kind_of(condition: dict) -> str:

@@ -6,6 +6,7 @@ import time
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 
 from .clips import StepBatches, encode_batches
 from .run import accumulate_gradients
@@ -45,7 +46,8 @@ def describe_step_cost(
         )
         optimizer.step()
         optimizer.zero_grad()
-        next(transformer.parameters()).flatten()[0].item()  # waits for the device
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         seconds = time.perf_counter() - start_time
     plan = transformer.context_plan(args.num_frames, *batches.latent_shape[1:])
     return (
@@ -56,9 +58,8 @@ def describe_step_cost(
     )
 
 
-def _describe_parameters(model: torch.nn.Module) -> str:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def _describe_parameters(model: ModelMixin) -> str:
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     part = "" if trained == total else f", {trained / 1e6:.2f} M of them trained"
     return f"{total / 1e6:.2f} M parameters{part}"
 

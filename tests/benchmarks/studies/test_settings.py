@@ -115,11 +115,11 @@ def test_minimal_settings_are_enough():
         ({"evaluation": {"split": "train"}}, "`evaluation`: `split` is 'train'"),
         ({"variants": {"a": {"script": "train_token_ar", "knows_pose": True}}}, "`variants.a`: `knows_pose` is True"),
         ({"variants": {"a": {"script": "train_token_ar", "starts_from": "b"}}}, "`variants.a`: `starts_from` is 'b'"),
-        ({"variants": {"a": {"starts_from": "b"}}}, "`variants.a` starts from 'b'; the variants before it are "),
+        ({"variants": {"a": {"starts_from": "b"}}}, "`variants.a` starts from 'b'; those before it are "),
         ({"variants": {"b": {"starts_from": "a", "model": {"num_layers": 2}}}}, "starts from 'a', whose `model` is"),
         ({"variants": {"b": {"starts_from": "a", "knows_pose": True}}}, "starts from 'a', whose `knows_pose` is"),
         ({"starts": {"a": {"label": "A"}}}, "`starts` and `variants` both have a"),
-        ({"starts": {"s": {"starts_from": "a", "label": "S"}}}, "starts from 'a'; the variants before it are "),
+        ({"starts": {"s": {"starts_from": "a", "label": "S"}}}, "`starts.s` starts from 'a'; those before it are "),
         ({"variants": {"c": {"label": "C", "script": None}}, "budget": {"variant": "a"}}, "no equal budget"),
         ({"evaluation": {"max_recent_age": 32}}, "`max_recent_age` is 32 and `min_revisit_age` 32"),
     ],
@@ -171,9 +171,9 @@ def test_a_work_folder_belongs_to_one_study_whose_claims_may_be_worded_anew(tmp_
 @pytest.mark.parametrize("group", ["starts", "variants"])
 def test_variants_may_be_added_to_a_work_folder_and_leave_it_but_not_change(group, tmp_path):
     def keep(**variants):
-        minimal = {**MINIMAL, "starts": {"a": {"label": "A"}}, "variants": {"z": {"label": "Z"}}}
-        minimal = MINIMAL if group == "variants" else minimal
-        keep_settings(StudySettings.of("minimal", merge(minimal, {group: variants, "comparisons": []})), tmp_path)
+        groups = {"starts": {}, "variants": {"z": {"label": "Z"}}}
+        groups[group] = merge({"a": {"label": "A"}, "b": {"label": "B"}}, variants)
+        keep_settings(StudySettings.of("minimal", {**MINIMAL, **groups, "comparisons": []}), tmp_path)
 
     keep()
     keep(c={"label": "C"})
