@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline, tiny_transformer
 
+from diffusers_far.evaluation.metrics import frame_psnr
 from diffusers_far.evaluation.world_model import (
     Predictions,
     Walks,
@@ -77,6 +78,45 @@ def test_walks_are_predicted_with_the_cache_that_is_asked_for(walks, protocol, s
     exact = predict_walks(pipe, walks, protocol).predicted
     cheap = predict_walks(pipe, walks, replace(protocol, short_cache=short_cache)).predicted
     assert not torch.equal(cheap, exact)
+
+
+def test_memory_is_what_old_frames_gain_on_views_that_only_they_showed(perfect, walks, protocol):
+    places = torch.tensor(
+        [0.0, 100, 200, 0, 100, 200, 300]
+    )  # three shown; then two old views, the recent one, a new one
+    pose = torch.stack([places, torch.zeros(7), torch.zeros(7)], dim=1).expand_as(walks.pose)
+    is_lost = torch.tensor([True, True, True, False])[:, None, None, None]
+    truth = perfect.truth
+    scores = score_walks(
+        replace(perfect, forgetful=torch.where(is_lost, 0.5 * truth, truth)),
+        replace(walks, pose=pose),
+        replace(protocol, num_recent_frames=1),
+    )
+    remembered, unseen = scores["memory"]["remembered"], scores["memory"]["unseen"]
+    assert remembered["share_of_frames"] == 0.5 and unseen["share_of_frames"] == 0.25
+    lost = 100 - frame_psnr(0.5 * truth[:, :2], truth[:, :2])
+    assert remembered["gain"]["mean"] == pytest.approx(lost.mean().item())
+    assert unseen["gain"] == {"mean": 0.0, "half_width": 0.0, "num_samples": 3}
+    assert "gain over the last 1 frames, remembered" in format_scores(scores)
+
+
+def test_the_forgetful_prediction_is_that_of_the_recent_frames_alone(walks, protocol):
+    pipe = tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1))
+    protocol = replace(protocol, num_inference_steps=2, guidance_scale=1.0)
+    recent = Walks(*(part[:, 2:] for part in (walks.video, walks.actions, walks.pose)))
+    expected = predict_walks(pipe, recent, replace(protocol, num_context_frames=1))
+    predictions = predict_walks(pipe, walks, replace(protocol, num_recent_frames=1))
+    assert torch.equal(predictions.forgetful, expected.predicted)
+    assert not torch.equal(predictions.forgetful, predictions.predicted)
+    assert expected.forgetful is None and "memory" not in score_walks(
+        expected, recent, replace(protocol, num_context_frames=1)
+    )
+
+
+@pytest.mark.parametrize("num_recent_frames", [-1, 3])
+def test_recent_frames_that_are_not_some_of_the_context_are_refused(protocol, num_recent_frames):
+    with pytest.raises(ValueError, match=f"`num_recent_frames` is {num_recent_frames}"):
+        replace(protocol, num_recent_frames=num_recent_frames)
 
 
 def test_too_few_walks_and_too_short_ones_are_refused(dataset, protocol):

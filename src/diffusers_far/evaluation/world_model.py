@@ -22,6 +22,8 @@ class WorldModelProtocol:
         num_walks (`int`): Held-out walks, the first ones of the split.
         first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
         num_frames (`int`): Frames that it then predicts.
+        num_recent_frames (`int`): Above 0, the same frames are predicted from the last so many of the context alone too; what
+            the whole context is better by is what the model remembers.
         num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str`, *optional*):
             What the pipeline is shipped with by default. `short_cache` is `"exact"`, `"rolling"` or a number.
         mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
@@ -33,12 +35,20 @@ class WorldModelProtocol:
     first_context_frame: int = 68
     num_context_frames: int = 32
     num_frames: int = 8
+    num_recent_frames: int = 0
     num_inference_steps: int = None  # the type of what is given, which the command line reads
     guidance_scale: float = None
     short_cache: str = None
     mirrored_actions: tuple[int, int] = (1, 2)
     seed: int = 0
     batch_size: int = 16
+
+    def __post_init__(self):
+        if not 0 <= self.num_recent_frames < self.num_context_frames:
+            raise ValueError(
+                f"`num_recent_frames` is {self.num_recent_frames} and `num_context_frames` {self.num_context_frames}; the first "
+                "is below the second, and 0 to measure no memory."
+            )
 
     def with_defaults_of(self, pipe: FARPipeline) -> "WorldModelProtocol":
         """The same with the settings that `pipe` is shipped with, where they were left open."""
@@ -65,7 +75,8 @@ class Walks:
 class Predictions:
     """Everything that is compared, each `(B, num_frames, 3, h, w)` in [0, 1] but for `mirrored`, which has one frame.
 
-    `mirrored`: the first frame under the mirrored action, from the same noise.
+    `mirrored`: the first frame under the mirrored action; `forgetful`: predicted from the recent frames alone, if memory is
+    measured. Both from the same noise as `predicted`.
     """
 
     truth: torch.Tensor
@@ -73,6 +84,7 @@ class Predictions:
     mirrored: torch.Tensor
     repeated: torch.Tensor
     reconstructed: torch.Tensor
+    forgetful: torch.Tensor | None = None
 
 
 def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
@@ -96,21 +108,21 @@ def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
 
 @torch.no_grad()
 def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol) -> Predictions:
-    """Continue every walk at its true actions, and one frame at the mirrored action."""
+    """Continue every walk at its true actions, one frame at the mirrored action, and from the recent frames if it is asked."""
     num_context, short_cache = protocol.num_context_frames, protocol.short_cache
     if short_cache is not None and short_cache.isdigit():
         short_cache = int(short_cache)
     left, right = protocol.mirrored_actions
-    predicted, mirrored, reconstructed = [], [], []
+    predicted, mirrored, forgetful, reconstructed = [], [], [], []
     for start in range(0, len(walks.video), protocol.batch_size):
         batch = slice(start, start + protocol.batch_size)
         video, actions = walks.video[batch], walks.actions[batch]
         context = encode_video(pipe.vae, video.flatten(0, 1)).unflatten(0, video.shape[:2])
 
-        def continue_walks(actions: torch.Tensor, num_frames: int) -> torch.Tensor:
+        def continue_walks(actions: torch.Tensor, num_frames: int, first_shown: int = 0) -> torch.Tensor:
             return pipe(
-                video_latents=context[:, :num_context],
-                actions=actions[:, : num_context + num_frames],
+                video_latents=context[:, first_shown:num_context],
+                actions=actions[:, first_shown : num_context + num_frames],
                 num_frames=num_frames,
                 num_inference_steps=protocol.num_inference_steps,
                 guidance_scale=protocol.guidance_scale,
@@ -125,6 +137,8 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
         mirrored_actions[taken == left, num_context - 1] = right
         mirrored_actions[taken == right, num_context - 1] = left
         mirrored.append(continue_walks(mirrored_actions, 1))
+        if protocol.num_recent_frames:
+            forgetful.append(continue_walks(actions, protocol.num_frames, num_context - protocol.num_recent_frames))
         new_latents = context[:, num_context:]
         reconstructed.append(decode_video(pipe.vae, new_latents.flatten(0, 1)).unflatten(0, new_latents.shape[:2]))
 
@@ -135,6 +149,7 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
         mirrored=torch.cat(mirrored).to(truth),
         repeated=walks.video[:, num_context - 1 : num_context].expand_as(truth),
         reconstructed=torch.cat(reconstructed).to(truth),
+        forgetful=torch.cat(forgetful).to(truth) if forgetful else None,
     )
 
 
@@ -144,8 +159,8 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
     Returns:
         `dict` with the settings; PSNR by horizon of the prediction, of repeating the last frame and of the VAE's
         reconstruction; the gains over repeating on the first frame and over all; the ratio of gradient magnitudes;
-        how often the true action's frame is nearer to the truth than the mirrored one's; and gains on views that were
-        seen in the context and on those that were not.
+        how often the true action's frame is nearer to the truth than the mirrored one's; gains on views that were seen
+        in the context and on those that were not; and `memory`, if it is measured, see [`memory_scores`].
     """
     num_context = protocol.num_context_frames
     psnr = {
@@ -169,7 +184,7 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
             "psnr": Estimate.of(mean_where(psnr["predicted"], mask)).to_json(),
             "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
         }
-    return {
+    scores = {
         "protocol": asdict(protocol),
         "psnr_by_horizon": {
             name: [Estimate.of(values[:, frame]).to_json() for frame in range(protocol.num_frames)]
@@ -181,6 +196,28 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
         "gradient_ratio": sharpness.item(),
         "follows_actions": Estimate.of(follows).to_json(),
         "by_view": by_view,
+    }
+    if predictions.forgetful is not None:
+        scores["memory"] = memory_scores(predictions, walks, protocol)
+    return scores
+
+
+def memory_scores(predictions: Predictions, walks: Walks, protocol: WorldModelProtocol) -> dict:
+    """What the whole context is better by than its recent frames, in dB of PSNR: a model that remembers is better on views that
+    it was shown before the recent frames and not since (`remembered`), and no better on those that it never was (`unseen`)."""
+    num_context = protocol.num_context_frames
+    first_recent, frames = (
+        num_context - protocol.num_recent_frames,
+        slice(num_context, num_context + protocol.num_frames),
+    )
+    shown_early, shown_late = (
+        torch.stack([seen_before(pose, memory, frames) for pose in walks.pose])
+        for memory in (slice(0, first_recent), slice(first_recent, num_context))
+    )
+    gain = frame_psnr(predictions.predicted, predictions.truth) - frame_psnr(predictions.forgetful, predictions.truth)
+    return {
+        name: {"share_of_frames": mask.double().mean().item(), "gain": Estimate.of(mean_where(gain, mask)).to_json()}
+        for name, mask in (("remembered", shown_early & ~shown_late), ("unseen", ~shown_early & ~shown_late))
     }
 
 
@@ -206,6 +243,12 @@ def format_scores(scores: dict) -> str:
     titles = {"predicted": "FAR", "repeated": "last frame repeated", "reconstructed": "VAE (the ceiling)"}
     for name, title in titles.items():
         lines.append(f"{title:<25}" + "".join(f"{show(each):>15}" for each in scores["psnr_by_horizon"][name]))
+    memory = [
+        f"gain over the last {scores['protocol']['num_recent_frames']} frames, {name:<10}  "
+        f"{show(view['gain'])} dB ({view['share_of_frames']:.0%} of the frames)"
+        for name, view in scores.get("memory", {}).items()
+        if view["gain"]["num_samples"]
+    ]
     turns = scores["follows_actions"]
     share_of_turns = f"{turns['mean']:.0%} of " if turns["num_samples"] else ""
     lines += [
@@ -213,6 +256,7 @@ def format_scores(scores: dict) -> str:
         f"gain over repeating, first frame   {show(scores['gain_on_first_frame'])} dB",
         f"gain over repeating, all frames    {show(scores['gain_on_all_frames'])} dB",
         *(f"  of views {name} in the context    {show_view(name)}" for name in scores["by_view"]),
+        *memory,
         f"gradient magnitude, of the VAE's   {scores['gradient_ratio']:.0%}",
         f"nearer to the truth than mirrored  {share_of_turns}{turns['num_samples']} turns",
     ]
