@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.studies.predictors import weights_hash
+
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +40,13 @@ def test_the_table_of_speed_is_that_of_the_benchmarks(model, frames):
     kind = "long and short" if model.endswith("long") else "in full"
     cells = f"{measured['FAR']:.2f} s | {measured['of the limit']:.0%} | {measured['naive / FAR']:.1f}x"
     assert f"| {frames:,}, {kind} | {cells} | {measured['AnyFlow / FAR']:.1f}x |" in README
+
+
+@pytest.mark.parametrize("study", ["compression", "cache"])
+def test_the_numbers_of_the_shipped_model_are_those_of_its_weights(study):
+    records = json.loads((ROOT / "docs" / "results" / f"{study}.json").read_text())["records"]
+    shipped = weights_hash("checkpoints/far-maze")
+    assert {record["weights"] for record in records if "weights" in record} == {shipped}
 
 
 def test_pictures_are_small_and_the_moving_one_moves():

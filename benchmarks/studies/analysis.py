@@ -19,7 +19,7 @@ HOLDS, CONTRADICTED, UNDECIDED = "holds", "contradicted", "undecided"
 
 def select(records: Iterable[Mapping], **wanted) -> list[Mapping]:
     """The records that have all of these values."""
-    return [record for record in records if all(record[name] == value for name, value in wanted.items())]
+    return [record for record in records if all(record.get(name) == value for name, value in wanted.items())]
 
 
 def walk_values(record: Mapping, metric: str) -> np.ndarray:

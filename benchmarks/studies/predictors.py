@@ -13,13 +13,16 @@ from unittest.mock import patch
 
 import torch
 from diffusers import AutoModel, VQModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_far import ContextPlan, FARPipeline, FlexRoPEConfig, TokenARForVideo
+from diffusers_far.evaluation.results import file_hash
 from diffusers_far.models import transformer_far
 from diffusers_far.models.codec import decode_codes, decode_video
 from diffusers_far.models.functional import position_ids
 from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
+from .scripts import ROOT
 from .settings import Evaluation, Method, Variant
 from .walks import WalkClips
 
@@ -137,9 +140,11 @@ class NearestViewPredictor:
 
 
 def load_predictor(variant: Variant, model_dir: Path, vae_dir: Path, evaluation: Evaluation) -> Predictor:
-    """What a variant's training has saved, on the accelerator where there is one."""
+    """What a variant's training has saved, or its checkpoint, on the accelerator where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if variant.script is None:
+    if variant.checkpoint is not None:
+        model_dir = ROOT / variant.checkpoint
+    elif variant.script is None:
         vae = AutoModel.from_pretrained(str(vae_dir)).to(device).eval()
         return NearestViewPredictor(vae, evaluation.max_distance, evaluation.max_turn)
     if variant.script == "train_token_ar":
@@ -148,6 +153,11 @@ def load_predictor(variant: Variant, model_dir: Path, vae_dir: Path, evaluation:
     pipe = load_pipeline(model_dir).to(device)
     pipe.set_progress_bar_config(disable=True)
     return PipelinePredictor(pipe)
+
+
+def weights_hash(checkpoint: str) -> str:
+    """Sha256 (hex) of a pipeline's transformer, by its folder from the repository's root: whose numbers they are."""
+    return file_hash(ROOT / checkpoint / "transformer" / SAFETENSORS_WEIGHTS_NAME)
 
 
 @contextmanager

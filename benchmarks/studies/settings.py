@@ -42,12 +42,13 @@ class Variant:
     Args:
         label (`str`): For tables and plots.
         script (`str`, *optional*): `"train_far"` or `"train_token_ar"`, in `examples/`. `None`: nothing is trained, and
-            each frame is the shown one that was seen from the nearest pose.
+            each frame is the shown one that was seen from the nearest pose, unless there is a `checkpoint`.
         arguments (`dict`, *optional*): Of the script, over the study's own.
         model (`dict`, *optional*): Of the transformer's config, over the study's own; of the token model all of it.
         knows_pose (`bool`): It is told where the camera stands at each frame, instead of the action that led there.
         starts_from (`str`, *optional*): An earlier variant of the same model, or one of the study's `starts`, whose training
             it goes on from, with arguments of its own.
+        checkpoint (`str`, *optional*): A pipeline's folder, from the repository's root, that is measured as it is.
     """
 
     label: str
@@ -56,10 +57,15 @@ class Variant:
     model: dict | None = None
     knows_pose: bool = False
     starts_from: str | None = None
+    checkpoint: str | None = None
 
     def __post_init__(self):
         if self.script not in (*SCRIPTS, None):
             raise ValueError(f"`script` is {self.script!r}; choose one of {', '.join(SCRIPTS)}.")
+        if self.checkpoint is not None and self.script is not None:
+            raise ValueError(
+                f"`checkpoint` is {self.checkpoint!r} and `script` {self.script!r}; what is trained already has script null."
+            )
         if self.knows_pose and self.script != "train_far":
             raise ValueError(f"`knows_pose` is True and `script` {self.script!r}; poses are for 'train_far' alone.")
         if self.starts_from is not None and self.script != "train_far":

@@ -15,7 +15,7 @@ from .analysis import select
 from .data import DataFolder
 from .identity import keep_settings
 from .measure import measure
-from .predictors import Predictor, load_predictor
+from .predictors import Predictor, load_predictor, weights_hash
 from .settings import StudySettings
 from .training import TrainingRun, num_steps
 from .walks import HeldOutWalks
@@ -131,12 +131,14 @@ class Study:
 
     def _measured(self, run: TrainingRun, variant: str, share: float) -> list[dict]:
         """The records of a run at one share of its training; trained and measured as far as it is not yet."""
-        known = select(self.known, variant=variant, seed=run.seed, share=share)
+        checkpoint = run.variant.checkpoint
+        source = {} if checkpoint is None else {"weights": weights_hash(checkpoint)}
+        known = select(self.known, variant=variant, seed=run.seed, share=share, **source)
         if len(known) == len(self.settings.tasks) * len(self.settings.methods):
             return known
         steps = num_steps(self.settings, run.variant, share)
         files = {
-            (task, method): run.measurements(steps) / f"{task}-{method}.json"
+            (task, method): run.measurements(steps) / source.get("weights", "") / f"{task}-{method}.json"
             for task in self.settings.tasks
             for method in self.settings.methods
         }
@@ -145,7 +147,7 @@ class Study:
             print(f"{self.settings.name}: {run.path.name}, up to step {steps}", flush=True)
             run.train(steps)
             self._measure(run, missing)
-        facts = {"variant": variant, "seed": run.seed, "share": share, "steps": steps}
+        facts = {"variant": variant, "seed": run.seed, "share": share, "steps": steps, **source}
         facts["flops"] = run.flops(steps)
         return [
             {**facts, "task": task, "method": method, **json.loads(file.read_text())}

@@ -1,5 +1,6 @@
 """The studies, shrunk to seconds: they run from data to page, and what is interrupted goes on."""
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from benchmarks.studies.data import DataFolder, prepare
 from benchmarks.studies.poses import pose_actions
 from benchmarks.studies.report import study_section
 from benchmarks.studies.results import STUDIES, finished_results, read_results, run_part, run_study, write_results
-from benchmarks.studies.scripts import load_script
+from benchmarks.studies.scripts import ROOT, load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
 from benchmarks.studies.study import Study, StudyPart
 from benchmarks.studies.training import TrainingRun
@@ -115,11 +116,26 @@ def test_the_nearest_view_is_measured_beside_what_is_trained_and_trains_nothing(
     assert not (workplace / "nearest" / "nearest-seed0" / "model").exists()
 
 
+def test_a_checkpoint_is_measured_as_it_is_and_named_by_its_weights(data, workplace):
+    variants = {"shipped": {"label": "shipped", "script": None, "checkpoint": "checkpoints/far-maze"}}
+    study = small_study(workplace / "shipped", data, variants=variants, budget={"shares": [1]}, measures_cost=True)
+    shipped = [record for record in study.run() if record["variant"] == "shipped"]
+    assert shipped and all(record["flops"] == 0 and min(record["by_walk"]["psnr"]) > 0 for record in shipped)
+    weights = ROOT / "checkpoints" / "far-maze" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert {record["weights"] for record in shipped} == {hashlib.sha256(weights.read_bytes()).hexdigest()}
+
+
 def test_quality_that_is_known_is_not_measured_again(data, workplace, monkeypatch):
     settings = read_settings("cache", smoke=True)
     records = CacheStudy(settings, data, workplace / "measured").run()
     monkeypatch.setattr(CacheStudy, "_measure_quality", None)
     assert CacheStudy(settings, data, workplace / "known", records).run() == records
+
+    monkeypatch.setattr(CacheStudy, "_measure_quality", lambda study, mode: {"label": mode.label})
+    of_other_weights = [{**record, "weights": "others"} for record in records]
+    anew = CacheStudy(settings, data, workplace / "anew", of_other_weights).run()
+    assert [record["weights"] for record in anew] == [record["weights"] for record in records]
+    assert all("label" in record for record in anew)
 
 
 def test_an_interrupted_study_goes_on_and_ends_as_an_uninterrupted_one(data, workplace, monkeypatch):
