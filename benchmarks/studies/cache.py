@@ -18,7 +18,7 @@ from .analysis import select
 from .data import DataFolder
 from .identity import keep_settings
 from .measure import measure
-from .predictors import PipelinePredictor, weights_hash
+from .predictors import PipelinePredictor, checkpoint_hash
 from .scripts import ROOT
 from .settings import CacheMode, CacheSettings, Method
 from .walks import HeldOutWalks
@@ -35,7 +35,7 @@ class CacheStudy:
         settings ([`CacheSettings`]): What it is.
         data ([`DataFolder`]): For the quality.
         path (`Path`): Its work folder.
-        known (sequence of `dict`): Records of an earlier run; those of the model's weights are not made again.
+        known (sequence of `dict`): Records of an earlier run; those of this very model are not made again.
     """
 
     settings: CacheSettings
@@ -51,18 +51,25 @@ class CacheStudy:
         """
         self.data.require(self.data.mazes, self.data.latents)
         keep_settings(self.settings, self.path)
-        weights = weights_hash(self.settings.model)
-        records = select(self.known, weights=weights)
+        pipeline = checkpoint_hash(self.settings.model)
+        records = select(self.known, pipeline=pipeline)
         modes = {name: mode for name, mode in self.settings.modes.items() if mode.is_long and mode.use_cache}
         for name, mode in modes.items():
             if select(records, variant=name):
                 continue
-            file = self.path / weights / f"quality-{name}.json"
+            file = self.path / pipeline / f"quality-{name}.json"
             if not file.exists():
                 print(f"{self.settings.name}: quality of {mode.label}", flush=True)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, json.dumps(self._measure_quality(mode)))
-            facts = {"variant": name, "seed": 0, "share": 1, "task": "quality", "method": "plain", "weights": weights}
+            facts = {
+                "variant": name,
+                "seed": 0,
+                "share": 1,
+                "task": "quality",
+                "method": "plain",
+                "pipeline": pipeline,
+            }
             records.append({**facts, **json.loads(file.read_text())})
         return records
 

@@ -13,10 +13,9 @@ from unittest.mock import patch
 
 import torch
 from diffusers import AutoModel, VQModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_far import ContextPlan, FARPipeline, FlexRoPEConfig, TokenARForVideo
-from diffusers_far.evaluation.results import file_hash
+from diffusers_far.evaluation.results import pipeline_identity, settings_hash
 from diffusers_far.models import transformer_far
 from diffusers_far.models.codec import decode_codes, decode_video
 from diffusers_far.models.functional import position_ids
@@ -155,9 +154,10 @@ def load_predictor(variant: Variant, model_dir: Path, vae_dir: Path, evaluation:
     return PipelinePredictor(pipe)
 
 
-def weights_hash(checkpoint: str) -> str:
-    """Sha256 (hex) of a pipeline's transformer, by its folder from the repository's root: whose numbers they are."""
-    return file_hash(ROOT / checkpoint / "transformer" / SAFETENSORS_WEIGHTS_NAME)
+def checkpoint_hash(checkpoint: str) -> str:
+    """Sha256 (hex) of all that predictions of a pipeline depend on, by its folder from the repository's root: with it in the
+    records, numbers of an earlier checkpoint are not taken for those of this one."""
+    return settings_hash(pipeline_identity(load_pipeline(ROOT / checkpoint)))
 
 
 @contextmanager

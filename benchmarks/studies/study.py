@@ -15,7 +15,7 @@ from .analysis import select
 from .data import DataFolder
 from .identity import keep_settings
 from .measure import measure
-from .predictors import Predictor, load_predictor, weights_hash
+from .predictors import Predictor, checkpoint_hash, load_predictor
 from .settings import StudySettings
 from .training import TrainingRun, num_steps
 from .walks import HeldOutWalks
@@ -132,13 +132,13 @@ class Study:
     def _measured(self, run: TrainingRun, variant: str, share: float) -> list[dict]:
         """The records of a run at one share of its training; trained and measured as far as it is not yet."""
         checkpoint = run.variant.checkpoint
-        source = {} if checkpoint is None else {"weights": weights_hash(checkpoint)}
+        source = {} if checkpoint is None else {"pipeline": checkpoint_hash(checkpoint)}
         known = select(self.known, variant=variant, seed=run.seed, share=share, **source)
         if len(known) == len(self.settings.tasks) * len(self.settings.methods):
             return known
         steps = num_steps(self.settings, run.variant, share)
         files = {
-            (task, method): run.measurements(steps) / source.get("weights", "") / f"{task}-{method}.json"
+            (task, method): run.measurements(steps) / source.get("pipeline", "") / f"{task}-{method}.json"
             for task in self.settings.tasks
             for method in self.settings.methods
         }

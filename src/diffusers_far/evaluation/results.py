@@ -91,23 +91,28 @@ def evaluation_identity(
     """What results depend on: they may be continued only where all of it is the same.
 
     Args:
-        pipe ([`FARPipeline`]): Its weights, scheduler, FlexRoPE and, of a [`VideoDiTPipeline`], context mode count, not
-            where they lie.
+        pipe ([`FARPipeline`]): See [`pipeline_identity`].
         dataset (`datasets.Dataset`): Its content counts.
         protocol_settings (`dict`): All settings, `batch_size` apart, which changes no more than rounding.
         metric_weights (`dict[str, str | None]`): Hash of each network's file, by metric; `None` where there is none.
     """
     return {
         "protocol": {name: value for name, value in protocol_settings.items() if name != "batch_size"},
-        "model": {
-            "transformer": module_hash(pipe.transformer),
-            "vae": module_hash(pipe.vae),
-            "scheduler": type(pipe.scheduler).__name__ + " " + settings_hash(pipe.scheduler.config),
-            "flex_rope": getattr(pipe.config, "flex_rope", None),
-            "context_mode": getattr(pipe.config, "context_mode", None),
-        },
+        "model": pipeline_identity(pipe),
         "dataset": dataset_fingerprint(dataset),
         "metric_weights": metric_weights,
+    }
+
+
+def pipeline_identity(pipe) -> dict:
+    """What predictions of a pipeline depend on: weights, scheduler, FlexRoPE and, of a [`VideoDiTPipeline`], context mode; not
+    where they lie."""
+    return {
+        "transformer": module_hash(pipe.transformer),
+        "vae": module_hash(pipe.vae),
+        "scheduler": type(pipe.scheduler).__name__ + " " + settings_hash(pipe.scheduler.config),
+        "flex_rope": getattr(pipe.config, "flex_rope", None),
+        "context_mode": getattr(pipe.config, "context_mode", None),
     }
 
 

@@ -198,23 +198,22 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
         "by_view": by_view,
     }
     if predictions.forgetful is not None:
-        scores["memory"] = memory_scores(predictions, walks, protocol)
+        gain = psnr["predicted"] - frame_psnr(predictions.forgetful, predictions.truth)
+        scores["memory"] = memory_scores(gain, walks, protocol)
     return scores
 
 
-def memory_scores(predictions: Predictions, walks: Walks, protocol: WorldModelProtocol) -> dict:
-    """What the whole context is better by than its recent frames, in dB of PSNR: a model that remembers is better on views that
-    it was shown before the recent frames and not since (`remembered`), and no better on those that it never was (`unseen`)."""
+def memory_scores(gain: torch.Tensor, walks: Walks, protocol: WorldModelProtocol) -> dict:
+    """What the whole context is better by than its recent frames, `gain` `(B, num_frames)` in dB of PSNR: a model that remembers
+    is better on views that it was shown before the recent frames and not since (`remembered`), and no better on those that
+    it never was (`unseen`)."""
     num_context = protocol.num_context_frames
-    first_recent, frames = (
-        num_context - protocol.num_recent_frames,
-        slice(num_context, num_context + protocol.num_frames),
-    )
+    first_recent = num_context - protocol.num_recent_frames
+    frames = slice(num_context, num_context + protocol.num_frames)
     shown_early, shown_late = (
         torch.stack([seen_before(pose, memory, frames) for pose in walks.pose])
         for memory in (slice(0, first_recent), slice(first_recent, num_context))
     )
-    gain = frame_psnr(predictions.predicted, predictions.truth) - frame_psnr(predictions.forgetful, predictions.truth)
     return {
         name: {"share_of_frames": mask.double().mean().item(), "gain": Estimate.of(mean_where(gain, mask)).to_json()}
         for name, mask in (("remembered", shown_early & ~shown_late), ("unseen", ~shown_early & ~shown_late))
@@ -238,17 +237,18 @@ def format_scores(scores: dict) -> str:
             f"({view['share_of_frames']:.0%} of the frames)"
         )
 
+    def show_memory(name: str) -> str:
+        view = scores["memory"][name]
+        if not view["gain"]["num_samples"]:
+            return "no frames"
+        return f"{show(view['gain'])} dB ({view['share_of_frames']:.0%} of the frames)"
+
+    num_recent = scores["protocol"]["num_recent_frames"]
     horizons = range(1, scores["protocol"]["num_frames"] + 1)
     lines = ["PSNR in dB by frame      " + "".join(f"{horizon:>15}" for horizon in horizons)]
     titles = {"predicted": "FAR", "repeated": "last frame repeated", "reconstructed": "VAE (the ceiling)"}
     for name, title in titles.items():
         lines.append(f"{title:<25}" + "".join(f"{show(each):>15}" for each in scores["psnr_by_horizon"][name]))
-    memory = [
-        f"gain over the last {scores['protocol']['num_recent_frames']} frames, {name:<10}  "
-        f"{show(view['gain'])} dB ({view['share_of_frames']:.0%} of the frames)"
-        for name, view in scores.get("memory", {}).items()
-        if view["gain"]["num_samples"]
-    ]
     turns = scores["follows_actions"]
     share_of_turns = f"{turns['mean']:.0%} of " if turns["num_samples"] else ""
     lines += [
@@ -256,7 +256,10 @@ def format_scores(scores: dict) -> str:
         f"gain over repeating, first frame   {show(scores['gain_on_first_frame'])} dB",
         f"gain over repeating, all frames    {show(scores['gain_on_all_frames'])} dB",
         *(f"  of views {name} in the context    {show_view(name)}" for name in scores["by_view"]),
-        *memory,
+        *(
+            f"gain over the last {num_recent} frames, {name:<10}  {show_memory(name)}"
+            for name in scores.get("memory", ())
+        ),
         f"gradient magnitude, of the VAE's   {scores['gradient_ratio']:.0%}",
         f"nearer to the truth than mirrored  {share_of_turns}{turns['num_samples']} turns",
     ]

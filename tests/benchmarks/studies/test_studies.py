@@ -1,6 +1,5 @@
 """The studies, shrunk to seconds: they run from data to page, and what is interrupted goes on."""
 
-import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -17,9 +16,10 @@ from benchmarks.studies import study as study_module
 from benchmarks.studies.cache import CacheStudy
 from benchmarks.studies.data import DataFolder, prepare
 from benchmarks.studies.poses import pose_actions
+from benchmarks.studies.predictors import checkpoint_hash, load_predictor
 from benchmarks.studies.report import study_section
 from benchmarks.studies.results import STUDIES, finished_results, read_results, run_part, run_study, write_results
-from benchmarks.studies.scripts import ROOT, load_script
+from benchmarks.studies.scripts import load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
 from benchmarks.studies.study import Study, StudyPart
 from benchmarks.studies.training import TrainingRun
@@ -116,13 +116,19 @@ def test_the_nearest_view_is_measured_beside_what_is_trained_and_trains_nothing(
     assert not (workplace / "nearest" / "nearest-seed0" / "model").exists()
 
 
-def test_a_checkpoint_is_measured_as_it_is_and_named_by_its_weights(data, workplace):
+def test_a_checkpoint_is_measured_as_it_is_and_its_numbers_are_no_other_checkpoints(data, workplace, monkeypatch):
     variants = {"shipped": {"label": "shipped", "script": None, "checkpoint": "checkpoints/far-maze"}}
     study = small_study(workplace / "shipped", data, variants=variants, budget={"shares": [1]}, measures_cost=True)
     shipped = [record for record in study.run() if record["variant"] == "shipped"]
     assert shipped and all(record["flops"] == 0 and min(record["by_walk"]["psnr"]) > 0 for record in shipped)
-    weights = ROOT / "checkpoints" / "far-maze" / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert {record["weights"] for record in shipped} == {hashlib.sha256(weights.read_bytes()).hexdigest()}
+    predictor = load_predictor(study.settings.variants["shipped"], workplace, data.vae, study.settings.evaluation)
+    assert predictor.pipe.transformer.config.trained_frames == 136
+    assert {record["pipeline"] for record in shipped} == {checkpoint_hash("checkpoints/far-maze")}
+
+    monkeypatch.setattr(study_module, "checkpoint_hash", lambda checkpoint: "another")
+    monkeypatch.setattr(Study, "_measure", None)  # would fail
+    with pytest.raises(TypeError):
+        replace(study, known=shipped).run()
 
 
 def test_quality_that_is_known_is_not_measured_again(data, workplace, monkeypatch):
@@ -132,9 +138,9 @@ def test_quality_that_is_known_is_not_measured_again(data, workplace, monkeypatc
     assert CacheStudy(settings, data, workplace / "known", records).run() == records
 
     monkeypatch.setattr(CacheStudy, "_measure_quality", lambda study, mode: {"label": mode.label})
-    of_other_weights = [{**record, "weights": "others"} for record in records]
-    anew = CacheStudy(settings, data, workplace / "anew", of_other_weights).run()
-    assert [record["weights"] for record in anew] == [record["weights"] for record in records]
+    of_another_model = [{**record, "pipeline": "another"} for record in records]
+    anew = CacheStudy(settings, data, workplace / "anew", of_another_model).run()
+    assert [record["pipeline"] for record in anew] == [record["pipeline"] for record in records]
     assert all("label" in record for record in anew)
 
 
