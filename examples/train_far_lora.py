@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline
 from diffusers_far.evaluation.media import write_mp4
+from diffusers_far.models.identity import model_identity
 from diffusers_far.training.arguments import (
     RUN_IDENTITY,
     add_checkpoint_arguments,
@@ -55,7 +56,6 @@ from diffusers_far.training.run import (
     evaluated,
     is_out_of_time,
     leave_out_planned_attention,
-    model_hash,
     require_finite,
     run_identity,
     seed_step,
@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     batches = training_batches(args, latents, objective, config, accelerator)
 
     # 2. The adapter
-    base_model = model_hash(transformer)
+    base_model = model_identity(transformer, rounded_to=torch.float32)
     targets = lora_targets(transformer, args.target_modules)
     parameters = add_lora(
         transformer, rank=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets

@@ -5,7 +5,8 @@ import torch
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.evaluation.protocols import Case
-from diffusers_far.evaluation.results import IDENTITY_FILE, ResultFolder, evaluation_identity, file_hash, module_hash
+from diffusers_far.evaluation.results import IDENTITY_FILE, ResultFolder, evaluation_identity, file_hash
+from diffusers_far.models.identity import model_identity
 
 
 CASE = Case("task", 0, 1, 2)
@@ -54,8 +55,8 @@ def test_the_identity_sees_the_smallest_change_of_weights_and_not_the_batch_size
     with torch.no_grad():
         weight = next(changed.parameters()).view(-1)
         weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
-    assert module_hash(changed) != first["model"]["transformer"] == module_hash(pipe.transformer)
-    assert module_hash(tiny_transformer().bfloat16()) != module_hash(tiny_transformer())
+    assert model_identity(changed) != first["model"]["transformer"] == model_identity(pipe.transformer)
+    assert model_identity(tiny_transformer().bfloat16()) != model_identity(tiny_transformer())
 
 
 def test_a_missing_file_of_weights_is_named(tmp_path):

@@ -24,8 +24,8 @@ from tiny_models import tiny_dc, tiny_pipeline, tiny_transformer
 from diffusers_far import FARPipeline
 from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentDataset, LatentSource, write_shard
+from diffusers_far.models.identity import model_identity
 from diffusers_far.training.hub import is_unedited
-from diffusers_far.training.run import model_hash
 from diffusers_far.training.validation import held_out_losses, validation_clips
 
 
@@ -171,7 +171,7 @@ def test_the_default_targets_are_all_attention_projections_and_nothing_else(trai
 def test_the_base_beneath_the_adapter_is_unchanged_to_the_bit(workplace, trained):
     """The saved base, and the one in the run's memory: base and adapter as saved give the loss that the run logged."""
     pipe = FARPipeline.from_pretrained(workplace / "base")
-    assert model_hash(pipe.transformer) == model_hash(base_pipeline().transformer)
+    assert model_identity(pipe.transformer) == model_identity(base_pipeline().transformer)
     clips = validation_clips(LatentDataset(workplace / "latents", "validation"), 3, 8)
     for step, load in ((0, False), (7, True)):
         if load:
@@ -206,7 +206,7 @@ def test_the_card_tells_how_to_load_it_what_it_was_trained_on_and_how_well(workp
         "- Steps: 7 of 2 clips per process",
         "- Clips: up to 8 frames",
         "- Adapter: rank 2, alpha 4, dropout 0.1, add_k_proj",
-        f"- Base model: weights {model_hash(base_pipeline().transformer)[:16]}",
+        f"- Base model: weights {model_identity(base_pipeline().transformer, torch.float32)[:16]}",
         f"PSNR, mean of the predicted frames, dB | {before:.4g} | {after:.4g} |",
         'src="sample.mp4"',
     ):
@@ -244,7 +244,7 @@ def test_a_run_with_another_adapter_or_base_is_not_resumed(workplace, trained):
         "`lora_alpha` was 4.0 and is 2.0",
         "`lora_dropout` was 0.1 and is 0.0",
         "`target_modules` was ['add_k_proj',",
-        f"`base_model` was {model_hash(base_pipeline(0).transformer)!r}",
+        f"`base_model` was {model_identity(base_pipeline(0).transformer, torch.float32)!r}",
     ):
         assert message in result.stderr
 

@@ -9,6 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far import FARPipeline
+from diffusers_far.models.adapters import adapter_layers
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "norm1.linear", "proj_out"]
@@ -120,6 +121,104 @@ def test_two_adapters_add_up_by_their_weights(pipe, rollout, tmp_path):
     assert differs(rollout(pipe), only_walls) and differs(only_walls, plain)
     pipe.disable_lora()
     assert torch.equal(rollout(pipe), plain)
+
+
+def scales(pipe):
+    return [dict(layer.scaling) for layer in adapter_layers(pipe.transformer).values()]
+
+
+@pytest.fixture
+def weighted(pipe, tmp_path):
+    """A pipeline with an adapter whose weight is not 1, and cannot be told from the file."""
+    save_lora(tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="walls")
+    pipe.set_adapters("walls", 0.3)
+    return pipe
+
+
+def run_session(pipe, **kwargs):
+    session = pipe.start_session(
+        height=8, width=8, num_inference_steps=1, output_type="latent", generator=torch.Generator(), **kwargs
+    )
+    session.step()
+    session.step(0)
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -1, 0.7, 1e-30])
+def test_every_way_of_running_leaves_the_weights_of_adapters_exactly(weighted, rollout, scale):
+    expected, before = rollout(weighted), scales(weighted)
+    kwargs = {"attention_kwargs": {"scale": scale}}
+    rollout(weighted, **kwargs)
+    assert scales(weighted) == before
+    run_session(weighted, **kwargs)
+    list(weighted.stream(height=8, width=8, actions=[0, 1], num_frames=2, num_inference_steps=1, **kwargs))
+    weighted.transformer(torch.zeros(1, 1, 4, 4, 4), 0, actions=torch.zeros(1, 1, dtype=torch.int64), **kwargs)
+    # An error in the middle, in a layer that runs while the scales are others.
+    hook = weighted.transformer.proj_out.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rollout(weighted, **kwargs)
+    hook.remove()
+    assert scales(weighted) == before and torch.equal(rollout(weighted), expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"scale": float("nan")}, {"scale": float("inf")}, {"scale": "1"}, {"scale": True}, {"scales": 0.5}, [0.5]],
+)
+def test_scales_that_are_no_finite_number_and_unknown_keys_are_refused_before_any_work(weighted, kwargs, monkeypatch):
+    before = scales(weighted)
+    monkeypatch.setattr(weighted.vae, "encode", lambda *_: pytest.fail("the context was encoded"))
+    video = torch.rand(1, 2, 3, 8, 8)
+    calls = [
+        lambda: weighted(video=video, actions=[0, 1, 2], num_frames=1, attention_kwargs=kwargs),
+        lambda: weighted.stream(video=video, actions=[0, 1, 2], num_frames=1, attention_kwargs=kwargs),
+        lambda: weighted.start_session(video=video, actions=[0], attention_kwargs=kwargs),
+        lambda: weighted.transformer(torch.zeros(1, 1, 4, 4, 4), 0, attention_kwargs=kwargs),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="attention_kwargs"):
+            call()
+    assert scales(weighted) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1"])
+def test_weights_and_scales_of_adapters_are_finite_and_so_are_their_values(weighted, value, tmp_path):
+    before = scales(weighted)
+    for refused in (
+        lambda: weighted.fuse_lora(lora_scale=value),
+        lambda: weighted.transformer.fuse_lora(value),
+        lambda: weighted.set_adapters("walls", value),
+        lambda: weighted.transformer.set_adapters(["walls"], [{"transformer_blocks": value}]),
+    ):
+        with pytest.raises(ValueError, match="finite number"):
+            refused()
+    assert scales(weighted) == before and not weighted.fused_loras
+    layers = FARPipeline.lora_state_dict(tmp_path)
+    next(iter(layers.values()))[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite values in transformer"):
+        weighted.load_lora_weights(layers)
+
+
+@pytest.mark.parametrize("through", [lambda pipe: pipe, lambda pipe: pipe.transformer], ids=["pipeline", "model"])
+def test_fusing_at_a_scale_and_unfusing_leaves_the_adapters_and_the_weights_beneath(weighted, rollout, through):
+    expected, before = rollout(weighted), scales(weighted)
+    for _ in range(2):
+        through(weighted).fuse_lora(lora_scale=0.5)
+        assert differs(rollout(weighted), expected) and scales(weighted) == before
+        through(weighted).fuse_lora(lora_scale=0.5)  # nothing is left to fuse
+        weighted.set_adapters("walls", 0.9)  # for later: what is fused stays as it is
+        weighted.set_adapters("walls", 0.3)
+        weighted.set_adapters("walls", 0.9)
+        through(weighted).unfuse_lora()
+        weighted.set_adapters("walls", 0.3)
+    assert scales(weighted) == before
+    torch.testing.assert_close(rollout(weighted), expected, **ROUNDING)
+    weighted.disable_lora()
+    plain = rollout(weighted)
+    weighted.enable_lora()
+    through(weighted).fuse_lora(lora_scale=0.5)
+    through(weighted).disable_lora()
+    torch.testing.assert_close(rollout(weighted), plain, **ROUNDING)
 
 
 def test_fused_layers_compute_the_same_and_unfusing_takes_them_out(pipe, rollout, tmp_path):

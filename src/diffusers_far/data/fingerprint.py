@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from datasets import Dataset, Video
 
+from ..models.identity import model_identity
+
 
 def dataset_fingerprint(dataset: Dataset, num_rows: int = 32) -> str:
     """Sha256 (hex) of the features, the number of rows and the content of up to `num_rows` evenly spaced rows.
@@ -31,13 +33,6 @@ def _content_hash(file: dict) -> str:
 
 
 def vae_hash(vae: torch.nn.Module) -> str:
-    """Sha256 (hex) of a VAE's class, config and weights.
-
-    The weights count as float16: the same VAE saved in float32 and in float16 has one hash.
-    """
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """What latents are known to be made by: a VAE's [`~models.identity.model_identity`], the same in float32 and in
+    float16."""
+    return model_identity(vae, rounded_to=torch.float16)

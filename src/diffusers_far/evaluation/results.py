@@ -10,6 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from ..data.fingerprint import dataset_fingerprint
+from ..models.identity import model_identity, settings_hash
 from .protocols import Case
 
 
@@ -108,27 +109,12 @@ def pipeline_identity(pipe) -> dict:
     """What predictions of a pipeline depend on: weights, scheduler, FlexRoPE and, of a [`VideoDiTPipeline`], context mode; not
     where they lie."""
     return {
-        "transformer": module_hash(pipe.transformer),
-        "vae": module_hash(pipe.vae),
+        "transformer": model_identity(pipe.transformer),
+        "vae": model_identity(pipe.vae),
         "scheduler": type(pipe.scheduler).__name__ + " " + settings_hash(pipe.scheduler.config),
         "flex_rope": getattr(pipe.config, "flex_rope", None),
         "context_mode": getattr(pipe.config, "context_mode", None),
     }
-
-
-def module_hash(module: torch.nn.Module) -> str:
-    """Sha256 (hex) of a module's class, config and weights, bit for bit."""
-    digest = hashlib.sha256(f"{type(module).__name__} {settings_hash(module.config)}".encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def settings_hash(settings: dict) -> str:
-    """Sha256 (hex) of settings, private ones apart."""
-    public = {name: value for name, value in settings.items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_hash(path: str | Path) -> str:

@@ -47,7 +47,7 @@ class FARLoraLoaderMixin(LoraBaseMixin):
             return_lora_metadata (`bool`): Also return the adapter's config, `None` where the file has none.
 
         Raises:
-            ValueError: The weights are pickled, or are no LoRA layers of a FAR transformer.
+            ValueError: The weights are pickled, not finite, or no LoRA layers of a FAR transformer.
         """
         require_safetensors("use_safetensors", use_safetensors)
         if weight_name is not None and not weight_name.endswith(".safetensors"):
@@ -72,6 +72,12 @@ class FARLoraLoaderMixin(LoraBaseMixin):
                 f"The LoRA weights have {'the keys ' + name_some(foreign) if foreign else 'no keys'}; those of a FAR "
                 f"pipeline are LoRA layers and start with `{cls.transformer_name}.`. Save them with "
                 "`FARPipeline.save_lora_weights`."
+            )
+        not_finite = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+        if not_finite:
+            raise ValueError(
+                f"The LoRA weights have NaN or infinite values in {name_some(not_finite)}, with which every frame would be "
+                "NaN; load a LoRA of an intact training."
             )
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
@@ -176,9 +182,14 @@ class FARLoraLoaderMixin(LoraBaseMixin):
         adapter_names: list[str] | None = None,
         **kwargs,
     ) -> None:
-        """Add the LoRA layers, times `lora_scale`, to the weights beneath them: as fast as a model without LoRA."""
+        """Add the LoRA layers, times `lora_scale`, to the weights beneath them: as fast as a model without LoRA.
+
+        Raises:
+            ValueError: `lora_scale` is no finite number.
+        """
         super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs) -> None:
-        """Subtract what `fuse_lora` added."""
-        super().unfuse_lora(components, **kwargs)
+        """Subtract what `fuse_lora` added; the layers then count as they did before."""
+        with self.transformer.scales_as_fused():
+            super().unfuse_lora(components, **kwargs)

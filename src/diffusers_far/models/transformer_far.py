@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import BaseOutput
 
+from .adapters import AdapterMixin, lora_scale, scaled_adapters
 from .attention_far import AttentionFrames, FARAttentionBias, attention_frames_of
 from .blocks_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
 from .cache_options import CacheOptions
@@ -59,7 +59,7 @@ class FARTransformerOutput(BaseOutput):
 
 
 class FARTransformer3DModel(
-    CompleteWeightsMixin, Int8Mixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin
+    CompleteWeightsMixin, Int8Mixin, ModelMixin, ConfigMixin, AdapterMixin, CacheMixin, AttentionMixin
 ):
     r"""
     Frame-autoregressive diffusion transformer (FAR), base and long in one class.
@@ -231,7 +231,6 @@ class FARTransformer3DModel(
             rotation=self._time_rotation,
         )
 
-    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -257,7 +256,7 @@ class FARTransformer3DModel(
             kv_cache (`FARKVCache`, *optional*): Context. A call with it carries no gradient.
             update_cache (`bool`): `True` adds these clean frames to the cache, each exactly once, one or many at a
                 time. `False` denoises exactly one frame and leaves the cache as it is.
-            attention_kwargs (`dict`, *optional*): `scale` scales LoRA layers.
+            attention_kwargs (`dict`, *optional*): `scale`, a finite number, scales LoRA layers; no other key.
             return_dict (`bool`): `False` returns a tuple.
             clean_hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): For training without a cache:
                 what the noisy frames were made of. Each short frame then attends to the clean frames before it instead
@@ -270,11 +269,12 @@ class FARTransformer3DModel(
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
             all F frames for a model without long frames; with `None` for a write.
         """
+        scale = lora_scale(attention_kwargs)
         frames = FrameBatch(hidden_states, actions, action_mask)
         timestep = self._timestep_per_frame(timestep, frames)
         self._check_inputs(frames, class_labels, timestep, kv_cache, update_cache)
         self._check_clean(clean_hidden_states, frames, kv_cache)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
+        with scaled_adapters(self, scale), torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
                 plan = self.context_plan(frames.num_frames, *hidden_states.shape[-2:])
                 if clean_hidden_states is not None:

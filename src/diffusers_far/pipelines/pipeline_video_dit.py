@@ -176,6 +176,7 @@ class VideoDiTPipeline(FARPipeline):
             callback_on_step_end_tensor_inputs=[],
             is_whole_clip=True,
         )
+        config = RolloutConfig(num_inference_steps, guidance_scale, use_cache=False, attention_kwargs=attention_kwargs)
         self._warn_of_long_clips(inputs.num_context_frames + inputs.num_frames)
 
         # 2. Show the context, and denoise all new frames beside it
@@ -187,9 +188,7 @@ class VideoDiTPipeline(FARPipeline):
             max_frames=inputs.num_context_frames + inputs.num_frames,
             device=self._execution_device,
             class_labels=self._on_device(inputs.class_labels, inputs),
-            config=RolloutConfig(
-                num_inference_steps, guidance_scale, use_cache=False, attention_kwargs=attention_kwargs
-            ),
+            config=config,
             context_mode=self.config.context_mode,
             context_noise=self._context_noise(context, generator),
         )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from diffusers import SchedulerMixin
 
+from ..models.adapters import lora_scale
 from ..models.cache_options import CacheOptions
 from ..models.denoising_steps import DenoisingSteps
 from ..models.frame_batch import FrameBatch
@@ -26,7 +27,10 @@ class RolloutConfig:
         guidance_scale (`float`): Above 1 the model also runs with the null condition, in the same batch.
         use_cache (`bool`): `False` computes the whole context anew at every step.
         cache_options (`CacheOptions`): How the cache saves time and memory.
-        attention_kwargs (`dict`, *optional*): Passed to the transformer.
+        attention_kwargs (`dict`, *optional*): Passed to the transformer: `scale` scales LoRA layers.
+
+    Raises:
+        ValueError: `attention_kwargs` has another key, or no finite number.
     """
 
     num_inference_steps: int = 50
@@ -34,6 +38,9 @@ class RolloutConfig:
     use_cache: bool = True
     cache_options: CacheOptions = CacheOptions()
     attention_kwargs: dict | None = None
+
+    def __post_init__(self):
+        lora_scale(self.attention_kwargs)
 
 
 class Rollout:

@@ -3,7 +3,6 @@
 B batch, C latent channels, H/W latent height/width, A action channels.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from ..hooks.flex_rope import applied_config
 from ..models.cache_options import CacheOptions
+from ..models.identity import model_identity, public_config
 from .latency import LatencyBudget
 from .noise import NoiseSource, NoiseState
 from .rollout import Rollout, RolloutConfig
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 FORMAT = "diffusers_far.session"
 VERSION = 2
-NUM_FINGERPRINT_VALUES = 16  # of each parameter: enough to tell one training from another, little to read
 
 
 def save_session(session: "FARSession", path: str | os.PathLike) -> None:
@@ -203,29 +202,13 @@ def maker_facts(rollout: Rollout) -> dict[str, dict]:
         "transformer": {
             **public_config(transformer.config),
             "dtype": str(transformer.dtype),
-            "weights": weights_fingerprint(transformer),
+            "weights": model_identity(transformer),
             "cached dtype": None if rollout.kv_cache is None else str(rollout.kv_cache.dtype),  # autocast changes it
         },
         "scheduler": {**public_config(scheduler.config), "class": type(scheduler).__name__},
         "FlexRoPE": flex_rope_facts,
     }
     return json.loads(json.dumps(facts, default=str))
-
-
-def public_config(config: dict) -> dict:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def weights_fingerprint(transformer: torch.nn.Module) -> str | None:
-    """A digest that differs between trainings of one architecture, LoRA layers included, on every device the same;
-    `None` where the weights are not in memory, as with sequential offloading."""
-    digest = hashlib.sha256()
-    for name, parameter in transformer.named_parameters():
-        if parameter.is_meta:
-            return None
-        values = parameter.detach().flatten()[:NUM_FINGERPRINT_VALUES]
-        digest.update(f"{name} {tuple(parameter.shape)} {values.float().cpu().tolist()}".encode())
-    return digest.hexdigest()
 
 
 def differences(ours: dict, theirs: dict) -> str:

@@ -4,8 +4,6 @@ B batch, F frames.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -150,17 +148,6 @@ def run_identity(
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
     return identity | facts
-
-
-def model_hash(model: torch.nn.Module) -> str:
-    """Sha256 (hex) of a model's class, config and weights, every bit of them; stored in half or in full precision, the
-    same values have one hash."""
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def seed_step(seed: int, step: int, process_index: int = 0) -> None:
