@@ -7,9 +7,16 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import (
+    AmusedScheduler,
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    IPNDMScheduler,
     UniPCMultistepScheduler,
 )
 from hypothesis import given
@@ -27,10 +34,12 @@ from tiny_models import (
     tiny_transformer,
 )
 
-from diffusers_far import FARPipeline, FARTransformer3DModel, FlexRoPEConfig
+from diffusers_far import FARPipeline, FARTransformer3DModel, FlexRoPEConfig, VideoDiTPipeline
 from diffusers_far.models.codec import encode_video, spatial_compression
+from diffusers_far.pipelines.rollout import check_scheduler
 
 
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 LATENT_SIZE = (4, 6)
 SIZE = (8, 12)  # in pixels, with the VAE that `tiny_pipeline` has by default
 
@@ -75,7 +84,8 @@ def latent_frames(pipe: FARPipeline, **arguments) -> torch.Tensor:
 def rollout_by_hand(
     model, context, noise, num_inference_steps, actions=None, class_labels=None, guidance_scale=1.0
 ) -> torch.Tensor:
-    """What a call computes, written out: every step runs the model on the whole video so far, twice with guidance."""
+    """What a call computes, written out: every step runs the model on the whole video so far, twice with guidance, which
+    may be a list, of each step's."""
     video, batch_size = context, len(noise)
     for frame in range(noise.shape[1]):
         scheduler = FlowMatchEulerDiscreteScheduler()
@@ -91,14 +101,17 @@ def rollout_by_hand(
         if class_labels is not None:
             kwargs |= {"class_labels": class_labels}
             null_kwargs |= {"class_labels": torch.full_like(class_labels, model.config.num_classes)}
-        for timestep in scheduler.timesteps:
+        for step, timestep in enumerate(scheduler.timesteps):
+            scale = guidance_scale
+            if isinstance(guidance_scale, list):
+                scale = guidance_scale[frame * num_inference_steps + step]
             inputs = torch.cat([video, latents], dim=1)
             timesteps = torch.full((batch_size, num_frames), -1.0)
             timesteps[:, -1] = timestep
             velocity = model(inputs, timesteps, **kwargs).sample[:, -1:]
-            if guidance_scale > 1:
+            if scale > 1:
                 null_velocity = model(inputs, timesteps, **null_kwargs).sample[:, -1:]
-                velocity = null_velocity + guidance_scale * (velocity - null_velocity)
+                velocity = null_velocity + scale * (velocity - null_velocity)
             latents = scheduler.step(velocity, timestep, latents).prev_sample
         video = torch.cat([video, latents], dim=1)
     return video[:, context.shape[1] :]
@@ -511,6 +524,8 @@ def test_with_slicing_the_vae_runs_one_frame_at_a_time(build):
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         FlowMatchHeunDiscreteScheduler(),
         UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        DPMSolverSinglestepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -525,6 +540,47 @@ def test_every_flow_matching_scheduler_makes_each_frame_from_its_start(scheduler
     longer = torch.cat([context, frames[:, :1]], dim=1)
     second = latent_frames(pipe, video_latents=longer, latents=noise[:, 1:], num_frames=1, num_inference_steps=3)
     torch.testing.assert_close(second, frames[:, 1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        (DDIMScheduler(), "DDIMScheduler has `prediction_type` 'epsilon'"),
+        (EulerDiscreteScheduler(prediction_type="v_prediction"), "has `prediction_type` 'v_prediction'"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "UniPCMultistepScheduler has `prediction_type` 'epsilon'"),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction"), "UniPCMultistepScheduler leaves .* of the noise"),
+        (DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "leaves 0.* of the noise"),
+        (IPNDMScheduler(), "IPNDMScheduler leaves .* of the noise"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "has `use_dynamic_shifting`.* set `shift`"),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "leaves .* of the noise"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "EulerDiscreteScheduler (leaves|cannot)"),
+        (AmusedScheduler(0), "AmusedScheduler cannot be stepped from noise to data"),
+        (None, "NoneType cannot be stepped"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_a_scheduler_that_follows_no_flow_is_refused_by_name_at_the_start_and_whenever_it_is_set(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(scheduler=scheduler) if scheduler is not None else FARPipeline(
+            tiny_transformer(), tiny_kl(), None
+        )
+    pipe, context = tiny_pipeline(), random_latents(2)
+    pipe.scheduler = scheduler
+    whole_clips = VideoDiTPipeline(
+        tiny_transformer(frame_causal=False), tiny_kl(), FlowMatchEulerDiscreteScheduler(), context_mode="clean"
+    )
+    whole_clips.scheduler = scheduler
+    for refused in (pipe, pipe.stream, pipe.start_session, whole_clips):
+        with pytest.raises(ValueError, match=message):
+            refused(video_latents=context)
+
+
+def test_trying_a_scheduler_leaves_it_and_the_global_generator_as_they_are():
+    scheduler = FlowMatchLCMScheduler()
+    scheduler.set_timesteps(7)
+    state, before = torch.get_rng_state(), scheduler.timesteps.clone()
+    check_scheduler(scheduler)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(scheduler.timesteps, before)
 
 
 def test_heun_makes_an_exact_flow_better_than_euler():
@@ -626,6 +682,88 @@ def test_a_callback_may_return_nothing(result):
         callback_on_frame_end=lambda *args: result,
     )
     assert torch.equal(frames, expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("schedule", [[2.5, 0.0, 0.0, 0.0], [2.5, 1.5, 4.0, 1.0], [2.5, 1.0, 3.0, 0.5]])
+def test_a_callback_changes_the_guidance_of_the_next_step_across_1_too(schedule, use_cache):
+    model = tiny_transformer(num_actions=3, long_patch_size=2)
+    pipe, context, noise = tiny_pipeline(model), random_latents(3), random_latents(2, seed=1)
+    actions, seen = conditions_of(model, 5)["actions"], []
+
+    def change(pipe, step, timestep, tensors):
+        seen.append(pipe.guidance_scale)
+        if step < 3:
+            pipe._guidance_scale = schedule[step + 1]
+        return tensors
+
+    arguments = {
+        "video_latents": context,
+        "latents": noise,
+        "actions": actions,
+        "num_frames": 2,
+        "guidance_scale": 2.5,
+    }
+    frames = latent_frames(pipe, **arguments, use_cache=use_cache, callback_on_step_end=change)
+    assert seen == schedule
+    torch.testing.assert_close(frames, rollout_by_hand(model, context, noise, 2, actions, None, schedule), **CLOSE)
+
+
+def test_the_frame_callback_changes_the_guidance_of_the_next_frame():
+    model = tiny_transformer(num_actions=3)
+    pipe, context, noise = tiny_pipeline(model), random_latents(3), random_latents(2, seed=1)
+    actions = conditions_of(model, 5)["actions"]
+    frames = latent_frames(
+        pipe,
+        video_latents=context,
+        latents=noise,
+        actions=actions,
+        num_frames=2,
+        guidance_scale=2.5,
+        callback_on_frame_end=lambda pipe, *_: setattr(pipe, "_guidance_scale", 0.0),
+    )
+    expected = rollout_by_hand(model, context, noise, 2, actions, None, [2.5, 2.5, 0.0, 0.0])
+    torch.testing.assert_close(frames, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "begun, changed, message",
+    [
+        (1.0, 2.0, "encoded without a null half; start with a guidance above 1"),
+        (2.0, float("nan"), "`guidance_scale` is nan"),
+        (2.0, -1.0, "`guidance_scale` is -1.0"),
+        (2.0, "3", "`guidance_scale` is '3'"),
+    ],
+)
+def test_guidance_that_a_callback_cannot_set_is_refused(begun, changed, message):
+    pipe = tiny_pipeline(tiny_transformer(num_actions=3))
+    with pytest.raises(ValueError, match=message):
+        latent_frames(
+            pipe,
+            video_latents=random_latents(2),
+            actions=torch.zeros(2, 5, dtype=torch.int64),
+            guidance_scale=begun,
+            callback_on_step_end=lambda pipe, *_: setattr(pipe, "_guidance_scale", changed),
+        )
+
+
+def test_a_callback_of_one_stream_does_not_change_the_guidance_of_another():
+    pipe = tiny_pipeline(tiny_transformer(num_actions=3))
+    arguments = {
+        "video_latents": random_latents(2),
+        "latents": random_latents(2, seed=1),
+        "actions": torch.zeros(2, 4, dtype=torch.int64),
+        "num_frames": 2,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "output_type": "latent",
+    }
+    expected = list(pipe.stream(**arguments))
+    switch_off = {"callback_on_step_end": lambda pipe, *_: setattr(pipe, "_guidance_scale", 0.0)}
+    watch = {"callback_on_step_end": lambda pipe, *_: None}
+    pairs = list(zip(pipe.stream(**arguments, **watch), pipe.stream(**arguments, **switch_off)))
+    for (frame, other), wanted in zip(pairs, expected):
+        assert torch.equal(frame, wanted) and not torch.equal(other, wanted)
 
 
 def test_a_callback_that_asks_for_no_tensor_gets_none():

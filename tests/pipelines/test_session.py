@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -307,3 +310,11 @@ def test_a_session_led_along_frames_goes_on_from_these():
     frames = go_on(start(pipe, guidance_scale=1.0), actions, 0, 3)
     session = led_along(start(pipe), actions, frames)
     assert torch.equal(session.latents[:, NUM_CONTEXT:], frames)
+
+
+@pytest.mark.parametrize("take_along", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_session_is_neither_pickled_nor_copied_and_says_what_to_do(take_along):
+    session = start(pipeline())
+    with pytest.raises(TypeError, match="use `fork` for another one .* and `save` and `FARSession.load`"):
+        take_along(session)
+    session.step(0)

@@ -1,6 +1,8 @@
 """How a KV cache trades exactness or memory of the past for time and space."""
 
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class CacheOptions:
 
     @property
     def rebuild_interval(self) -> int:
-        return self.short_cache if isinstance(self.short_cache, int) else 1
+        return int(self.short_cache) if is_whole_number(self.short_cache) else 1
 
     @property
     def is_rolling(self) -> bool:
@@ -31,7 +33,11 @@ class CacheOptions:
 
     def check(self, short_window: int, has_long_frames: bool) -> None:
         """Refuse what a model with this window cannot do."""
-        is_interval = isinstance(self.short_cache, int) and 1 <= self.short_cache < max(short_window, 2)
+        for name in ("max_long_frames", "num_sink_frames"):
+            value = getattr(self, name)
+            if value is not getattr(CacheOptions, name) and not is_whole_number(value):
+                raise ValueError(f"`{name}` is {value!r}; it is a number of frames.")
+        is_interval = is_whole_number(self.short_cache) and 1 <= self.short_cache < max(short_window, 2)
         if self.short_cache not in ("exact", "rolling") and not is_interval:
             raise ValueError(
                 f"`short_cache` is {self.short_cache!r}; choose 'exact', 'rolling' or a number of frames from 1 to "
@@ -59,3 +65,7 @@ class CacheOptions:
                 f"turns {self.rebuild_interval} frames long at once; keep at least {3 * self.rebuild_interval} beside "
                 "the sinks."
             )
+
+
+def is_whole_number(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -19,6 +19,19 @@ class FrameBatch:
     actions: torch.Tensor | None = None
     action_mask: torch.Tensor | None = None
 
+    @staticmethod
+    def form(
+        model: torch.nn.Module, batch_size: int, num_frames: int, height: int, width: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of frames as a model is fed them, in latents of `height` x `width`."""
+        shape, config = (batch_size, num_frames), model.config
+        form = {"latents": ((*shape, config.in_channels, height, width), model.dtype)}
+        if model.takes_actions:
+            is_discrete = config.action_dim is None
+            form["actions"] = (shape, torch.int64) if is_discrete else ((*shape, config.action_dim), torch.float32)
+            form["action_mask"] = (shape, torch.bool)
+        return form
+
     @property
     def num_frames(self) -> int:
         return self.latents.shape[1]

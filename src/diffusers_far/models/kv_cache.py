@@ -147,10 +147,8 @@ class FARKVCache:
         self._allocate(max_frames, dtype, device)
 
     def _allocate(self, max_frames: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make empty stores with room for `max_frames` frames, the noisy one included."""
-        self.max_frames = max_frames
-        if self.options.max_long_frames is not None:
-            max_frames = self.options.max_long_frames + self._short_window
+        """Make empty stores with room for `max_frames` frames, the noisy one included, or as many as there ever are."""
+        max_frames = self.max_frames = min(max_frames, self._most_frames)
         largest = self._largest_plan = self.plan_for_frames(max_frames)
         num_short_frames = largest.num_frames
         if largest.long_patch_size is not None:
@@ -220,11 +218,17 @@ class FARKVCache:
                 f"frames need {num_clean + 1}. Make one with a larger `max_frames`."
             )
 
+    @property
+    def _most_frames(self) -> float:
+        """Frames that are ever held at once, the noisy one included."""
+        is_bounded = self.options.max_long_frames is not None
+        return self.options.max_long_frames + self._short_window if is_bounded else float("inf")
+
     def make_room(self, num_new_frames: int) -> None:
         """Let so many more clean frames, and the noisy one after them, fit: where they do not, the stores are replaced
         by larger ones, half as large again at least."""
-        num_frames = self.num_frames + num_new_frames + 1
-        if self.options.max_long_frames is not None or num_frames <= self.max_frames:
+        num_frames = min(self.num_frames + num_new_frames + 1, self._most_frames)
+        if num_frames <= self.max_frames:
             return
         old_boundary, old_stores = self._boundary, (self._key_stores, self._value_stores)
         self._allocate(max(num_frames, self.max_frames * 3 // 2), self.dtype, self.device)
@@ -239,11 +243,41 @@ class FARKVCache:
         plan = self.plan
         used = slice(self._boundary - plan.num_long_tokens, self._boundary + plan.num_short_tokens)
         tensors = {"keys": self._key_stores[:, :, used], "values": self._value_stores[:, :, used]}
-        if self._kept_frames is not None:
+        if self._kept_frames is not None and self._kept_frames.num_frames:
             for name, tensor in vars(self._kept_frames).items():
                 if tensor is not None:
                     tensors[f"kept_{name}"] = tensor
         return tensors, {name: getattr(self, name) for name in self._CLOCK}
+
+    def state_form(self, clock: dict[str, int | bool]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that a `state` at this clock has, where actions are fed with masks.
+
+        Raises:
+            ValueError: No cache with these options ever shows this clock.
+        """
+        kinds = dict.fromkeys(self._CLOCK, bool) | {"num_frames": int, "_first_slot_frame": int}
+        if not isinstance(clock, dict) or {name: type(value) for name, value in clock.items()} != kinds:
+            raise ValueError(f"the cache's clock is {clock!r}; it has whole numbers and booleans: {list(kinds)}")
+        num_frames, bound = clock["num_frames"], self.options.max_long_frames
+        plan = self.plan_for_frames(max(num_frames, 0) + 1).segment(0, max(num_frames, 0))
+        is_long, is_stale = plan.long_patch_size is not None, clock["_window_is_stale"]
+        if (
+            num_frames < 0
+            or (bound is None and clock["_has_forgotten"])
+            or (bound is not None and plan.num_long_frames > bound)
+            or (is_stale and not is_long)
+            # Slots are numbered from the oldest short frame on, unless they are written over one by one.
+            or not (is_stale or self.options.is_rolling or clock["_first_slot_frame"] == plan.first_short_frame)
+        ):
+            raise ValueError(f"the cache's clock is {clock!r}, which a cache with {self.options} never shows")
+        num_layers, batch_size, num_heads, head_dim = self._store_sizes
+        model = self._model()
+        stored = ((num_layers, batch_size, plan.num_tokens, num_heads, head_dim), self.dtype)
+        form = {"keys": stored, "values": stored}
+        if is_long and plan.num_short_frames:
+            kept = FrameBatch.form(model, batch_size, plan.num_short_frames, plan.height, plan.width)
+            form |= {f"kept_{name}": each for name, each in kept.items()}
+        return form
 
     def restore(self, tensors: dict[str, torch.Tensor], clock: dict[str, int | bool]) -> None:
         """Hold what another cache of the same model, batch and latent size held when its `state` was taken."""
@@ -315,6 +349,7 @@ class FARKVCache:
             layer; the cache counts the new frames from now on.
         """
         self._forget_for(frames.num_frames)
+        self.make_room(frames.num_frames)
         old, num_new_frames = self.plan, frames.num_frames
         self.num_frames += num_new_frames
         new = self.plan

@@ -3,6 +3,8 @@
 B batch, F frames, C latent channels, H/W latent height/width, A action channels; h/w pixels.
 """
 
+import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +13,14 @@ import PIL.Image
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..models.cache_options import CacheOptions
+from ..models.cache_options import CacheOptions, is_whole_number
 from ..models.codec import spatial_compression
 from ..models.transformer_far import FARTransformer3DModel
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ["latents"]
+NUM_TIMESTEPS = 1000  # of noise that the model tells apart; the timestep of pure noise
 
 
 @dataclass(frozen=True)
@@ -147,20 +150,26 @@ def check_options(
         raise ValueError(
             "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
         )
-    check_count("num_inference_steps", num_inference_steps)
+    check_count("num_inference_steps", num_inference_steps, most=NUM_TIMESTEPS)
     cache_options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
     if not use_cache and cache_options != CacheOptions():
         raise ValueError(
             f"`use_cache` is False but {cache_options} was asked for; leave `short_cache`, `max_long_frames` and "
             "`num_sink_frames` at their defaults, or use the cache."
         )
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
     unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
     if unknown:
         raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {CALLBACK_TENSORS}.")
-    if not np.isfinite(guidance_scale) or guidance_scale < 0:
-        raise ValueError(f"`guidance_scale` is {guidance_scale}; it is at least 0, and guides above 1.")
+    check_guidance(transformer, guidance_scale)
+
+
+def check_guidance(transformer: FARTransformer3DModel, guidance_scale: Any) -> None:
+    """Refuse guidance that is no finite number of at least 0, or that this model cannot follow."""
+    is_number = isinstance(guidance_scale, numbers.Real) and not isinstance(guidance_scale, bool)
+    if not is_number or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it is at least 0, finite, and guides above 1.")
     if guidance_scale > 1 and not (transformer.takes_actions or transformer.takes_labels):
         raise ValueError(
             f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
@@ -406,9 +415,10 @@ def check_latents(name: str, latents: Any, expected: tuple[int | None, ...]) -> 
         raise ValueError(f"`{name}` contains NaN or infinite values; pass finite latents.")
 
 
-def check_count(name: str, value: Any, rule: str = "pass a whole number of at least 1") -> None:
-    """Refuse a count that is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+def check_count(name: str, value: Any, rule: str | None = None, *, least: int = 1, most: int | None = None) -> None:
+    """Refuse what is no whole number, or one out of range."""
+    if not is_whole_number(value) or value < least or (most is not None and value > most):
+        rule = rule or f"pass a whole number of at least {least}{'' if most is None else f' and at most {most}'}"
         raise ValueError(f"`{name}` is {value!r}; {rule}.")
 
 

@@ -148,7 +148,21 @@ class LatencyBudget:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], **arguments) -> "LatencyBudget":
-        """A budget in a state that another was in; `arguments` are its device and clock."""
+        """A budget in a state that another was in; `arguments` are its device and clock.
+
+        Raises:
+            ValueError: No budget is ever in this state.
+        """
+        if not isinstance(state, dict) or state.keys() != cls().state().keys():
+            raise ValueError(f"the latency budget is {state!r}; it has {', '.join(cls().state())}")
+        for name in ("num_inference_steps_used", "announced"):
+            if state[name] is not None:
+                check_count(name, state[name])
+        for name in ("step_seconds", "other_seconds"):
+            if not isinstance(state[name], list) or not all(
+                isinstance(seconds, numbers.Real) and -math.inf < seconds < math.inf for seconds in state[name]
+            ):
+                raise ValueError(f"`{name}` is {state[name]!r}; it is a list of seconds")
         budget = cls(state["max_seconds_per_frame"], state["min_inference_steps"], **arguments)
         budget.num_inference_steps_used = state["num_inference_steps_used"]
         budget._announced = state["announced"]

@@ -44,13 +44,16 @@ class NoiseSource:
         """New generators in this state; on `device`, where it is of the kind that they drew on.
 
         Raises:
-            ValueError: This machine has no device of that kind.
+            ValueError: This machine has no device of that kind, or its generators have no such state.
         """
         if state is None:
             return cls()
         place = device if device.type == state.device else state.device
         source = cls([new_generator(place) for _ in state.states])
-        source.restore(state)
+        try:
+            source.restore(state)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"The states of the noise generators are none of {place} ({error}).") from error
         return source
 
     @property

@@ -24,7 +24,7 @@ from .latency import LatencyBudget
 from .noise import NoiseSource, new_generator
 from .pipeline_output import FARPipelineOutput, Frame, join_frames
 from .precision import warn_of_slow_dtype
-from .rollout import Rollout, RolloutConfig
+from .rollout import Rollout, RolloutConfig, check_scheduler
 from .session import FARSession
 from .session_history import SessionHistory, check_max_history, smallest_history
 
@@ -52,7 +52,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     Args:
         transformer ([`FARTransformer3DModel`]): The denoiser.
         vae (`AutoencoderDC`, `AutoencoderKL` or `AutoencoderTiny`): Encodes and decodes single frames.
-        scheduler: A flow-matching scheduler, such as `FlowMatchEulerDiscreteScheduler`.
+        scheduler: A flow-matching scheduler, such as `FlowMatchEulerDiscreteScheduler`; others are refused.
         fps (`float`, *optional*): Frames per second of the videos that the model knows.
         action_names (`list[str]`, *optional*): Names of the discrete actions, by index; a saved pipeline has them as a
             `dict`.
@@ -82,6 +82,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     ):
         super().__init__()
         check_components_complete(transformer=transformer, vae=vae)
+        check_scheduler(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         if isinstance(action_names, dict):
             action_names = list(action_names.values())
@@ -189,7 +190,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             return_dict (`bool`, defaults to `True`): `False` returns a tuple.
             attention_kwargs (`dict`, *optional*): `scale` scales LoRA layers.
             callback_on_step_end (callable, *optional*): `(pipe, step, timestep, tensors) -> tensors`; `step` counts
-                through all frames.
+                through all frames. What it sets `pipe._guidance_scale` to holds from the next step on; above 1 only where
+                the call began so.
             callback_on_step_end_tensor_inputs (`list[str]`): Tensors that it is given: `"latents"`, the noisy frame.
             callback_on_frame_end (callable, *optional*): `(pipe, frame_index, tensors) -> tensors`, with the finished
                 frame as `"latents"`; frames are counted from the first new one.
@@ -356,6 +358,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         **arguments,
     ) -> PipelineInputs:
         """Check all arguments of a call before any work is done; see [`~pipelines.inputs.check_call`]."""
+        check_scheduler(self.scheduler)  # which users replace
         return check_call(
             self.transformer,
             self.vae,
@@ -431,14 +434,16 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
 
                 def on_step_end(step_index, timestep, latents):
                     step = frame_index * num_steps + step_index
-                    latents = self._call_back(callbacks.on_step_end, callbacks.tensor_inputs, latents, step, timestep)
+                    latents = self._call_back(
+                        session, callbacks.on_step_end, callbacks.tensor_inputs, latents, step, timestep
+                    )
                     progress_bar.update()
                     if self.interrupt:
                         raise GenerationInterrupted
                     return latents
 
                 def on_frame_end(latents):
-                    return self._call_back(callbacks.on_frame_end, ("latents",), latents, frame_index)
+                    return self._call_back(session, callbacks.on_frame_end, ("latents",), latents, frame_index)
 
                 noise = None
                 if inputs.latents is not None:
@@ -455,11 +460,16 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
                 except GenerationInterrupted:
                     return
 
-    def _call_back(self, callback, tensor_inputs: tuple[str, ...], latents: torch.Tensor, *position) -> torch.Tensor:
-        """Let the user see, and replace, the latents."""
+    def _call_back(
+        self, session: FARSession, callback, tensor_inputs: tuple[str, ...], latents: torch.Tensor, *position
+    ) -> torch.Tensor:
+        """Let the user see, and replace, the latents and the guidance of what comes next."""
         if callback is None:
             return latents
+        self._guidance_scale = session.config.guidance_scale  # streams of one pipeline may take turns
         outputs = callback(self, *position, dict.fromkeys(tensor_inputs, latents))
+        if self._guidance_scale != session.config.guidance_scale:
+            session.rollout.set_guidance(self._guidance_scale)
         return (outputs or {}).get("latents", latents)
 
     def _encode_context(self, inputs: PipelineInputs, device: torch.device) -> torch.Tensor | None:

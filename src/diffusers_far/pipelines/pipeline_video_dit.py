@@ -18,7 +18,7 @@ from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
 from .inputs import PipelineInputs, check_call, frame_noise, repeat_samples
 from .pipeline_far import FARPipeline
 from .pipeline_output import FARPipelineOutput, join_frames
-from .rollout import Rollout, RolloutConfig
+from .rollout import Rollout, RolloutConfig, check_scheduler
 
 
 logger = logging.get_logger(__name__)
@@ -154,6 +154,7 @@ class VideoDiTPipeline(FARPipeline):
             num_inference_steps = self.default_inference_steps
         if guidance_scale is None:
             guidance_scale = self.default_guidance_scale
+        check_scheduler(self.scheduler)
         inputs = check_call(
             self.transformer,
             self.vae,

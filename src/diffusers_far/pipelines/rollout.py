@@ -6,7 +6,7 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from diffusers import SchedulerMixin
@@ -16,6 +16,10 @@ from ..models.cache_options import CacheOptions
 from ..models.denoising_steps import DenoisingSteps
 from ..models.frame_batch import FrameBatch
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
+from .inputs import NUM_TIMESTEPS, check_count, check_guidance
+
+
+MOST_REMAINING_NOISE = 0.02  # timesteps that are rounded to whole numbers leave 0.001
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,64 @@ class RolloutConfig:
         lora_scale(self.attention_kwargs)
 
 
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler that does not bring noise to the data along the model's velocities.
+
+    It is tried on velocities that point at known data: classes of diffusers come and go, and one class may follow flows
+    under one config only.
+
+    Raises:
+        ValueError: Names the scheduler and the reason.
+    """
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    prediction_type, reason = config.get("prediction_type", "flow_prediction"), None
+    if prediction_type != "flow_prediction":
+        reason = f"has `prediction_type` {prediction_type!r}, but the transformer predicts a flow's velocity"
+    elif config.get("use_dynamic_shifting"):
+        reason = "has `use_dynamic_shifting`, but the transformer knows no shift that depends on the size: set `shift`"
+    else:
+        try:
+            share = remaining_noise(scheduler)
+        except Exception as error:  # of whatever kind: a foreign scheduler is run
+            reason = f"cannot be stepped from noise to data ({type(error).__name__}: {error})"
+        else:
+            if not share < MOST_REMAINING_NOISE:
+                reason = f"leaves {share:.3g} of the noise where the velocities are exact"
+    if reason is not None:
+        raise ValueError(
+            f"`scheduler` {name} {reason}; take a flow-matching one, such as `FlowMatchEulerDiscreteScheduler`, or "
+            "`UniPCMultistepScheduler` with `use_flow_sigmas=True` and `prediction_type='flow_prediction'`."
+        )
+
+
+def remaining_noise(scheduler: SchedulerMixin) -> float:
+    """How far from the data a scheduler ends, as a share of the way, where the velocity always points at the data."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(3, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    data = torch.linspace(-1, 1, 16).view(1, 1, 1, 4, 4)
+    noise = latents = torch.randn(data.shape, generator=generator)
+    for timestep in scheduler.timesteps:
+        velocity = (latents - data) / (float(timestep) / NUM_TIMESTEPS)
+        latents = take_step(scheduler, velocity, timestep, latents, generator)
+    return ((latents - data).norm() / (noise - data).norm()).item()
+
+
+def take_step(scheduler: SchedulerMixin, velocity, timestep, latents, generator) -> torch.Tensor:
+    """Latents after a step; schedulers that draw noise of their own draw it from the generator."""
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    arguments = {"generator": generator} if takes_generator else {}
+    return scheduler.step(velocity, timestep, latents, return_dict=False, **arguments)[0]
+
+
+def computing_dtype(transformer: FARTransformer3DModel, device: torch.device | str) -> torch.dtype:
+    """What keys and values come out in, under autocast too."""
+    device_type = torch.device(device).type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return transformer.dtype
+
+
 class Rollout:
     """Writes clean frames and denoises new ones. Writing and denoising are two calls: a denoised frame becomes context
     only when it is written.
@@ -59,6 +121,7 @@ class Rollout:
     Attributes:
         num_steps (`int`): Denoising steps of a frame; some schedulers make more than `num_inference_steps`.
         num_frames (`int`): Clean frames that were written, those that the cache has forgotten since included.
+        is_guided (`bool`): Whether the batch has a null half.
         is_intact (`bool`): `False` after a write that failed midway: the cache holds parts of it.
     """
 
@@ -79,6 +142,7 @@ class Rollout:
         self.max_frames = max_frames
         self.device = device
         self.class_labels = class_labels
+        self.is_guided = config.guidance_scale > 1
         self.set_config(config)
         self.num_frames = 0
         self.is_intact = True
@@ -91,22 +155,26 @@ class Rollout:
                 height,
                 width,
                 max_frames,
-                dtype=self._computing_dtype,
+                dtype=computing_dtype(transformer, device),
                 device=device,
                 **asdict(config.cache_options),
             )
 
-    @property
-    def _computing_dtype(self) -> torch.dtype:
-        device_type = torch.device(self.device).type
-        if torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        return self.transformer.dtype
+    def set_guidance(self, guidance_scale: float) -> None:
+        """Guide the next steps otherwise, those of the frame in the making too.
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether the batch has a null half."""
-        return self.config.guidance_scale > 1
+        At 1 or less the null half is not looked at, but it stays in the batch, so that guidance can rise again.
+
+        Raises:
+            ValueError: No finite number of at least 0, or above 1 where the context has no null half.
+        """
+        check_guidance(self.transformer, guidance_scale)
+        if guidance_scale > 1 and not self.is_guided:
+            raise ValueError(
+                f"`guidance_scale` was set to {guidance_scale} in the middle, but the context was encoded without a null "
+                "half; start with a guidance above 1, and lower it until it is wanted."
+            )
+        self.config = replace(self.config, guidance_scale=guidance_scale)
 
     @property
     def num_bytes(self) -> int:
@@ -171,6 +239,30 @@ class Rollout:
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return tensors, {"num_frames": self.num_frames}
 
+    def state_form(self, clock: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that a `state` at this clock has.
+
+        Raises:
+            ValueError: No rollout ever shows this clock.
+        """
+        if not isinstance(clock, dict) or clock.keys() != {"num_frames", *(["cache"] if self.kv_cache else [])}:
+            raise ValueError(f"the clock is {clock!r}")
+        check_count("the clock's `num_frames`", clock["num_frames"], least=0)
+        batch_size, _, height, width = self.latent_shape
+        if self.kv_cache is None:
+            num_rows = batch_size * (2 if self.is_guided else 1)
+            has_frames = clock["num_frames"] > 0
+            return (
+                FrameBatch.form(self.transformer, num_rows, clock["num_frames"], height, width) if has_frames else {}
+            )
+        form, num_forgotten = (
+            self.kv_cache.state_form(clock["cache"]),
+            clock["num_frames"] - clock["cache"]["num_frames"],
+        )
+        if num_forgotten < 0 or (num_forgotten > 0) != clock["cache"]["_has_forgotten"]:
+            raise ValueError(f"the clock is {clock!r}, of which the cache has forgotten {num_forgotten} frames")
+        return form
+
     def restore(self, tensors: dict[str, torch.Tensor], clock: dict) -> None:
         """Take over the past of another rollout of the same model and shape; this one has seen no frame yet."""
         self.num_frames = clock["num_frames"]
@@ -233,8 +325,6 @@ class Rollout:
         """
         self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=self.device)
         steps, num_steps = DenoisingSteps(self.scheduler.timesteps), len(self.scheduler.timesteps)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_arguments = {"generator": generator} if takes_generator else {}
         latents = frame.latents.float()
         for step_index, timestep in enumerate(steps.timesteps):
             steps.index = step_index
@@ -243,8 +333,9 @@ class Rollout:
                 velocity = self._velocity(inputs, steps).float()
             if self.is_guided:
                 null_velocity, velocity = velocity.chunk(2)
-                velocity = null_velocity + self.config.guidance_scale * (velocity - null_velocity)
-            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False, **step_arguments)[0]
+                if self.config.guidance_scale > 1:
+                    velocity = null_velocity + self.config.guidance_scale * (velocity - null_velocity)
+            latents = take_step(self.scheduler, velocity, timestep, latents, generator)
             if on_step_end is not None:
                 latents = on_step_end(step_index, timestep, latents)
         return latents

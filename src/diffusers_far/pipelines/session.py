@@ -3,7 +3,6 @@
 B batch, F frames, C latent channels, H/W latent height/width, A action channels.
 """
 
-import numbers
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..models.cache_options import is_whole_number
 from ..models.frame_batch import FrameBatch
 from .inputs import check_generator, check_options, check_step_action
 from .latency import LatencyBudget
@@ -66,6 +66,12 @@ class FARSession:
         self.output_type = output_type
         self._lock = threading.Lock()
         self._verb = None  # what the caller who holds the lock called
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "A session cannot be pickled or copied, for it would take the models of its pipeline along; use `fork` for "
+            "another one on the same pipeline, and `save` and `FARSession.load` for another process."
+        )
 
     @property
     def config(self) -> RolloutConfig:
@@ -132,7 +138,7 @@ class FARSession:
         it had been there from the start; that takes all frames. Downwards the null half is dropped.
 
         Args:
-            num_inference_steps (`int`, *optional*): At least 1.
+            num_inference_steps (`int`, *optional*): From 1 to 1000.
             guidance_scale (`float`, *optional*): At least 0; guides above 1.
 
         Raises:
@@ -311,6 +317,7 @@ class FARSession:
 
         Raises:
             ValueError: There is a file already; it is left as it is.
+            OSError: There is no such folder or no room; names both.
         """
         with self._alone("save"):
             save_session(self, path)
@@ -320,7 +327,8 @@ class FARSession:
         """A session that was saved, on a pipeline with the same transformer, scheduler and FlexRoPE.
 
         Raises:
-            ValueError: The file is of another version, transformer, scheduler or FlexRoPE, truncated, or no session.
+            ValueError: The file is of another version, transformer, scheduler or FlexRoPE, damaged, or no session; or it
+                was changed to say what cannot be.
         """
         return load_session(cls, pipe, path)
 
@@ -417,7 +425,3 @@ class FARSession:
             if action is not None:
                 actions[:, number], action_mask[:, number] = action, True
         return FrameBatch(latents, actions, action_mask)
-
-
-def is_whole_number(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

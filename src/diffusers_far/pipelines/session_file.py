@@ -1,25 +1,32 @@
 """Sessions on disk: one safetensors file with all tensors, and JSON in its metadata.
 
-B batch, C latent channels, H/W latent height/width, A action channels.
+A file may come from a stranger: whatever it says is held against its own tensors and the pipeline before it is believed.
+
+B batch, C latent channels, H/W latent height/width, A action channels, G generators.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import tensors_sha256, written_whole
 from ..hooks.flex_rope import applied_config
 from ..models.cache_options import CacheOptions
+from ..models.frame_batch import FrameBatch
 from ..models.identity import model_identity, public_config
+from ..models.transformer_far import FARTransformer3DModel
+from .inputs import check_action_values, check_class_labels, check_count, check_options
 from .latency import LatencyBudget
 from .noise import NoiseSource, NoiseState
-from .rollout import Rollout, RolloutConfig
-from .session_history import SessionFrame, SessionHistory
+from .rollout import Rollout, RolloutConfig, check_scheduler, computing_dtype
+from .session_history import SessionFrame, SessionHistory, check_max_history
 
 
 if TYPE_CHECKING:
@@ -28,7 +35,12 @@ if TYPE_CHECKING:
 
 
 FORMAT = "diffusers_far.session"
-VERSION = 2
+VERSION = 3
+SHA256 = "sha256"  # beside the facts: of these and the tensors
+FACTS = (
+    "version made_by config clock num_frames num_context_frames max_history noise_device frame_noise_devices latency "
+    "output_type"
+).split()
 
 
 def save_session(session: "FARSession", path: str | os.PathLike) -> None:
@@ -38,20 +50,19 @@ def save_session(session: "FARSession", path: str | os.PathLike) -> None:
     tensors = {f"past.{name}": tensor for name, tensor in past.items()}
     for number, frame in enumerate(history.frames):
         tensors |= {f"frame.{number}.{name}": tensor for name, tensor in frame_tensors(frame).items()}
+    if not history.frames:
+        tensors["no_frame"] = torch.zeros(rollout.latent_shape, dtype=torch.uint8)
     if noise is not None:
         tensors["noise_states"] = noise.states
     if rollout.class_labels is not None:
         tensors["class_labels"] = rollout.class_labels
     facts = {
         "version": VERSION,
-        "made_by": maker_facts(rollout),
+        "made_by": maker_facts(rollout.transformer, rollout.scheduler, rollout.kv_cache and rollout.kv_cache.dtype),
         "config": asdict(rollout.config),
-        "latent_shape": rollout.latent_shape,
-        "max_frames": rollout.max_frames,
         "clock": clock,
         "num_frames": history.num_frames,
         "num_context_frames": history.num_context_frames,
-        "num_remembered": len(history.frames),
         "max_history": history.max_frames,
         "noise_device": None if noise is None else noise.device,
         "frame_noise_devices": [None if frame.noise is None else frame.noise.device for frame in history.frames],
@@ -59,56 +70,41 @@ def save_session(session: "FARSession", path: str | os.PathLike) -> None:
         "output_type": session.output_type,
     }
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_new_file(tensors, {FORMAT: json.dumps(facts)}, Path(path))
+    write_session_file(tensors, json.dumps(facts), path)
 
 
-def write_new_file(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Write a file that is not there yet, all of it or nothing.
+def write_session_file(tensors: dict[str, torch.Tensor], facts: str, path: str | os.PathLike) -> None:
+    """Write a file that is not there yet, all of it or nothing."""
+    with written_whole(path, overwrite=False) as unfinished:
+        try:
+            save_file(tensors, unfinished, metadata={FORMAT: facts, SHA256: content_sha256(tensors, facts)})
+        except SafetensorError as error:  # so it names a full disk
+            raise OSError(str(error)) from error
 
-    Raises:
-        ValueError: There is one.
-    """
-    try:
-        path.touch(exist_ok=False)  # claims the name, against another process too
-    except FileExistsError:
-        raise ValueError(
-            f"`path` {str(path)!r} exists and would be overwritten; name a new file, or move it away."
-        ) from None
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        save_file(tensors, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        path.unlink()
-        raise
+
+def content_sha256(tensors: dict[str, torch.Tensor], facts: str) -> str:
+    return hashlib.sha256(f"{tensors_sha256(tensors)} {facts}".encode()).hexdigest()
 
 
 def load_session(session_class: type, pipe: "FARPipeline", path: str | os.PathLike) -> "FARSession":
     """Read a session from a file; see [`FARSession.load`]."""
     tensors, facts = read_session_file(path)
-    device = pipe._execution_device
-    tensors = {
-        name: tensor if name.endswith("noise_states") else tensor.to(device) for name, tensor in tensors.items()
-    }
+    check_scheduler(pipe.scheduler)
+    check_makers(pipe, facts, path)
     try:
-        rollout = stored_rollout(pipe, device, tensors, facts, path)
-        history = stored_history(tensors, facts)
-        noise = stored_noise(tensors, "noise_states", facts["noise_device"])
-        return session_class(
-            pipe,
-            rollout,
-            history=history,
-            noise=NoiseSource.from_state(noise, device),
-            latency=LatencyBudget.from_state(facts["latency"], device=device),
-            output_type=facts["output_type"],
-        )
-    except KeyError as error:
-        raise ValueError(f"{str(path)!r} lacks {error}; it was changed after it was saved.") from error
+        return stored_session(session_class, pipe, tensors, facts)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be gone on with: {error}") from error
 
 
-def read_session_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and facts of a session file of this version."""
+def read_session_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and facts of a session file of this version.
+
+    Raises:
+        ValueError: It is none, of another version, or damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{str(path)!r} is no file; pass one that `FARSession.save` wrote.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -119,53 +115,177 @@ def read_session_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
         ) from error
     if FORMAT not in metadata:
         raise ValueError(f"{str(path)!r} holds no session; pass a file that `FARSession.save` wrote.")
-    facts = json.loads(metadata[FORMAT])
-    if facts.get("version") != VERSION:
+    try:
+        facts = json.loads(metadata[FORMAT], parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: its metadata are no JSON ({error}).") from error
+    version = facts.get("version") if isinstance(facts, dict) else None
+    if version != VERSION:
         raise ValueError(
-            f"{str(path)!r} is a session of version {facts.get('version')}, but this release reads {VERSION}; load it "
-            "with the release that wrote it."
+            f"{str(path)!r} is a session of version {version!r}, but this release reads {VERSION}; load it with the "
+            "release that wrote it."
         )
+    if metadata.get(SHA256) != content_sha256(tensors, metadata[FORMAT]):
+        raise ValueError(
+            f"{str(path)!r} is damaged: its content is not what was saved, by its sha256; copy it again, or take another "
+            "save of the session."
+        )
+    for name in FACTS:
+        if name not in facts:
+            raise ValueError(f"{str(path)!r} lacks {name!r}; it was changed after it was saved.")
     return tensors, facts
 
 
-def stored_rollout(
-    pipe: "FARPipeline", device: torch.device, tensors: dict[str, torch.Tensor], facts: dict, path: str | os.PathLike
-) -> Rollout:
-    """The rollout of a session's file.
+def refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def stored_session(
+    session_class: type, pipe: "FARPipeline", tensors: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> "FARSession":
+    """The session of a file, of which everything is checked before it takes memory.
 
     Raises:
-        ValueError: The pipeline would go on with it in another way.
+        ValueError: No session of this pipeline is saved so.
     """
-    config = {**facts["config"], "cache_options": CacheOptions(**facts["config"]["cache_options"])}
+    transformer, device = pipe.transformer, pipe._execution_device
+    config = stored_config(transformer, facts)
+    latent_shape = stored_latent_shape(transformer, tensors, facts)
+    labels = check_class_labels(tensors.get("class_labels"), transformer.config.num_classes, latent_shape[0])
+    latency = LatencyBudget.from_state(facts["latency"], device=device)
+
+    form = session_form(transformer, latent_shape, facts)
+    if labels is not None:
+        form["class_labels"] = ((latent_shape[0],), torch.int64)
+    # Grows to its place only when all tensors are known to fit.
     rollout = Rollout(
-        pipe.transformer,
+        transformer,
         pipe.scheduler,
-        latent_shape=tuple(facts["latent_shape"]),
-        max_frames=facts["max_frames"],
+        latent_shape=latent_shape,
+        max_frames=1,
         device=device,
-        class_labels=tensors.get("class_labels"),
-        config=RolloutConfig(**config),
+        class_labels=None if labels is None else labels.to(device),
+        config=config,
     )
-    ours, theirs = maker_facts(rollout), facts["made_by"]
-    for name, cure in CURES.items():
-        if ours[name] != theirs[name]:
-            raise ValueError(
-                f"{str(path)!r} is a session of another {name}: {differences(ours[name], theirs[name])}; {cure}."
-            )
+    form |= {f"past.{name}": each for name, each in rollout.state_form(facts["clock"]).items()}
+    num_unwritten = facts["num_frames"] - facts["clock"]["num_frames"]
+    if not 0 <= num_unwritten <= len(facts["frame_noise_devices"]):
+        raise ValueError(f"{num_unwritten} of {facts['num_frames']} frames are still to be written")
+    if num_unwritten == 0 and facts["clock"].get("cache", {}).get("_window_is_stale"):
+        raise ValueError("the short window is to be encoded anew, but no frame is to be written")
+    check_tensors(tensors, form, transformer)
+
+    tensors = {
+        name: tensor if name.endswith("noise_states") else tensor.to(device) for name, tensor in tensors.items()
+    }
+    noise = NoiseSource.from_state(stored_noise(tensors, "noise_states", facts["noise_device"]), device)
+    history = stored_history(tensors, facts)
     past = {name.removeprefix("past."): value for name, value in tensors.items() if name.startswith("past.")}
     rollout.restore(past, facts["clock"])
-    return rollout
+    return session_class(
+        pipe, rollout, history=history, noise=noise, latency=latency, output_type=facts["output_type"]
+    )
 
 
-def stored_history(tensors: dict[str, torch.Tensor], facts: dict) -> SessionHistory:
+def stored_config(transformer: FARTransformer3DModel, facts: dict[str, Any]) -> RolloutConfig:
+    """How the session's frames are made."""
+    fields = dict_with("config", facts["config"], asdict(RolloutConfig()))
+    options = CacheOptions(**dict_with("cache_options", fields["cache_options"], asdict(CacheOptions())))
+    if not isinstance(fields["use_cache"], bool):
+        raise ValueError(f"`use_cache` is {fields['use_cache']!r}; it is true or false")
+    config = RolloutConfig(**{**fields, "cache_options": options})
+    check_options(
+        transformer,
+        config.num_inference_steps,
+        config.guidance_scale,
+        config.use_cache,
+        config.cache_options,
+        facts["output_type"],
+        [],
+    )
+    return config
+
+
+def dict_with(name: str, value: Any, keys) -> dict[str, Any]:
+    """`value`, if it is a dict with exactly these keys."""
+    if not isinstance(value, dict) or value.keys() != set(keys):
+        raise ValueError(f"`{name}` is {value!r}; it has {', '.join(sorted(keys))}")
+    return value
+
+
+def stored_latent_shape(
+    transformer: FARTransformer3DModel, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> tuple[int, int, int, int]:
+    """`(B, C, H, W)` of the session's frames, from the file's own tensors, whose size bounds the memory that is taken."""
+    num_frames, devices, max_history = facts["num_frames"], facts["frame_noise_devices"], facts["max_history"]
+    if not isinstance(devices, list):
+        raise ValueError(f"`frame_noise_devices` is {devices!r}; it is a list")
+    check_count("num_frames", num_frames, least=min(1, len(devices)))
+    check_count("num_context_frames", facts["num_context_frames"], least=0, most=num_frames)
+    check_max_history(max_history, transformer)
+    if len(devices) > num_frames or (num_frames and not devices):
+        raise ValueError(f"`num_frames` is {num_frames}, of which {len(devices)} are remembered")
+    frame = tensors.get("frame.0.latents" if devices else "no_frame")
+    if frame is None or frame.ndim != 4 or 0 in frame.shape or frame.shape[1] != transformer.config.in_channels:
+        raise ValueError("the first frame is missing, or no frame of this transformer")
+    transformer.context_plan(1, *frame.shape[2:])  # raises where its patches do not fit
+    return tuple(frame.shape)
+
+
+# Shape and dtype of each tensor that a file must have, by name; a shape with `None` fits any size, a name with `?` may lack.
+Form = dict[str, tuple[tuple[int | None, ...], torch.dtype]]
+
+
+def session_form(
+    transformer: FARTransformer3DModel, latent_shape: tuple[int, int, int, int], facts: dict[str, Any]
+) -> Form:
+    """The tensors of a session's file, but for those of the rollout."""
+    batch_size, _, height, width = latent_shape
+    fed = FrameBatch.form(transformer, batch_size, 0, height, width)
+    form: Form = {} if facts["frame_noise_devices"] else {"no_frame": (latent_shape, torch.uint8)}
+    if facts["noise_device"] is not None:
+        form["noise_states"] = ((None, None), torch.uint8)
+    for number, noise_device in enumerate(facts["frame_noise_devices"]):
+        form[f"frame.{number}.latents"] = (latent_shape, torch.float32)
+        if "actions" in fed:
+            (_, _, *action_shape), dtype = fed["actions"]
+            form |= dict.fromkeys(
+                (f"frame.{number}.led_by?", f"frame.{number}.action?"), ((batch_size, *action_shape), dtype)
+            )
+        if noise_device is not None:
+            form[f"frame.{number}.noise_states"] = ((None, None), torch.uint8)
+    return form
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], form: Form, transformer: FARTransformer3DModel) -> None:
+    """Refuse tensors that are missing, unknown, of another shape or dtype, not finite, or actions that there are not."""
+    missing = {name for name in form if not name.endswith("?")} - tensors.keys()
+    unknown = tensors.keys() - {name.removesuffix("?") for name in form}
+    if missing or unknown:
+        raise ValueError(f"it lacks the tensors {sorted(missing)} and has the unknown ones {sorted(unknown)}")
+    for name, tensor in tensors.items():
+        shape, dtype = form.get(name) or form[f"{name}?"]
+        fits = len(shape) == tensor.ndim and all(size in (None, given) for size, given in zip(shape, tensor.shape))
+        if not fits or tensor.dtype != dtype:
+            raise ValueError(f"`{name}` is {tuple(tensor.shape)}, {tensor.dtype}; it must be {shape}, {dtype}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"`{name}` has NaN or infinite values")
+        if name.rpartition(".")[2] in ("led_by", "action", "actions", "kept_actions"):
+            check_action_values(tensor, transformer.config)
+
+
+def stored_history(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> SessionHistory:
     """The history of a session's file."""
     history = SessionHistory(facts["max_history"])
     for number, noise_device in enumerate(facts["frame_noise_devices"]):
+        noise = stored_noise(tensors, f"frame.{number}.noise_states", noise_device)
+        if noise is not None and noise.device == "cpu":
+            NoiseSource.from_state(noise, torch.device("cpu"))  # raises now, not when the session goes back
         frame = SessionFrame(
             tensors[f"frame.{number}.latents"],
             tensors.get(f"frame.{number}.led_by"),
             tensors.get(f"frame.{number}.action"),
-            stored_noise(tensors, f"frame.{number}.noise_states", noise_device),
+            noise,
         )
         history.frames.append(frame)
     history.num_frames, history.num_context_frames = facts["num_frames"], facts["num_context_frames"]
@@ -173,7 +293,15 @@ def stored_history(tensors: dict[str, torch.Tensor], facts: dict) -> SessionHist
 
 
 def stored_noise(tensors: dict[str, torch.Tensor], name: str, device: str | None) -> NoiseState | None:
-    return None if device is None else NoiseState(tensors[name], device)
+    """The generators of a moment, one, or one for each sample."""
+    if device is None:
+        return None
+    batch_size = len(tensors.get("frame.0.latents", tensors.get("no_frame")))
+    if not isinstance(device, str) or len(tensors[name]) not in (1, batch_size):
+        raise ValueError(
+            f"`{name}` holds {len(tensors[name])} generators of {device!r}; there is one, or one for each of {batch_size}"
+        )
+    return NoiseState(tensors[name], device)
 
 
 def frame_tensors(frame: SessionFrame) -> dict[str, torch.Tensor]:
@@ -191,10 +319,30 @@ CURES = {
 }
 
 
-def maker_facts(rollout: Rollout) -> dict[str, dict]:
+def check_makers(pipe: "FARPipeline", facts: dict[str, Any], path: str | os.PathLike) -> None:
+    """Refuse a pipeline that would go on with a session in another way.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    is_cached = isinstance(facts["config"], dict) and facts["config"].get("use_cache") is True
+    dtype = computing_dtype(pipe.transformer, pipe._execution_device) if is_cached else None
+    ours, theirs = maker_facts(pipe.transformer, pipe.scheduler, dtype), facts["made_by"]
+    for name, cure in CURES.items():
+        their_facts = theirs.get(name) if isinstance(theirs, dict) else None
+        if not isinstance(their_facts, dict):
+            raise ValueError(f"{str(path)!r} lacks what is known of its {name}; it was changed after it was saved.")
+        if ours[name] != their_facts:
+            raise ValueError(
+                f"{str(path)!r} is a session of another {name}: {differences(ours[name], their_facts)}; {cure}."
+            )
+
+
+def maker_facts(
+    transformer: FARTransformer3DModel, scheduler: Any, cached_dtype: torch.dtype | None
+) -> dict[str, dict[str, Any]]:
     """What makes a session's frames, as JSON values: with other makers it would go on in another way."""
-    transformer, scheduler, flex_rope = rollout.transformer, rollout.scheduler, applied_config(rollout.transformer)
-    flex_rope_facts = {}
+    flex_rope, flex_rope_facts = applied_config(transformer), {}
     if flex_rope is not None:
         schedule = "a function" if callable(flex_rope.schedule) else flex_rope.schedule
         flex_rope_facts = {**vars(flex_rope), "schedule": schedule}
@@ -203,7 +351,7 @@ def maker_facts(rollout: Rollout) -> dict[str, dict]:
             **public_config(transformer.config),
             "dtype": str(transformer.dtype),
             "weights": model_identity(transformer),
-            "cached dtype": None if rollout.kv_cache is None else str(rollout.kv_cache.dtype),  # autocast changes it
+            "cached dtype": None if cached_dtype is None else str(cached_dtype),  # autocast changes it
         },
         "scheduler": {**public_config(scheduler.config), "class": type(scheduler).__name__},
         "FlexRoPE": flex_rope_facts,
