@@ -1169,6 +1169,10 @@ def test_a_video_that_the_long_patches_do_not_divide_is_refused_before_any_work(
         ({"height": 8}, "`height` and `width` are 8 and None"),
         ({"height": 9, "width": 12}, "`height`x`width` is 9x12 pixels; VAE and patches need multiples of 2"),
         ({"height": -8, "width": 12}, "`height`x`width` is -8x12 pixels"),
+        ({"height": 8.0, "width": 12}, "`height` is 8.0; pass a whole number of pixels"),
+        ({"guidance_scale": "2", **CONTEXT}, "`guidance_scale` is '2'"),
+        ({"num_inference_steps": 10**9, **CONTEXT}, "`num_inference_steps` is 1000000000; .* at most 1000"),
+        ({"max_long_frames": "3", **CONTEXT}, "`max_long_frames` is '3'; it is a number of frames"),
         (
             {"height": 16, **CONTEXT},
             "`height` and `width` are 16 and None but `video_latents` is of 8x12 pixels; leave",

@@ -223,7 +223,8 @@ def test_a_session_can_start_from_nothing():
 
 
 @pytest.mark.parametrize(
-    "action, message", [(None, "`actions` is None"), (3, "0 to 2"), (0.5, "dtype"), ([0, 1, 2], "3 rows")]
+    "action, message",
+    [(None, "`actions` is None"), (3, "0 to 2"), (0.5, "dtype"), ([0, 1, 2], "3 rows"), ("left", "cannot be read")],
 )
 def test_a_bad_action_is_refused_and_the_session_stays_as_it_was(action, message):
     session = start(pipeline())

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -73,6 +74,12 @@ def test_a_session_of_nothing_but_classes_is_saved_too(path):
     session.save(path)
     loaded = FARSession.load(pipe, path)
     assert torch.equal(loaded.step(), session.step())
+
+
+def test_settings_may_be_numbers_of_numpy(path):
+    pipe = pipeline()
+    start(pipe, num_inference_steps=np.int64(1), guidance_scale=np.float32(1.5), max_history=np.int64(4)).save(path)
+    assert FARSession.load(pipe, path).config.num_inference_steps == 1
 
 
 def test_guidance_that_was_to_be_begun_when_the_session_was_saved_is_begun(path):

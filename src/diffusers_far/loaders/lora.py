@@ -1,5 +1,6 @@
 """LoRA for [`FARPipeline`], through PEFT, as diffusers' own pipelines have it; safetensors only."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import require_peft_backend
 from huggingface_hub.utils import validate_hf_hub_args
+from safetensors import SafetensorError
 
 from ..models.loading import name_some, require_safetensors
 
@@ -52,20 +54,26 @@ class FARLoraLoaderMixin(LoraBaseMixin):
         require_safetensors("use_safetensors", use_safetensors)
         if weight_name is not None and not weight_name.endswith(".safetensors"):
             raise ValueError(f"`weight_name` is {weight_name!r}; LoRA layers are read from .safetensors files only.")
-        state_dict, metadata = _fetch_state_dict(
-            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
-            weight_name=weight_name,
-            use_safetensors=True,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            proxies=proxies,
-            token=token,
-            revision=revision,
-            subfolder=subfolder,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=False,
-        )
+        try:
+            state_dict, metadata = _fetch_state_dict(
+                pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+                weight_name=weight_name,
+                use_safetensors=True,
+                local_files_only=local_files_only,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                proxies=proxies,
+                token=token,
+                revision=revision,
+                subfolder=subfolder,
+                user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+                allow_pickle=False,
+            )
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"The LoRA {str(pretrained_model_name_or_path_or_dict)!r} is damaged, or no safetensors ({error}); fetch "
+                "it again, or save it anew with `FARPipeline.save_lora_weights`."
+            ) from error
         foreign = [key for key in state_dict if not key.startswith(f"{cls.transformer_name}.") or "lora" not in key]
         if foreign or not state_dict:
             raise ValueError(
@@ -74,6 +82,8 @@ class FARLoraLoaderMixin(LoraBaseMixin):
                 "`FARPipeline.save_lora_weights`."
             )
         not_finite = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+        if "NaN" in json.dumps(metadata) or "Infinity" in json.dumps(metadata):
+            not_finite.append("its config")
         if not_finite:
             raise ValueError(
                 f"The LoRA weights have NaN or infinite values in {name_some(not_finite)}, with which every frame would be "

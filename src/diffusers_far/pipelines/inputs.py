@@ -192,6 +192,9 @@ def latent_size(
     config, compression: int, own_size: tuple[int | None, int | None], video, video_latents, latents, height, width
 ) -> tuple[int, int]:
     """Latent height and width: from the video or latents, else as given, else the pipeline's own."""
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and not is_whole_number(value):
+            raise ValueError(f"`{name}` is {value!r}; pass a whole number of pixels, or leave it out.")
     for name, tensor, pixels in (
         ("video", video, 1),
         ("video_latents", video_latents, compression),
@@ -476,7 +479,10 @@ def check_step_action(
         return None
     if action is None:
         return check_actions(None, config, batch_size, (1,))
-    action = torch.as_tensor(action)
+    try:
+        action = torch.as_tensor(action)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"`action` {action!r} cannot be read as a tensor ({error}); pass numbers.") from error
     num_dims_of_one = 0 if config.num_actions is not None else 1
     if action.ndim == num_dims_of_one:
         action = action[None]

@@ -70,7 +70,7 @@ def save_session(session: "FARSession", path: str | os.PathLike) -> None:
         "output_type": session.output_type,
     }
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_session_file(tensors, json.dumps(facts), path)
+    write_session_file(tensors, json.dumps(facts, default=lambda number: number.item()), path)  # NumPy has its own
 
 
 def write_session_file(tensors: dict[str, torch.Tensor], facts: str, path: str | os.PathLike) -> None:
