@@ -326,10 +326,26 @@ def test_pickled_weights_are_not_written(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_variant_is_saved_and_loaded(tmp_path):
-    maze_pipeline().save_pretrained(tmp_path, variant="fp16")
-    assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors").exists()
-    assert FARPipeline.from_pretrained(tmp_path, variant="fp16").config.fps == 15
+@pytest.mark.full
+def test_a_pushed_variant_lies_beside_the_float32_weights(hub, pushed):
+    code = """
+        import torch
+        from diffusers_far import FARPipeline
+
+        full = FARPipeline.from_pretrained("org/maze")
+        half = FARPipeline.from_pretrained("org/maze").to(torch.bfloat16)
+        half.push_to_hub("org/maze", variant="bf16")
+        for pipe, arguments in ((full, {}), (half, {"variant": "bf16", "dtype": torch.bfloat16})):
+            pulled = FARPipeline.from_pretrained("org/maze", **arguments)
+            for name in ("transformer", "vae"):
+                weights = (getattr(each, name).state_dict() for each in (pulled, pipe))
+                torch.testing.assert_close(*weights, rtol=0, atol=0)
+        try:
+            FARPipeline.from_pretrained("org/maze", variant="fp8")
+        except ValueError as error:
+            print(error)
+    """
+    assert "variant=fp8" in run_python(code, hub)
 
 
 def test_components_given_by_the_user_need_no_weights_in_the_folder(saved):

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from tiny_models import (
     randomize,
     sharpened,
     spy_attention,
+    tiny_pipeline,
     tiny_transformer,
     using_backend,
 )
@@ -176,6 +178,41 @@ def test_a_copy_of_a_model_that_decays_has_weights_of_its_own():
     expected = predict(model, clip)
     randomize(model, seed=1)
     assert torch.equal(predict(copied, clip), expected)
+
+
+def test_a_copy_of_a_model_that_decays_has_a_config_of_its_own():
+    model = tiny_transformer()
+    apply_flex_rope(model, FlexRoPEConfig(0.3, "constant"))
+    clip = random_clip(model, 4)
+    expected = predict(model, clip)
+    copied = copy.deepcopy(model)
+    apply_flex_rope(copied, FlexRoPEConfig(0.9, "constant"))
+    assert torch.equal(predict(model, clip), expected)
+    assert not torch.equal(predict(copied, clip), expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", slope_growing_with_time], ids=["constant", "function"])
+def test_a_pickled_pipeline_decays_as_before(schedule):
+    pipe = tiny_pipeline()
+    pipe.enable_flex_rope(FlexRoPEConfig(0.3, schedule))
+    arguments = {"height": 8, "width": 8, "num_frames": 4, "num_inference_steps": 2, "output_type": "pt"}
+    before = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+    loaded = pickle.loads(pickle.dumps(pipe))
+    assert torch.equal(loaded(**arguments, generator=torch.Generator().manual_seed(0)).frames, before)
+    loaded.disable_flex_rope()
+    assert not torch.equal(loaded(**arguments, generator=torch.Generator().manual_seed(0)).frames, before)
+
+
+def test_a_pickled_model_is_still_told_the_step():
+    model, steps = tiny_transformer(), []
+    apply_flex_rope(model, FlexRoPEConfig(schedule=slope_growing_with_time))
+    with model.cache_context("denoise", step_index=1, num_inference_steps=3):  # remembers where the hooks are
+        pass
+    loaded = pickle.loads(pickle.dumps(model))
+    apply_flex_rope(loaded, FlexRoPEConfig(schedule=lambda *arguments: steps.append(arguments) or 0.0))
+    with loaded.cache_context("denoise", step_index=1, num_inference_steps=3):
+        predict(loaded, random_clip(loaded, 2))
+    assert steps == [(0, 1, 3), (1, 1, 3)]
 
 
 # Cached equals uncached

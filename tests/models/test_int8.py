@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_models import fill_cache, predict, predict_cached, random_clip, tiny_pipeline, tiny_transformer
 
+from diffusers_far import FARPipeline
+
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -63,3 +65,38 @@ def test_the_cache_of_a_quantised_model_is_float32():
     model.quantize_int8()
     kv_cache = fill_cache(model, random_clip(model, 3))
     assert kv_cache.dtype == torch.float32
+
+
+def test_a_pipeline_is_made_of_the_components_of_an_int8_pipeline():
+    pipe = tiny_pipeline(tiny_transformer())
+    pipe.transformer.quantize_int8()
+    again = FARPipeline(**pipe.components)
+    again.set_progress_bar_config(disable=True)
+    frames = [
+        each(height=8, width=8, num_frames=1, num_inference_steps=1, output_type="pt", generator=torch.manual_seed(0))
+        for each in (pipe, again)
+    ]
+    assert torch.equal(frames[0].frames, frames[1].frames)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda pipe: pipe.to(torch.bfloat16),
+        lambda pipe: pipe.to("cpu", torch.float16),
+        lambda pipe: pipe.to(dtype=torch.float64),
+        lambda pipe: pipe.to("meta"),
+        lambda pipe: pipe.transformer.half(),
+        lambda pipe: pipe.transformer.to(torch.bfloat16),
+        lambda pipe: pipe.transformer.to_empty(device="meta"),
+    ],
+)
+def test_a_quantised_model_is_refused_another_dtype_or_device_before_anything_moves(move):
+    pipe = tiny_pipeline(tiny_transformer())
+    pipe.transformer.quantize_int8()
+    with pytest.raises(ValueError, match="This model cannot become .*Keep the model that you loaded"):
+        move(pipe)
+    assert {pipe.transformer.dtype, pipe.vae.dtype} == {torch.float32}
+    assert {pipe.transformer.device.type, pipe.vae.device.type} == {"cpu"}
+    pipe.to("cpu").to(torch.float32)
+    pipe(height=8, width=8, num_frames=1, num_inference_steps=1)

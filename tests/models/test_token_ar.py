@@ -240,10 +240,59 @@ def test_incomplete_weights_are_refused_and_the_keys_named(tmp_path):
         TokenARForVideo.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name, value", [("num_codes", 0), ("tokens_per_frame", 1.5), ("num_actions", -1)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_codes", 0),
+        ("num_codes", True),
+        ("num_codes", 10**12),
+        ("tokens_per_frame", 1.5),
+        ("num_actions", -1),
+        ("trained_frames", float("nan")),
+    ],
+)
 def test_a_config_of_no_sense_is_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}` is {value}.*from 1"):
         TokenARConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("hidden_size", -1),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 0),
+        ("intermediate_size", "many"),
+        ("rope_theta", float("nan")),
+        ("rms_norm_eps", float("inf")),
+    ],
+)
+@pytest.mark.parametrize(
+    "form", [dict, lambda decoder: AutoConfig.for_model("llama", **decoder)], ids=["dict", "config"]
+)
+def test_a_decoder_of_no_sense_is_refused(name, value, form):
+    try:
+        decoder = form(DECODER | {name: value})
+    except Exception:
+        return  # transformers refuses it by itself
+    with pytest.raises(ValueError, match=f"`decoder.{name}` is {value!r}"):
+        TokenARConfig(num_codes=13, tokens_per_frame=4, decoder=decoder)
+
+
+def test_a_decoder_larger_than_the_memory_is_refused_before_it_is_made():
+    decoder = DECODER | {"num_hidden_layers": 1000, "hidden_size": 2**16, "head_dim": 16}
+    with pytest.raises(ValueError, match="`hidden_size` 65536, `num_hidden_layers` 1000.* GiB .* this machine has"):
+        tiny_token_ar(decoder=decoder)
+
+
+@pytest.mark.parametrize("name, content", [("config.json", b"[]"), ("config.json", b"{"), ("model.safetensors", b"{")])
+def test_a_broken_file_is_named_with_the_cure(tmp_path, name, content):
+    tiny_token_ar().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError, match=f"{tmp_path}.*download or copy it again"):
+        TokenARForVideo.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -486,8 +486,60 @@ def test_conditions_of_another_shape_are_refused(condition, name, shape):
         ({"action_shift": 2}, "`action_shift` is 2; it is 0 or 1"),
         ({"num_actions": 3, "action_dim": 2}, "`num_actions` is 3 and `action_dim` 2.*give one"),
         ({"condition_dropout": 1.0}, "`condition_dropout` is 1.0; it is a share, at least 0 and below 1"),
+        ({"condition_dropout": None}, "`condition_dropout` is None"),
+        ({"num_layers": 10**9}, "`num_layers` is 1000000000; it counts, so give a whole number from 1 to"),
+        ({"num_layers": 0}, "`num_layers` is 0"),
+        ({"num_layers": -1}, "`num_layers` is -1"),
+        ({"num_layers": True}, "`num_layers` is True"),
+        ({"num_layers": "2"}, "`num_layers` is '2'"),
+        ({"in_channels": 0}, "`in_channels` is 0"),
+        ({"out_channels": 0}, "`out_channels` is 0"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0"),
+        ({"num_attention_heads": 2.0}, "`num_attention_heads` is 2.0"),
+        ({"attention_head_dim": -16, "axes_dims_rope": (-4, -6, -6)}, "`attention_head_dim` is -16"),
+        ({"axes_dims_rope": (-4, 10, 10)}, "`axes_dims_rope` is .*give three whole numbers"),
+        ({"axes_dims_rope": (8, 8)}, "`axes_dims_rope` is .*give three whole numbers"),
+        ({"axes_dims_rope": None}, "`axes_dims_rope` is None"),
+        ({"patch_size": 0}, "`patch_size` is 0"),
+        ({"long_patch_size": 0}, "`long_patch_size` is 0"),
+        ({"short_window": 10**9}, "`short_window` is 1000000000"),
+        ({"mlp_ratio": float("nan")}, "`mlp_ratio` is nan; give a finite number above 0"),
+        ({"mlp_ratio": 0}, "`mlp_ratio` is 0"),
+        ({"rope_theta": float("nan")}, "`rope_theta` is nan"),
+        ({"rope_theta": -1.0}, "`rope_theta` is -1.0"),
+        ({"num_actions": -1}, "`num_actions` is -1"),
+        ({"action_dim": 0}, "`action_dim` is 0"),
+        ({"num_classes": 10**12}, "`num_classes` is 1000000000000"),
+        ({"trained_frames": 0}, "`trained_frames` is 0"),
+        ({"frame_causal": "no"}, "`frame_causal` is 'no'"),
+        (
+            {"num_layers": 1024, "num_attention_heads": 1024},
+            "With `num_layers` 1024, `num_attention_heads` 1024, .* GiB in float32, and this machine has",
+        ),
     ],
 )
 def test_an_impossible_config_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         tiny_transformer(**config)
+
+
+@pytest.mark.parametrize("load", ["from_config", "from_pretrained"])
+def test_a_crafted_config_is_refused_before_memory_is_taken(tmp_path, load):
+    tiny_transformer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_layers": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="`num_layers` is 1000000000"):
+        getattr(FARTransformer3DModel, load)(config if load == "from_config" else tmp_path)
+
+
+CACHES = [name for name in dir(diffusers.hooks) if name.endswith(("CacheConfig", "BroadcastConfig"))]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_of_diffusers_are_refused_and_what_a_step_is_called_is_not(name):
+    model, cache = tiny_transformer(), getattr(diffusers.hooks, name)
+    with pytest.raises(ValueError, match=f"`config` is a {name}, .*`short_cache`"):
+        model.enable_cache(cache.__new__(cache))
+    assert not model.is_cache_enabled
+    with model.cache_context("denoise", step_index=0):
+        predict(model, random_clip(model, 2))

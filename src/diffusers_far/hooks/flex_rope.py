@@ -55,11 +55,22 @@ class FlexRoPEConfig:
             raise ValueError(f"`trained_frames` is {self.trained_frames}; it counts frames, at least 1.")
 
 
-class FlexRoPEState(BaseState):
-    """FlexRoPE remembers nothing between calls; the state manager only brings the step of the denoising loop."""
+class DenoisingStep(StateManager):
+    """Where the denoising loop is, as `cache_context` says. FlexRoPE remembers nothing else between calls.
+
+    Attributes:
+        current (`CacheContext`, *optional*): `None` in a call outside of `cache_context`.
+    """
+
+    def __init__(self):
+        super().__init__(BaseState)
+        self.current = None
+
+    def set_context(self, context) -> None:
+        self.current = context
 
     def reset(self) -> None:
-        pass
+        self.current = None
 
 
 class FlexRoPEHook(ModelHook):
@@ -73,7 +84,7 @@ class FlexRoPEHook(ModelHook):
 
     def __init__(self, config: FlexRoPEConfig):
         super().__init__()
-        self.state_manager = StateManager(FlexRoPEState)
+        self.step = DenoisingStep()
         self.set_config(config)
 
     def set_config(self, config: FlexRoPEConfig) -> None:
@@ -93,8 +104,14 @@ class FlexRoPEHook(ModelHook):
         return (attention_mask, frames), {}
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.state_manager.reset()
+        self.step.reset()
         return module
+
+    def __getstate__(self) -> FlexRoPEConfig:
+        return self.config
+
+    def __setstate__(self, config: FlexRoPEConfig) -> None:
+        self.__init__(config)
 
     def slopes(self, frames: AttentionFrames) -> torch.Tensor | None:
         """Slope of each query of `frames`, float32; `None` where all are 0."""
@@ -109,7 +126,7 @@ class FlexRoPEHook(ModelHook):
         return self.slope * (frames_beyond / trained_frames).clamp(0, 1)
 
     def _scheduled_slopes(self, frames: AttentionFrames) -> torch.Tensor | None:
-        context = self.state_manager._context  # None in a call outside of `cache_context`
+        context = self.step.current
         step_index = None if context is None else context.step_index
         num_inference_steps = None if context is None else context.num_inference_steps
         slopes = [

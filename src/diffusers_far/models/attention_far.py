@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from diffusers.hooks import HookRegistry
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -68,6 +69,18 @@ class FARAttentionBias(nn.Module):
         """Return `attention_mask`: `None` (against a cache, or where all see all), [`CausalChunks`], a dense mask or a
         `BlockMask`."""
         return attention_mask
+
+    # A hook hides `forward` behind a function that cannot be pickled, and that a copy would share with its original.
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "forward"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        registry = HookRegistry.check_if_exists_or_initialize(self)
+        hooks = dict(registry.hooks)
+        registry.__init__(self)
+        for name, hook in hooks.items():
+            registry.register_hook(hook, name)
 
 
 class FARAttnProcessor:

@@ -1,8 +1,14 @@
 """Matrix products in int8 on the CPU: weights are rounded once, activations as they come ("dynamic quantisation")."""
 
 import warnings
+from collections.abc import Mapping
+from functools import wraps
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+
+from .loading import require_finite
 
 
 SAVE_FIRST = (
@@ -56,6 +62,19 @@ class Int8Mixin:
             quantize_dynamic(self, qconfig_spec=layers, dtype=torch.qint8, inplace=True)
         self.is_int8 = True
 
+    def check_int8_move(self, moved: torch.Tensor) -> None:
+        """Refuse to leave what int8 computes in.
+
+        Args:
+            moved (`torch.Tensor`): A float32 tensor of the CPU, after the same move.
+        """
+        if self.is_int8 and (moved.dtype != torch.float32 or moved.device.type != "cpu"):
+            raise ValueError(
+                f"This model cannot become {moved.dtype} on {moved.device}: {SAVE_FIRST} Int8 is for the CPU and float32."
+            )
+
+    # These signatures are read by diffusers, so they must be those underneath.
+    @wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, *args, **kwargs):
         """As `ModelMixin.save_pretrained`.
 
@@ -66,12 +85,15 @@ class Int8Mixin:
             raise ValueError(f"This model cannot be saved: {SAVE_FIRST}")
         return super().save_pretrained(*args, **kwargs)
 
-    def load_lora_adapter(self, *args, **kwargs):
+    @wraps(PeftAdapterMixin.load_lora_adapter, assigned=())
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, *args, **kwargs):
         """As `PeftAdapterMixin.load_lora_adapter`.
 
         Raises:
-            ValueError: The model is int8.
+            ValueError: The model is int8, or a weight is no tensor of finite numbers.
         """
         if self.is_int8:
             raise ValueError(f"LoRA layers cannot be added to this model: {SAVE_FIRST} Load and fuse them before.")
-        return super().load_lora_adapter(*args, **kwargs)
+        if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
+            require_finite("The LoRA weights", pretrained_model_name_or_path_or_dict)
+        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)

@@ -8,7 +8,8 @@ B batch, F frames, T codes per frame, N size of the codebook.
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .code_sampling import CodeSampling, draw_uniform
 from .conditions import check_condition, shift_actions
-from .loading import describe_key_errors, require_safetensors
+from .config_checks import check_count, check_decoder, check_memory
+from .loading import describe_key_errors, explained_loading_errors, require_safetensors
+
+
+COUNTS = {"num_codes": 2**24, "tokens_per_frame": 2**20, "num_actions": 2**24, "trained_frames": 2**31}
 
 
 class TokenARConfig(PretrainedConfig):
@@ -37,7 +42,7 @@ class TokenARConfig(PretrainedConfig):
             `model_type`. Its vocabulary and special tokens are set here.
 
     Raises:
-        ValueError: A count is below 1.
+        ValueError: A count is below 1 or absurdly large, or a number of the decoder is not finite.
     """
 
     model_type = "token_ar_video"
@@ -50,12 +55,10 @@ class TokenARConfig(PretrainedConfig):
     decoder: dict | PretrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
-        for name in ("num_codes", "tokens_per_frame", "num_actions", "trained_frames"):
-            value = getattr(self, name)
-            if value is None and name in ("num_actions", "trained_frames"):
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it counts, so give a whole number from 1.")
+        for name, most in COUNTS.items():
+            check_count(name, getattr(self, name), most, optional=name in ("num_actions", "trained_frames"))
+        if self.decoder is not None:
+            check_decoder(self.decoder if isinstance(self.decoder, Mapping) else self.decoder.to_dict())
         self.decoder = copy.deepcopy(self.decoder)
         super().__post_init__(**kwargs)
         self.decoder.vocab_size = self.vocab_size
@@ -91,12 +94,18 @@ class TokenARForVideo(PreTrainedModel):
 
     def __init__(self, config: TokenARConfig) -> None:
         super().__init__(config)
+        sizes = config.decoder.to_dict()
+        width = sizes.get("hidden_size") or sizes.get("n_embd") or 0
+        num_layers = sizes.get("num_hidden_layers") or sizes.get("n_layer") or 0
+        num_weights = (num_layers * 8 * width + 2 * config.vocab_size) * width
+        check_memory(num_weights, ("hidden_size", "num_hidden_layers", "vocab_size"), sizes)
         self.decoder = AutoModel.from_config(config.decoder)
         # Only codes are ever predicted, so the head has no other rows.
         self.code_head = nn.Linear(config.decoder.hidden_size, config.num_codes, bias=False)
         self.post_init()
 
     @classmethod
+    @wraps(PreTrainedModel.from_pretrained.__func__, assigned=())
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *args, output_loading_info: bool = False, **kwargs
     ):
@@ -104,12 +113,14 @@ class TokenARForVideo(PreTrainedModel):
 
         Raises:
             ValueError: The weights lack keys of the model or have others, or `use_safetensors` is `False`.
+            OSError: A file is missing, truncated or not what it should be.
         """
         require_safetensors("use_safetensors", kwargs.get("use_safetensors"))
         kwargs["use_safetensors"] = True
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        with explained_loading_errors(pretrained_model_name_or_path):
+            model, loading_info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         errors = describe_key_errors(loading_info["missing_keys"], loading_info["unexpected_keys"])
         if errors:
             raise ValueError(
@@ -150,7 +161,7 @@ class TokenARForVideo(PreTrainedModel):
             ValueError: An argument has the wrong shape, type or values.
         """
         self._check_codes(codes)
-        openings = self._opening_tokens(codes.shape[:2], actions, action_mask)
+        openings = self._opening_tokens(codes.shape[:2], actions, action_mask).to(codes.device)
         tokens = torch.cat([openings[..., None], codes], dim=2)  # (B, F, 1 + T)
         outputs = self.decoder(
             input_ids=tokens.flatten(1), past_key_values=past_key_values, use_cache=use_cache, **kwargs
@@ -234,7 +245,7 @@ class TokenARForVideo(PreTrainedModel):
         num_actions = self.config.num_actions
         check_condition("actions", actions, num_actions is not None, tuple(shape))
         if num_actions is None:
-            return torch.full(tuple(shape), self.config.null_token, device=self.device)
+            return torch.full(tuple(shape), self.config.null_token)
         _check_range("actions", actions, "num_actions", num_actions)
         openings = actions + self.config.num_codes
         if action_mask is None:

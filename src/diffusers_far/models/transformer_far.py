@@ -5,14 +5,14 @@ D head dim.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -37,6 +37,7 @@ from .functional import (
     unpatchify,
 )
 from .int8 import Int8Mixin
+from .internals import attention_backend, call_uncompiled, execution_device, group_offloading, is_compiled
 from .kv_cache import CachePass, FARKVCache
 from .loading import CompleteWeightsMixin
 from .twins import pair_with_clean
@@ -170,7 +171,48 @@ class FARTransformer3DModel(
 
     @property
     def _has_compiled_blocks(self) -> bool:
-        return torch.compiler.is_compiling() or self.transformer_blocks[0]._compiled_call_impl is not None
+        return torch.compiler.is_compiling() or is_compiled(self.transformer_blocks[0])
+
+    def enable_cache(self, config) -> None:
+        """Refuse diffusers' caches, all of which skip parts of a pass by what an earlier pass computed.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"`config` is a {type(config).__name__}, a cache that skips blocks or attention by what they gave in the step "
+            "before. FAR's blocks also write keys and values of finished frames, and take and return short and long "
+            "tokens, which no such cache knows. Leave it out; `short_cache`, fewer `num_inference_steps` and "
+            "`quantize_int8` make frames fast."
+        )
+
+    @wraps(ModelMixin.enable_layerwise_casting, assigned=())
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        *args,
+        **kwargs,
+    ) -> None:
+        """As `ModelMixin.enable_layerwise_casting`; the layers that are not cast take the `compute_dtype` too, so that no
+        two dtypes meet."""
+        if compute_dtype is not None and compute_dtype != self.dtype:
+            self.to(compute_dtype)
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, *args, **kwargs)
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `to`, `half`, `cuda` and the like do, where it can be done."""
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        self.check_int8_move(moved)
+        keeps_copies = any(
+            group.offload_to_disk_path is not None or group.stream is not None for group in group_offloading(self)
+        )
+        if keeps_copies and moved.dtype != self.dtype:
+            raise ValueError(
+                f"The model is group-offloaded, with copies of its weights in {self.dtype}, and cannot become "
+                f"{moved.dtype}: give it its dtype before `enable_group_offload`."
+            )
+        return super()._apply(fn, recurse)
 
     def context_plan(self, num_frames: int, height: int, width: int, rebuild_interval: int = 1) -> ContextPlan:
         """Which of `num_frames` frames are long or short, at latents of `height` x `width`; with a `rebuild_interval`
@@ -226,7 +268,7 @@ class FARTransformer3DModel(
             batch_size=batch_size,
             max_frames=max_frames,
             dtype=dtype or self.dtype,
-            device=torch.device(device or self.device),
+            device=torch.device(device or execution_device(self)),
             options=options,
             rotation=self._time_rotation,
         )
@@ -355,7 +397,7 @@ class FARTransformer3DModel(
             elif (block is last_block and is_write) or is_long_context:
                 # With its hooks, but not compiled: so little work is not worth it, nor are so many frames, whose attentions
                 # the compiler would unroll for a pass that does not come again.
-                short_states, long_states = block._call_impl(*inputs)
+                short_states, long_states = call_uncompiled(block, *inputs)
             else:
                 short_states, long_states = block(*inputs)
         if is_write:
@@ -376,7 +418,7 @@ class FARTransformer3DModel(
 
     def _time_rotation(self, num_frames: int) -> torch.Tensor:
         """The rotary embedding of a shift in time, `(1, D / 2)`."""
-        shift = torch.tensor([[num_frames, 0, 0]], device=self.device)
+        shift = torch.tensor([[num_frames, 0, 0]], device=execution_device(self))
         return rotary_embedding(shift, self.config.axes_dims_rope, self.config.rope_theta)
 
     def _timestep_per_frame(self, timestep: torch.Tensor | float | int, frames: FrameBatch) -> torch.Tensor:
@@ -422,9 +464,7 @@ class FARTransformer3DModel(
         one, a dense mask for others and for compiled blocks, which chunks would compile again and again."""
         if (plan.num_frames == 1 and frames.is_twin is None) or not self.config.frame_causal:
             return None
-        backend = self.transformer_blocks[0].attn.processor._attention_backend
-        if backend is None:
-            backend, _ = _AttentionBackendRegistry.get_active_backend()
+        backend = attention_backend(self.transformer_blocks[0].attn)
         if backend == AttentionBackendName.FLEX:
             return frame_causal_block_mask(frames.query_frames, frames.key_frames, frames.is_twin)
         mask = frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)

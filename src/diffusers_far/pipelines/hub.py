@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from huggingface_hub import create_repo, hf_hub_download
+from huggingface_hub import create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..files import UNFINISHED, written_whole
 from ..hooks.flex_rope import applied_config
-from ..models.loading import explained_loading_errors, name_some, require_safetensors
+from ..models.internals import group_offloading
+from ..models.loading import (
+    explained_loading_errors,
+    has_variant,
+    name_some,
+    require_in_memory,
+    require_safetensors,
+    saved_whole,
+    unset_weights,
+)
 from .model_card import model_card
 
 
@@ -61,12 +71,31 @@ class FARHubMixin:
         """As `DiffusionPipeline.from_pretrained`, from safetensors only.
 
         Raises:
-            ValueError: Weights are incomplete or do not fit their config, or `use_safetensors` is `False`.
-            OSError: A file is missing, truncated or not safetensors.
+            ValueError: Weights are incomplete or do not fit their config, a component has none in the `variant`, or
+                `use_safetensors` is `False`.
+            OSError: A file is missing, truncated or not what it should be.
         """
         require_safetensors("use_safetensors", kwargs.get("use_safetensors"))
-        with explained_loading_errors():
+        with explained_loading_errors(pretrained_model_name_or_path):
+            if Path(pretrained_model_name_or_path).is_dir():
+                require_variant(pretrained_model_name_or_path, **kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """As `DiffusionPipeline.download`; a component without weights in the `variant` is an error."""
+        folder = super().download(pretrained_model_name, **kwargs)
+        require_variant(folder, **kwargs)
+        return folder
+
+    def to(self, *args, **kwargs):
+        """As `DiffusionPipeline.to`, but the transformer comes first, since it may refuse, and it is not passed over where
+        it is group-offloaded."""
+        values = [value for value in (*args, kwargs.get("device"), kwargs.get("dtype")) if value is not None]
+        changes_dtype = any(isinstance(value, torch.dtype) for value in values)
+        if self.transformer.is_int8 or (changes_dtype and group_offloading(self.transformer)):
+            self.transformer.to(*values)
+        return super().to(*args, **kwargs)
 
     def save_pretrained(
         self,
@@ -86,7 +115,8 @@ class FARHubMixin:
         """Save all components, the config, a model card and a `pipeline.py`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Created if needed. A README.md in it stays as it is.
+            save_directory (`str` or `os.PathLike`): Created if needed. A README.md in it stays as it is, and so do the
+                weights of other variants; a save that fails changes nothing.
             safe_serialization (`bool`): `False` is refused.
             variant (`str`, *optional*), max_shard_size (`int` or `str`, *optional*): As in diffusers.
             push_to_hub (`bool`): Upload the folder to `repo_id`, by default its name in your namespace. A README.md that
@@ -94,6 +124,10 @@ class FARHubMixin:
             training_facts (`dict`, *optional*): What the model was trained on and how, for the card, such as
                 `{"Data": "..."}`.
             commit_message, private, token, create_pr: Of the upload.
+
+        Raises:
+            ValueError: The transformer has LoRA layers or is int8, or weights are offloaded.
+            OSError: The disk is full, or the folder cannot be written.
         """
         require_safetensors("safe_serialization", safe_serialization)
         adapters = getattr(self.transformer, "peft_config", None)
@@ -103,21 +137,33 @@ class FARHubMixin:
                 "again. Save them with `save_lora_weights`; then call `unload_lora_weights()` to save the pipeline "
                 "without them, or `fuse_lora()` before that to save it with them."
             )
+        for name, component in self.components.items():
+            if isinstance(component, torch.nn.Module):
+                require_in_memory(f"`{name}`", component)
         folder = Path(save_directory)
         if push_to_hub:
             repo_id = create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token).repo_id
-        super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
-
-        (folder / "pipeline.py").write_text(CUSTOM_PIPELINE.format(pipeline=type(self).__name__), encoding="utf-8")
+        with saved_whole(folder) as unfinished:
+            super().save_pretrained(unfinished, variant=variant, max_shard_size=max_shard_size, **kwargs)
+            code = CUSTOM_PIPELINE.format(pipeline=type(self).__name__)
+            (unfinished / "pipeline.py").write_text(code, encoding="utf-8")
         readme = folder / "README.md"
         card = card_on_hub(repo_id, token) if push_to_hub and not readme.exists() else None
         if training_facts and (readme.exists() or card is not None):
             logger.warning("There is a README.md, which is kept; `training_facts` are not written to it.")
         if not readme.exists():
             card = card or model_card(self, repo_id or folder.name, training_facts)
-            readme.write_text(card, encoding="utf-8")
+            with written_whole(readme) as unfinished:
+                unfinished.write_text(card, encoding="utf-8")
         if push_to_hub:
-            self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                token=token,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                create_pr=create_pr,
+                ignore_patterns=[f"{UNFINISHED}*"],
+            )
 
     def push_to_hub(
         self,
@@ -154,6 +200,22 @@ def card_on_hub(repo_id: str, token: str | bool | None) -> str | None:
         return None
 
 
+def require_variant(folder: str | os.PathLike, variant: str | None = None, **given) -> None:
+    """Refuse a pipeline's folder where a component lacks weights in a variant that others have: diffusers would take those
+    without a variant for it.
+
+    Args:
+        given: Components that are not loaded from the folder, among other arguments.
+    """
+    folders = [path for path in Path(folder).iterdir() if path.is_dir() and given.get(path.name) is None]
+    lacking = [path.name for path in folders if variant is not None and not has_variant(path, variant)]
+    if lacking and len(lacking) < len(folders):
+        raise ValueError(
+            f"`variant` is {variant!r}, but {name_some(lacking)} in {str(folder)!r} has no weights of that variant; write "
+            f"them with `save_pretrained(..., variant={variant!r})`, or leave `variant` out."
+        )
+
+
 def check_components_complete(**components: torch.nn.Module) -> None:
     """Refuse a component that diffusers loaded from incomplete weights: it warns, and leaves the rest without values.
 
@@ -161,9 +223,10 @@ def check_components_complete(**components: torch.nn.Module) -> None:
         ValueError: Names the component and the weights.
     """
     for name, component in components.items():
-        state_dict = component.state_dict() if isinstance(component, torch.nn.Module) else {}
-        unset = [key for key, tensor in state_dict.items() if tensor.is_meta]
-        if unset and len(unset) < len(state_dict):
+        if not isinstance(component, torch.nn.Module):
+            continue
+        unset = unset_weights(component)
+        if unset and len(unset) < len(component.state_dict()):
             raise ValueError(
                 f"`{name}` has no values for {name_some(unset)}: its checkpoint is incomplete or its config.json "
                 "describes another model. Fetch its folder again."

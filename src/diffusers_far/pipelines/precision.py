@@ -14,9 +14,8 @@ def has_half_precision_units(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies in a half precision; one that is not x86 gets the benefit of the doubt."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    checks = {torch.bfloat16: "_is_avx512_bf16_supported", torch.float16: "_is_amx_fp16_supported"}
-    check = getattr(torch.cpu, checks[dtype], None)
-    return check is None or check()
+    unit = {torch.bfloat16: "avx512_bf16", torch.float16: "amx_fp16"}[dtype]
+    return torch.cpu.get_capabilities().get(unit, True)
 
 
 @functools.cache

@@ -1,0 +1,48 @@
+"""What torch, diffusers and accelerate know but do not say publicly: each of their private names that we need is here only."""
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+
+def attention_backend(attention: torch.nn.Module) -> AttentionBackendName:
+    """The backend that an attention module computes with: its own, else the one that is active everywhere."""
+    return attention.processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
+
+
+def call_uncompiled(module: torch.nn.Module, *inputs):
+    """Call a module with its hooks, but as if it were not compiled. (`torch.compiler.set_stance` does so for all threads.)"""
+    return module._call_impl(*inputs)
+
+
+def offloading_hooks(module: torch.nn.Module) -> list:
+    """Accelerate's hooks on a module and its parts, the outer ones first."""
+    hooks = []
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        hooks += getattr(hook, "hooks", [hook])  # a `SequentialHook` has several
+    return [hook for hook in hooks if hook is not None]
+
+
+def execution_device(module: torch.nn.Module) -> torch.device:
+    """Where a model computes. With offloading its weights wait elsewhere, and `module.device` tells where they wait."""
+    for hook in offloading_hooks(module):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return module.device
+
+
+def offloaded_weights(module: torch.nn.Module) -> set[str]:
+    """Names of the weights that accelerate keeps in memory or on the disk: in the model they are on the meta device."""
+    return {name for hook in offloading_hooks(module) for name in getattr(hook, "weights_map", None) or ()}
+
+
+def group_offloading(module: torch.nn.Module) -> list:
+    """How diffusers offloads the groups of a model, its `GroupOffloadingConfig`s; empty where it does not."""
+    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    hooks = (registry.get_hook("group_offloading") for registry in registries if registry is not None)
+    return [hook.config for hook in hooks if hook is not None]
