@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import tiny_dc, tiny_kl, tiny_taesd, tiny_vq
+from tiny_models import tiny_dc, tiny_kl, tiny_pipeline, tiny_taesd, tiny_vq
 
 from diffusers_far.models.codec import (
     decode_codes,
@@ -41,6 +41,68 @@ def test_unscaling_inverts_scaling(build):
 def test_scaling_subtracts_the_shift_and_multiplies_by_the_factor():
     vae, latents = tiny_kl(), torch.randn(2, 4, 2, 4)
     torch.testing.assert_close(scale_latents(vae, latents), (latents - 0.1) * 0.7)
+
+
+def test_each_channel_has_a_mean_and_a_deviation_where_the_config_has_them():
+    vae, latents = tiny_kl(), torch.randn(2, 4, 2, 4)
+    mean, std = (1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0, 4.0)
+    vae.register_to_config(shift_factor=None, latents_mean=mean, latents_std=std)
+    expected = torch.stack([(latents[:, i] - mean[i]) * 0.7 / std[i] for i in range(4)], dim=1)
+    torch.testing.assert_close(scale_latents(vae, latents), expected)
+    torch.testing.assert_close(unscale_latents(vae, expected), latents)
+    video = random_video()
+    with torch.no_grad():
+        reconstruction = (vae.decode(encode_images(vae, video * 2 - 1)).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decode_video(vae, encode_video(vae, video)), reconstruction, atol=1e-5, rtol=1e-5)
+
+
+def test_one_of_mean_and_deviation_serves_alone_and_needs_no_factor():
+    vae, latents = tiny_kl(), torch.randn(2, 4, 2, 4)
+    vae.register_to_config(shift_factor=None, scaling_factor=None, latents_std=[2.0] * 4)
+    torch.testing.assert_close(scale_latents(vae, latents), latents / 2)
+    vae.register_to_config(latents_std=None, latents_mean=[1.0] * 4)
+    torch.testing.assert_close(scale_latents(vae, latents), latents - 1)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"latents_mean": [0.0] * 3}, "`latents_mean` .* one finite number for each of the 4 latent channels"),
+        ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "`latents_std` .* above 0"),
+        ({"latents_mean": [float("nan")] * 4}, "`latents_mean`"),
+        ({"scaling_factor": None}, "`scaling_factor` of the VAE's config is None"),
+        ({"scaling_factor": 0}, "`scaling_factor` of the VAE's config is 0"),
+        ({"scaling_factor": float("nan")}, "`scaling_factor` of the VAE's config is nan"),
+        ({"shift_factor": float("inf")}, "`shift_factor` of the VAE's config is inf"),
+        (
+            {"latents_mean": [1.0] * 4, "shift_factor": 0.1},
+            "`shift_factor` 0.1 and `latents_mean`, which say the same",
+        ),
+    ],
+)
+def test_a_vae_whose_statistics_cannot_be_is_refused_before_a_pipeline_is_made(fields, message):
+    vae = tiny_kl()
+    vae.register_to_config(**({"shift_factor": None} | fields))
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(vae=vae)
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_vae_that_overflows_in_float16_computes_in_float32(force_upcast):
+    vae, dtypes = tiny_kl().half(), []
+    vae.register_to_config(force_upcast=force_upcast)
+    for side in (vae.encoder, vae.decoder):
+        side.register_forward_hook(lambda module, args, output: dtypes.append(args[0].dtype))
+    latents = encode_video(vae, random_video())
+    decode_video(vae, latents)
+    assert dtypes == [torch.float32 if force_upcast else torch.float16] * 2
+    assert vae.dtype == latents.dtype == torch.float16
+
+
+def test_how_taesd_stores_latents_as_bytes_changes_nothing():
+    vae, latents = tiny_taesd(), torch.randn(2, 4, 2, 4)
+    assert (vae.config.latent_magnitude, vae.config.latent_shift) == (3, 0.5)
+    assert torch.equal(scale_latents(vae, latents), latents)
 
 
 def test_a_distribution_is_encoded_as_its_mode():

@@ -1,16 +1,86 @@
 """Images to latents and back, the same for every image autoencoder of diffusers; to codes and back for `VQModel`."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from .internals import execution_device
+
+
+def latent_statistics(
+    vae: torch.nn.Module, latents: torch.Tensor
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """Shift and factor of `(latents - shift) * factor`, which brings raw latents to unit variance.
+
+    A VAE has a `scaling_factor`, a `shift_factor` (or `latents_mean`, per channel), and a `latents_std` per channel to
+    divide by; what its config does not have is 1 or 0. `AutoencoderTiny`'s `latent_magnitude` and `latent_shift` only say
+    how latents are stored as bytes.
+
+    Args:
+        latents (`torch.Tensor` of shape `(..., C, H, W)`): Gives channels, dtype and device.
+
+    Raises:
+        ValueError: A field of the VAE's config is no statistic of these channels, or two of them contradict each other.
+    """
+    config, num_channels = vae.config, latents.shape[-3]
+    per_channel = {}
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        if values is None:
+            continue
+        values = torch.tensor(values, dtype=torch.float64).flatten()
+        if len(values) != num_channels or not values.isfinite().all() or (name == "latents_std" and values.min() <= 0):
+            raise ValueError(
+                f"`{name}` of the VAE's config is {config[name]}; it has one finite number for each of the {num_channels} "
+                "latent channels, above 0 for the deviation. Correct it, or set it to None."
+            )
+        per_channel[name] = values.view(-1, 1, 1)
+    shift, factor = config.get("shift_factor"), config.get("scaling_factor")
+    if factor is None and per_channel:
+        factor = 1.0
+    if not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor == 0:
+        raise ValueError(
+            f"`scaling_factor` of the VAE's config is {factor}; give 1 / the standard deviation of its latents: "
+            "`vae.register_to_config(scaling_factor=...)`."
+        )
+    if not math.isfinite(shift or 0.0):
+        raise ValueError(f"`shift_factor` of the VAE's config is {shift}; give a finite number, or None.")
+    if shift and per_channel:
+        raise ValueError(
+            f"The VAE's config has `shift_factor` {shift} and `{next(iter(per_channel))}`, which say the same twice; set "
+            "one of them to None."
+        )
+    if not per_channel:
+        return shift or 0.0, factor
+    mean, std = per_channel.get("latents_mean", torch.zeros(())), per_channel.get("latents_std", torch.ones(()))
+    return mean.to(latents), (factor / std).to(latents)
 
 
 def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Raw latents to the unit variance that the transformer works in: `(latents - shift) * scaling_factor`."""
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    """Raw latents to the unit variance that the transformer works in: `(latents - shift) * factor`."""
+    shift, factor = latent_statistics(vae, latents)
+    return (latents - shift) * factor
 
 
 def unscale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """The inverse of `scale_latents`."""
-    return latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    shift, factor = latent_statistics(vae, latents)
+    return latents / factor + shift
+
+
+@contextmanager
+def without_overflow(vae: torch.nn.Module) -> Iterator[None]:
+    """Let a VAE whose config says `force_upcast` compute in float32 where it is in float16, whose range it exceeds."""
+    is_upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if is_upcast:
+        vae.float()
+    try:
+        yield
+    finally:
+        if is_upcast:
+            vae.half()
 
 
 def encode_images(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -42,11 +112,12 @@ def encode_video(
     Returns:
         `torch.Tensor` of shape `(F, C, H, W)`, scaled, in the VAE's dtype.
     """
-    parts = []
-    for frames in video.split(batch_size):
-        images = frames.to(device or vae.device, vae.dtype) / (255 if frames.dtype == torch.uint8 else 1) * 2 - 1
-        parts.append(scale_latents(vae, encode_images(vae, images)))
-    return torch.cat(parts)
+    parts, dtype, device = [], vae.dtype, device or execution_device(vae)
+    with without_overflow(vae):
+        for frames in video.split(batch_size):
+            images = frames.to(device, vae.dtype) / (255 if frames.dtype == torch.uint8 else 1) * 2 - 1
+            parts.append(scale_latents(vae, encode_images(vae, images)))
+    return torch.cat(parts).to(dtype)
 
 
 @torch.no_grad()
@@ -54,8 +125,11 @@ def decode_video(
     vae: torch.nn.Module, latents: torch.Tensor, batch_size: int = 64, device: torch.device | None = None
 ) -> torch.Tensor:
     """The video of scaled latents (F, C, H, W), `batch_size` frames at a time: (F, 3, height, width) in [0, 1]."""
-    latents = unscale_latents(vae, latents.to(device or vae.device, vae.dtype))
-    return torch.cat([(vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in latents.split(batch_size)])
+    dtype = vae.dtype
+    with without_overflow(vae):
+        latents = unscale_latents(vae, latents.to(device or execution_device(vae), vae.dtype))
+        parts = [(vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in latents.split(batch_size)]
+    return torch.cat(parts).to(dtype)
 
 
 @torch.no_grad()
@@ -69,11 +143,11 @@ def encode_codes(vq: torch.nn.Module, video: torch.Tensor, batch_size: int = 64)
     Returns:
         `torch.Tensor` of shape `(F, H, W)`, int64, in `[0, num_vq_embeddings)`.
     """
-    parts = []
-    for frames in video.split(batch_size):
-        images = frames.to(vq.device, vq.dtype) / (255 if frames.dtype == torch.uint8 else 1) * 2 - 1
-        latents = encode_images(vq, images)
-        parts.append(nearest_codes(vq, latents))
+    parts, device = [], execution_device(vq)
+    with without_overflow(vq):
+        for frames in video.split(batch_size):
+            images = frames.to(device, vq.dtype) / (255 if frames.dtype == torch.uint8 else 1) * 2 - 1
+            parts.append(nearest_codes(vq, encode_images(vq, images)))
     return torch.cat(parts)
 
 
@@ -86,12 +160,13 @@ def nearest_codes(vq: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode_codes(vq: torch.nn.Module, codes: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
     """The video of codes (F, H, W), `batch_size` frames at a time: (F, 3, height, width) in [0, 1]."""
-    parts = []
-    for part in codes.to(vq.device).split(batch_size):
-        latents = vq.quantize.get_codebook_entry(part.flatten(), shape=(*part.shape, -1))
-        # It quantizes once more, which leaves the codebook's entries as they are.
-        parts.append((vq.decode(latents).sample / 2 + 0.5).clamp(0, 1))
-    return torch.cat(parts)
+    parts, dtype = [], vq.dtype
+    with without_overflow(vq):
+        for part in codes.to(execution_device(vq)).split(batch_size):
+            latents = vq.quantize.get_codebook_entry(part.flatten(), shape=(*part.shape, -1))
+            # It quantizes once more, which leaves the codebook's entries as they are.
+            parts.append((vq.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+    return torch.cat(parts).to(dtype)
 
 
 def spatial_compression(vae: torch.nn.Module) -> int:

@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from ..hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from ..loaders.lora import FARLoraLoaderMixin
 from ..models.cache_options import CacheOptions
-from ..models.codec import decode_video, encode_video
+from ..models.codec import decode_video, encode_video, latent_statistics
 from ..models.transformer_far import FARTransformer3DModel
 from .generation import Callbacks, Generation, GenerationInterrupted
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
@@ -83,6 +83,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         super().__init__()
         check_components_complete(transformer=transformer, vae=vae)
         check_scheduler(scheduler)
+        if vae is not None:
+            latent_statistics(vae, torch.empty(transformer.config.in_channels, 1, 1))
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         if isinstance(action_names, dict):
             action_names = list(action_names.values())
