@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far import FARPipeline
@@ -282,6 +283,50 @@ def test_only_the_layers_of_an_added_adapter_are_trained():
 def test_what_is_no_lora_of_this_pipeline_is_refused(pipe, state_dict, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         pipe.load_lora_weights(state_dict)
+
+
+A, B = (f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight" for side in "AB")
+LAYER = {A: torch.zeros(2, 32), B: torch.zeros(32, 2)}
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({A: torch.full((2, 32), float("nan"))}, f"no finite numbers in {A}"),
+        ({B: torch.full((32, 2), float("-inf"))}, f"no finite numbers in {B}"),
+        ({B: 3}, f"no finite numbers in {B}"),
+        ({A: torch.zeros(2, 31)}, r"to_q \(2, 31\) and \(32, 2\) for \(rank, 32\) and \(32, rank\)"),
+        ({A: torch.zeros(3, 32)}, r"wrong shapes: transformer_blocks.0.attn.to_q \(3, 32\) and"),
+        ({B: None}, r"to_q \(2, 32\) and none for"),
+        ({A.replace("blocks.0", "blocks.9"): LAYER[A]}, "has unknown transformer_blocks.9.attn.to_q"),
+    ],
+)
+def test_layers_that_would_spoil_the_model_are_refused_by_their_names(pipe, changed, message):
+    state_dict = {key: tensor for key, tensor in (LAYER | changed).items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(state_dict)
+    assert not hasattr(pipe.transformer, "peft_config")
+
+
+def test_a_transformer_alone_refuses_layers_that_are_not_finite(pipe):
+    with pytest.raises(ValueError, match=f"no finite numbers in {A}"):
+        pipe.transformer.load_lora_adapter({**LAYER, A: torch.full((2, 32), float("nan"))}, prefix="transformer")
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", '{"transformer.lora_alpha": NaN}'])
+def test_a_lora_file_with_a_broken_adapter_config_is_refused(pipe, metadata, tmp_path):
+    save_file(LAYER, tmp_path / "lora.safetensors", metadata={"format": "pt", "lora_adapter_metadata": metadata})
+    with pytest.raises(ValueError, match="The adapter's config in the LoRA file"):
+        pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", 40])
+def test_a_damaged_lora_file_is_named_with_the_cure(pipe, content, tmp_path):
+    save_lora(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    with pytest.raises(OSError, match=f"{tmp_path}.*download or copy it again"):
+        pipe.load_lora_weights(tmp_path)
 
 
 def test_pickled_layers_are_neither_read_nor_written(pipe, tmp_path):

@@ -1,17 +1,25 @@
 """LoRA for [`FARPipeline`], through PEFT, as diffusers' own pipelines have it; safetensors only."""
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import require_peft_backend
 from huggingface_hub.utils import validate_hf_hub_args
-from safetensors import SafetensorError
 
-from ..models.loading import name_some, require_safetensors
+from ..models.loading import (
+    describe_key_errors,
+    explained_loading_errors,
+    name_some,
+    require_finite,
+    require_safetensors,
+    saved_whole,
+)
 
 
 class FARLoraLoaderMixin(LoraBaseMixin):
@@ -50,13 +58,19 @@ class FARLoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             ValueError: The weights are pickled, not finite, or no LoRA layers of a FAR transformer.
+            OSError: The file is missing, truncated or not safetensors.
         """
         require_safetensors("use_safetensors", use_safetensors)
         if weight_name is not None and not weight_name.endswith(".safetensors"):
             raise ValueError(f"`weight_name` is {weight_name!r}; LoRA layers are read from .safetensors files only.")
-        try:
+        source = pretrained_model_name_or_path_or_dict
+        with (
+            explained_loading_errors("the given dict" if isinstance(source, Mapping) else source),
+            readable_metadata(),
+        ):
+            # Of diffusers there is no public way to a LoRA file in a folder or repo whose name is not known.
             state_dict, metadata = _fetch_state_dict(
-                pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+                pretrained_model_name_or_path_or_dict=source,
                 weight_name=weight_name,
                 use_safetensors=True,
                 local_files_only=local_files_only,
@@ -69,11 +83,6 @@ class FARLoraLoaderMixin(LoraBaseMixin):
                 user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
                 allow_pickle=False,
             )
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"The LoRA {str(pretrained_model_name_or_path_or_dict)!r} is damaged, or no safetensors ({error}); fetch "
-                "it again, or save it anew with `FARPipeline.save_lora_weights`."
-            ) from error
         foreign = [key for key in state_dict if not key.startswith(f"{cls.transformer_name}.") or "lora" not in key]
         if foreign or not state_dict:
             raise ValueError(
@@ -81,14 +90,9 @@ class FARLoraLoaderMixin(LoraBaseMixin):
                 f"pipeline are LoRA layers and start with `{cls.transformer_name}.`. Save them with "
                 "`FARPipeline.save_lora_weights`."
             )
-        not_finite = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
-        if "NaN" in json.dumps(metadata) or "Infinity" in json.dumps(metadata):
-            not_finite.append("its config")
-        if not_finite:
-            raise ValueError(
-                f"The LoRA weights have NaN or infinite values in {name_some(not_finite)}, with which every frame would be "
-                "NaN; load a LoRA of an intact training."
-            )
+        require_finite("The LoRA weights", state_dict)
+        if metadata is not None:
+            check_metadata(metadata)
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     @require_peft_backend
@@ -132,6 +136,7 @@ class FARLoraLoaderMixin(LoraBaseMixin):
         _pipeline=None,
     ) -> None:
         """Load what `lora_state_dict` returned into a transformer."""
+        check_lora_fits(state_dict, transformer, cls.transformer_name)
         transformer.load_lora_adapter(
             state_dict,
             prefix=cls.transformer_name,
@@ -175,14 +180,17 @@ class FARLoraLoaderMixin(LoraBaseMixin):
                 f"`transformer_lora_layers` is {transformer_lora_layers!r}: nothing to save; pass "
                 "`get_peft_model_state_dict(transformer)`."
             )
-        cls._save_lora_weights(
-            save_directory=save_directory,
-            lora_layers={cls.transformer_name: transformer_lora_layers},
-            lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata},
-            weight_name=weight_name,
-            save_function=save_function,
-            safe_serialization=True,
-        )
+        metadata = transformer_lora_adapter_metadata or {}
+        with saved_whole(save_directory) as folder:
+            cls.write_lora_layers(
+                state_dict=cls.pack_weights(transformer_lora_layers, cls.transformer_name),
+                save_directory=folder,
+                is_main_process=True,
+                weight_name=weight_name,
+                save_function=save_function,
+                safe_serialization=True,
+                lora_adapter_metadata={f"{cls.transformer_name}.{name}": value for name, value in metadata.items()},
+            )
 
     def fuse_lora(
         self,
@@ -203,3 +211,50 @@ class FARLoraLoaderMixin(LoraBaseMixin):
         """Subtract what `fuse_lora` added; the layers then count as they did before."""
         with self.transformer.scales_as_fused():
             super().unfuse_lora(components, **kwargs)
+
+
+BROKEN_METADATA = (
+    "The adapter's config in the LoRA file is no JSON object of finite numbers ({problem}); fetch the file again, or save "
+    "its weights anew with `FARPipeline.save_lora_weights`."
+)
+
+
+@contextmanager
+def readable_metadata() -> Iterator[None]:
+    """Say what is wrong with a LoRA file whose adapter config diffusers cannot parse."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(BROKEN_METADATA.format(problem=error)) from error
+
+
+def check_metadata(metadata: Any) -> None:
+    """Refuse an adapter's config that is no config, or would make every frame NaN."""
+    fields = metadata if isinstance(metadata, dict) else {"": metadata}
+    for name, value in fields.items():
+        if fields is not metadata or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(BROKEN_METADATA.format(problem=f"{name} {value}".strip()))
+
+
+def check_lora_fits(state_dict: Mapping[str, torch.Tensor], transformer: torch.nn.Module, prefix: str) -> None:
+    """Refuse layers of another model before any of them is added; `prefix` is in front of their names.
+
+    Raises:
+        ValueError: A layer is not in the transformer, lacks one of its two matrices, or has one of another shape.
+    """
+    layers = dict(transformer.named_modules())
+    names = {key.removeprefix(f"{prefix}.").rpartition(".lora_")[0] for key in state_dict if ".lora_" in key}
+    unknown, wrong = [name for name in names if name not in layers], []
+    for name in names - set(unknown):
+        down, up = (state_dict.get(f"{prefix}.{name}.lora_{side}.weight") for side in "AB")
+        if not isinstance(layers[name], torch.nn.Linear) and not hasattr(layers[name], "in_features"):
+            continue
+        sizes = (layers[name].in_features, layers[name].out_features)
+        if down is None or up is None or (down.shape[-1], up.shape[0]) != sizes or down.shape[0] != up.shape[-1]:
+            shapes = " and ".join("none" if matrix is None else str(tuple(matrix.shape)) for matrix in (down, up))
+            wrong.append(f"{name} {shapes} for (rank, {sizes[0]}) and ({sizes[1]}, rank)")
+    problems = describe_key_errors(unknown=unknown, wrong=wrong)
+    if problems:
+        raise ValueError(
+            f"The LoRA weights do not fit this transformer: {problems}. Load them into the model that they were trained for."
+        )
