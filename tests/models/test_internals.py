@@ -1,8 +1,8 @@
 """Private names of torch, diffusers and accelerate, each used in one place. Seen in torch 2.13.0, diffusers 0.42.1 and
 accelerate 1.15.0; a test that fails here after an update says which name went, and where."""
 
-import ast
 import inspect
+import re
 from pathlib import Path
 
 import accelerate
@@ -24,7 +24,15 @@ CPU = torch.device("cpu")
 
 # Their private names, by the module of ours that has them.
 PRIVATE = {
-    "models/internals.py": {"_AttentionBackendRegistry", "_attention_backend", "_compiled_call_impl", "_call_impl"},
+    "models/internals.py": {
+        "_AttentionBackendRegistry",
+        "_attention_backend",
+        "_compiled_call_impl",
+        "_call_impl",
+        "_hf_hook",
+        "_diffusers_hook",
+    },
+    "models/identity.py": {"_orig_mod", "_diffusers_hook"},
     "models/transformer_far.py": {"_apply", "_gradient_checkpointing_func"},
     "loaders/lora.py": {"_fetch_state_dict"},
 }
@@ -32,24 +40,14 @@ PRIVATE = {
 
 def test_private_names_of_other_libraries_are_in_one_place_each():
     package = Path(diffusers_far.__file__).parent
-    trees = {str(path.relative_to(package)): ast.parse(path.read_text()) for path in package.rglob("*.py")}
-    nodes = {name: list(ast.walk(tree)) for name, tree in trees.items()}
-    ours = {
-        node.name for part in nodes.values() for node in part if hasattr(node, "name") and isinstance(node.name, str)
-    }
-    for part in nodes.values():  # attributes that we set, and fields
-        targets = [
-            node for node in part if isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store)
-        ]
-        ours |= {getattr(node, "attr", None) or node.id for node in targets}
-    # What diffusers tells authors of pipelines to use.
-    ours |= {"_execution_device"}
-    for name, part in nodes.items():
-        used = {node.attr for node in part if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
-        used |= {alias.name for node in part if isinstance(node, ast.ImportFrom) for alias in node.names}
-        private = {each for each in used - ours if each.startswith("_") and not each.startswith("__")}
-        unlisted = private - PRIVATE.get(name, set())
-        assert not unlisted, f"{name} uses {unlisted}: find the public way, or put it into models/internals.py"
+    texts = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
+    code = "\n".join(texts.values())
+    ours = set(re.findall(r"(?:def |class |self\.|cls\.|^\s*)(_[a-z]\w*)(?=\(| =|:| \+=)", code, re.MULTILINE))
+    ours |= {"_execution_device", "_exit"}  # of a pipeline, for its authors; of `os`, where it is public
+    for name, text in texts.items():
+        used = re.findall(r"[\w)\]]\.(_[a-z]\w*)|(?:get|has)attr\([\w.]+, \"(_[a-z]\w*)\"|import .*?\b(_\w+)", text)
+        private = {each for group in used for each in group if each} - ours - PRIVATE.get(name, set())
+        assert not private, f"{name} uses {private}: find the public way, or put it into models/internals.py"
 
 
 def test_torch_calls_a_compiled_module_as_it_is_with_its_hooks():

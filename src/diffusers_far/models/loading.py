@@ -235,8 +235,8 @@ def require_finite(name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
     ]
     if damaged:
         raise ValueError(
-            f"{name} have values that are no finite numbers in {name_some(damaged)}; fetch them again, or go back to an "
-            "earlier checkpoint of their training."
+            f"{name} have NaN or infinite values in {name_some(damaged)}, with which every frame would be "
+            "NaN; fetch them again, or load those of an intact training."
         )
 
 

@@ -207,8 +207,12 @@ def require_variant(folder: str | os.PathLike, variant: str | None = None, **giv
     Args:
         given: Components that are not loaded from the folder, among other arguments.
     """
-    folders = [path for path in Path(folder).iterdir() if path.is_dir() and given.get(path.name) is None]
-    lacking = [path.name for path in folders if variant is not None and not has_variant(path, variant)]
+    index = Path(folder) / "model_index.json"
+    if variant is None or not index.is_file():
+        return
+    components = [name for name in json.loads(index.read_text(encoding="utf-8")) if given.get(name) is None]
+    folders = [Path(folder) / name for name in components if (Path(folder) / name).is_dir()]
+    lacking = [path.name for path in folders if not has_variant(path, variant)]
     if lacking and len(lacking) < len(folders):
         raise ValueError(
             f"`variant` is {variant!r}, but {name_some(lacking)} in {str(folder)!r} has no weights of that variant; write "
