@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image, Video
 
+from ..pictures import upright_rgb
+from .faults import BadExampleError
 from .video import FrameTimes, count_frames, read_frame_times, read_frames
 
 
-IMAGE_DECODER = Image(mode="RGB")
+IMAGE_DECODER = Image()
 
 
 class FrameDataset(torch.utils.data.Dataset):
@@ -110,9 +112,25 @@ class VideoFrames:
 
 
 def decode_images(images: Iterable[dict]) -> torch.Tensor:
-    """Images as `datasets` stores them, `{"bytes": ..., "path": ...}`: `(F, 3, height, width)`, uint8, RGB."""
-    frames = [np.asarray(IMAGE_DECODER.decode_example(image)) for image in images]
+    """Images as `datasets` stores them, `{"bytes": ..., "path": ...}`: `(F, 3, height, width)`, uint8, RGB.
+
+    Raises:
+        BadExampleError: If one is missing or damaged, has pixels of an unknown scale, or another size than the others.
+    """
+    frames = [_decode_image(image) for image in images]
+    sizes = sorted({frame.shape[:2] for frame in frames})
+    if len(sizes) != 1:
+        raise BadExampleError(f"{len(frames)} images are of sizes {sizes} (height, width); a clip has frames of one.")
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def _decode_image(image: dict) -> np.ndarray:
+    try:
+        return upright_rgb(IMAGE_DECODER.decode_example(image))
+    except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+        name = repr(image["path"]) if image and image.get("path") else "An image without a name"
+        reason = " ".join(str(error).split())[:300]
+        raise BadExampleError(f"{name} cannot be read ({type(error).__name__}: {reason}); write it anew.") from error
 
 
 def decode_file(

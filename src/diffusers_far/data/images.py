@@ -5,6 +5,11 @@ import io
 import numpy as np
 from PIL import Image
 
+from .faults import BadExampleError
+
+
+MAX_PIXELS = 2**26  # of one frame, unless a reader is told otherwise
+
 
 def fit_frame(frame: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     """Cut the largest centred part of the wanted shape and resize it, antialiased.
@@ -22,6 +27,14 @@ def fit_frame(frame: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     # Cut before resizing, or the filter would reach over the edge.
     image = Image.fromarray(frame[top : top + cut_height, left : left + cut_width])
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def require_pixels(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    """Raise a `BadExampleError` if a file has frames of too large a `(height, width)`."""
+    if size[0] * size[1] > max_pixels:
+        raise BadExampleError(
+            f"{name} has frames of {size[0]}x{size[1]}, above {max_pixels / 1e6:.3g} million pixels; make them smaller."
+        )
 
 
 def encode_png(frame: np.ndarray) -> bytes:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageSequence
 
+from ..pictures import upright_rgb
 from .faults import BadExampleError
-from .images import fit_frame
+from .images import MAX_PIXELS, fit_frame, require_pixels
 from .video import VIDEO_SUFFIXES, iter_video
 
 
@@ -41,7 +42,7 @@ class MediaLimits:
 
     max_bytes: int | None = None
     max_frames: int | None = None
-    max_pixels: int = 2**26
+    max_pixels: int = MAX_PIXELS
     max_total_pixels: int | None = None
 
 
@@ -117,7 +118,7 @@ def iter_media(path: str | Path, limits: MediaLimits = MediaLimits()) -> Iterato
             raise BadExampleError(
                 f"{path.name!r} has more than {limits.max_bytes / 2**20:.3g} MiB; cut it, or make its frames smaller."
             )
-        frames = _iter_image(file, limits) if kind == "image" else _iter_checked_video(file, limits)
+        frames = _iter_image(file, limits) if kind == "image" else iter_video(file, max_pixels=limits.max_pixels)
         for frame in frames:
             num_frames += 1
             if limits.max_frames is not None and num_frames > limits.max_frames:
@@ -179,39 +180,10 @@ def _iter_image(path: Path, limits: MediaLimits) -> Iterator[np.ndarray]:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             for frame in ImageSequence.Iterator(image):
-                _check_pixels(path, frame.size[::-1], limits)
-                yield np.asarray(ImageOps.exif_transpose(frame).convert("RGB"))
+                require_pixels(repr(path.name), frame.size[::-1], limits.max_pixels)
+                yield upright_rgb(frame)
     except BadExampleError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
-        raise BadExampleError(f"{str(path)!r} is damaged or no image ({_reason(error)}); copy it again.") from error
-
-
-def _iter_checked_video(path: Path, limits: MediaLimits) -> Iterator[np.ndarray]:
-    """Every frame of a video; its size is looked at before one is decoded."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            sizes = [(stream.height, stream.width) for stream in container.streams.video]
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadExampleError(
-            f"{str(path)!r} cannot be opened ({_reason(error)}); copy or encode it again."
-        ) from error
-    for size in sizes:
-        _check_pixels(path, size, limits)
-    for frame in iter_video(path):
-        _check_pixels(path, frame.shape[:2], limits)
-        yield frame
-
-
-def _check_pixels(path: Path, size: tuple[int, int], limits: MediaLimits) -> None:
-    if size[0] * size[1] > limits.max_pixels:
-        raise BadExampleError(
-            f"{path.name!r} has frames of {size[0]}x{size[1]}, above {limits.max_pixels / 1e6:.3g} million pixels; make "
-            "them smaller."
-        )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadExampleError(f"{str(path)!r} is damaged or no image ({reason}); copy it again.") from error

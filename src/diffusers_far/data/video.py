@@ -9,42 +9,56 @@ from pathlib import Path
 
 import numpy as np
 
+from ..pictures import upright_rgb
 from .faults import BadExampleError
+from .images import MAX_PIXELS, require_pixels
 
 
 VIDEO_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 
+# FFmpeg's own decoders leave the transparency of a webm out.
+TRANSPARENCY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
 
 def iter_video(
-    path: str | Path | bytes, frame_interval: int = 1, start_time: float | None = None
+    path: str | Path | bytes,
+    frame_interval: int = 1,
+    start_time: float | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[np.ndarray]:
-    """Decode every `frame_interval`-th frame, whatever its time stamp, turned upright where the file says so.
+    """Decode every `frame_interval`-th frame that is shown, whatever its time stamp, see [`upright_rgb`].
+
+    Of several videos in one file it is the default one, else the first. A cover picture is no video.
 
     Args:
         path (`str`, `Path` or `bytes`): A file, or its content, in a container and a codec that FFmpeg reads.
         frame_interval (`int`): At least 1.
         start_time (`float`, *optional*): Seconds; earlier frames are passed over. `None`: all frames.
+        max_pixels (`int`): Of one frame, height times width; larger ones are not decoded.
 
     Yields:
         `np.ndarray` of shape `(H, W, 3)`, uint8, RGB.
 
     Raises:
-        BadExampleError: If the file is missing, truncated, damaged or holds no video. What a truncated mkv or webm
-            lacks cannot be told, as they do not say how much they hold.
+        BadExampleError: If the file is missing, truncated, damaged or holds no video, or its frames are too large or
+            shown askew. What a truncated mkv or webm lacks cannot be told, as they do not say how much they hold.
     """
     if frame_interval < 1:
         raise ValueError(f"`frame_interval` is {frame_interval}; it must be at least 1, which keeps every frame.")
     num_passed = 0
-    with _open_video(path) as (container, stream):
+    with _open_video(path, max_pixels) as (container, stream):
         if start_time is not None:
             container.seek(int(start_time / stream.time_base), stream=stream)
         half_frame = 0.5 / float(stream.average_rate or 25)
         for frame in _decode(path, container, stream):
+            if start_time is not None and frame.time is None:
+                raise BadExampleError(f"{_name(path)} does not say when its frames are shown; encode it again.")
             if start_time is not None and frame.time < start_time - half_frame:
                 continue
             _require_whole(path, frame, num_passed)
             if num_passed % frame_interval == 0:
-                yield _to_rgb(frame)
+                require_pixels(_name(path), (frame.height, frame.width), max_pixels)
+                yield upright_rgb(frame)
             num_passed += 1
 
 
@@ -76,14 +90,12 @@ class FrameTimes:
 def read_frame_times(path: str | Path | bytes) -> FrameTimes | None:
     """The time stamps of a video; `None` where it gives none, or one twice.
 
-    Reads the file from end to end, but decodes nothing.
+    Reads the file from end to end. It is decoded only if its packets do not say which frames are shown.
 
     Raises:
         BadExampleError: As [`iter_video`].
     """
-    with _open_video(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        shown = [(packet.pts, packet.is_keyframe) for packet in packets]
+    shown = _shown_frames(path)
     if not shown or any(time is None for time, _ in shown):
         return None
     shown.sort()
@@ -121,20 +133,18 @@ def read_frames(
     if len(frames) < length:
         end = start + (length - 1) * interval + 1
         raise BadExampleError(f"{_name(path)} ends before frame {end}; copy or encode it again.")
-    return np.stack(frames)
+    return _stack(path, frames)
 
 
 def count_frames(path: str | Path | bytes) -> int:
-    """The number of frames of a video: what its container says, else counted by decoding it.
+    """The number of frames that are shown, as [`iter_video`] yields them; a header may count hidden ones.
+
+    Reads the file from end to end, see [`read_frame_times`].
 
     Raises:
         BadExampleError: As [`iter_video`].
     """
-    with _open_video(path) as (container, stream):
-        num_frames = stream.frames
-        if container.format.name == "avi":  # counts an empty chunk wherever a frame is shown longer than the others
-            num_frames = sum(entry.size > 0 for entry in stream.index_entries)
-    return num_frames or sum(1 for _ in iter_video(path))
+    return len(_shown_frames(path))
 
 
 def read_video(path: str | Path | bytes, frame_interval: int = 1, max_frames: int | None = None) -> np.ndarray:
@@ -151,6 +161,44 @@ def read_video(path: str | Path | bytes, frame_interval: int = 1, max_frames: in
     frames = list(islice(iter_video(path, frame_interval), max_frames))
     if not frames:
         raise BadExampleError(f"{_name(path)} holds no frames; copy or encode it again.")
+    return _stack(path, frames)
+
+
+def _shown_frames(path: str | Path | bytes) -> list[tuple[int | None, bool]]:
+    """Time stamp, and whether decoding can start there, of each frame that is shown."""
+    with _open_video(path) as (container, stream):
+        codec, shown = stream.codec_context.name, []
+        start, is_clear = None, True
+        for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+            if number == 0:
+                start, is_clear = packet.pts, packet.is_keyframe
+            # What was cut out of another video may begin with frames that refer to lost ones, and are not decoded.
+            refers_back = None not in (start, packet.pts) and packet.pts < start
+            is_clear = is_clear and not refers_back and not _may_hold_no_frame(codec, packet)
+            if not packet.is_discard:
+                shown.append((packet.pts, packet.is_keyframe))
+    if is_clear:
+        return shown
+    with _open_video(path) as (container, stream):
+        shown = []
+        for frame in _decode(path, container, stream):
+            _require_whole(path, frame, len(shown))
+            shown.append((frame.pts, frame.key_frame))
+    return shown
+
+
+def _may_hold_no_frame(codec: str, packet) -> bool:
+    """Whether a packet may be there only for others to refer to, or to say that nothing changed. Newer codecs have such
+    frames too, but pack them together with one that is shown."""
+    if codec == "vp8":
+        return not memoryview(packet)[0] & 0x10
+    return codec == "mpeg4" and packet.size < 20
+
+
+def _stack(path: str | Path | bytes, frames: list[np.ndarray]) -> np.ndarray:
+    sizes = sorted({frame.shape[:2] for frame in frames})
+    if len(sizes) > 1:
+        raise BadExampleError(f"{_name(path)} has frames of sizes {sizes} (height, width); encode it in one size.")
     return np.stack(frames)
 
 
@@ -160,7 +208,7 @@ def _read_from_the_beginning(path, start: int, length: int, interval: int) -> li
         for number, frame in enumerate(_decode(path, container, stream)):
             _require_whole(path, frame, number)
             if number >= start and (number - start) % interval == 0:
-                frames.append(_to_rgb(frame))
+                frames.append(upright_rgb(frame))
                 if len(frames) == length:
                     break
     return frames
@@ -182,44 +230,69 @@ def _read_from_key_frame(
                 return None
             _require_whole(path, decoded, number)
             if number == expected:
-                frames.append(_to_rgb(decoded))
+                frames.append(upright_rgb(decoded))
                 if len(frames) == length:
-                    break
-    return frames
+                    return frames
+    return None
 
 
 @contextmanager
-def _open_video(path: str | Path | bytes):
-    """The container and its first video stream, checked to be there and not cut off; PyAV's errors are explained."""
+def _open_video(path: str | Path | bytes, max_pixels: int = MAX_PIXELS):
+    """The container and its video stream, checked to be there, not too large and not cut off; errors are explained."""
     import av
 
     try:
-        with av.open(io.BytesIO(path) if isinstance(path, bytes) else str(path)) as container:
-            if not container.streams.video:
-                raise BadExampleError(f"{_name(path)} holds no video; it may be truncated, copy it again.")
-            stream = container.streams.video[0]
+        # A title in an older encoding is no reason not to read a video.
+        with av.open(
+            io.BytesIO(path) if isinstance(path, bytes) else str(path), metadata_errors="replace"
+        ) as container:
+            stream = _choose_stream(path, container)
+            require_pixels(_name(path), (stream.height, stream.width), max_pixels)
             _require_indexed_bytes(path, stream)
             stream.thread_type = "AUTO"
+            stream.codec_context.options = _decoder_options(max_pixels)
             yield container, stream
-    except (av.FFmpegError, OSError) as error:
+    except BadExampleError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise BadExampleError(f"{_name(path)} cannot be decoded ({error}); copy or encode it again.") from error
+
+
+def _choose_stream(path: str | Path | bytes, container):
+    """The video that a player would show."""
+    from av.stream import Disposition
+
+    no_video = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & no_video]
+    if not streams:
+        what = "but a cover picture" if container.streams.video else "it may be truncated"
+        raise BadExampleError(f"{_name(path)} holds no video, {what}; copy it again, or give another.")
+    return next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
+
+
+def _decoder_options(max_pixels: int) -> dict[str, str]:
+    """Frames may grow within a video. Decoders count padded ones, so twice as many pixels are allowed."""
+    return {"max_pixels": str(2 * max_pixels)}
 
 
 def _decode(path: str | Path | bytes, container, stream) -> Iterator:
     """PyAV's frames in the order in which they are shown, from where the container stands."""
+    decode = stream.decode
+    if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in TRANSPARENCY_DECODERS:
+        import av
+
+        context = av.CodecContext.create(TRANSPARENCY_DECODERS[stream.codec_context.name], "r")
+        context.options = stream.codec_context.options
+        decode = context.decode
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise BadExampleError(f"{_name(path)} is truncated or damaged; copy it again.")
-        yield from packet.decode()
+        yield from decode(packet)
 
 
 def _require_whole(path: str | Path | bytes, frame, number: int) -> None:
     if frame.is_corrupt:
         raise BadExampleError(f"{_name(path)} is truncated or damaged at frame {number}; copy it again.")
-
-
-def _to_rgb(frame) -> np.ndarray:
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def _name(path: str | Path | bytes) -> str:

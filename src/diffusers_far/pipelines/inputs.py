@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.cache_options import CacheOptions, is_whole_number
 from ..models.codec import spatial_compression
 from ..models.transformer_far import FARTransformer3DModel
+from ..pictures import upright_rgb
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -281,10 +282,14 @@ def stack_frames(video: list) -> np.ndarray | torch.Tensor:
         others = {type(frame).__name__ for frame in video if not isinstance(frame, PIL.Image.Image)}
         if others:
             raise ValueError(f"`video` mixes PIL images and {', '.join(sorted(others))}; pass frames of one kind.")
-        sizes = {frame.size for frame in video if isinstance(frame, PIL.Image.Image)}
+        try:
+            frames = [upright_rgb(frame) for frame in video]
+        except Exception as error:  # an image that Pillow reads only now may be damaged in any way
+            raise ValueError(f"`video` has an image that cannot be used ({error}); pass another.") from error
+        sizes = {frame.shape[:2] for frame in frames}
         if len(sizes) > 1:
-            raise ValueError(f"`video` has frames of sizes {sorted(sizes)}; resize them to one size.")
-        return np.stack([np.asarray(frame.convert("RGB")) for frame in video])
+            raise ValueError(f"`video` has frames of sizes {sorted(sizes)} (height, width); resize them to one size.")
+        return np.stack(frames)
     parts = [stack_frames(part) if isinstance(part, (list, tuple)) else part for part in video]
     shapes = {tuple(getattr(part, "shape", ())) for part in parts}
     if len(shapes) > 1:
