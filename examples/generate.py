@@ -374,8 +374,7 @@ def generate(args: argparse.Namespace) -> None:
     try:
         write_frames(args.output, frames, fps, args.scale, overwrite=args.overwrite)
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"`--output` {str(args.output)!r} cannot be written ({reason}); make room there.") from error
+        raise ValueError(f"`--output`: {error.strerror or error}") from error
     print(f"wrote {len(frames)} frames at {fps:g} a second to {str(args.output)!r}")
 
 

@@ -184,9 +184,9 @@ def test_nothing_is_left_of_an_output_that_cannot_be_written(pipe, folder, monke
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusers_far.evaluation.media.encode_mp4", full_disk)
+    monkeypatch.setattr("diffusers_far.evaluation.media._write_mp4", full_disk)
     message = error_of(capsys, folder, tidies_up_in=folder / "out")
-    assert "new.mp4' cannot be written (No space left on device)" in message
+    assert re.search("`--output`: .*new.mp4' was not written .*No space left on device.*MiB are free in ", message)
 
 
 @pytest.mark.parametrize(

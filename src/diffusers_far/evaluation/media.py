@@ -11,6 +11,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..files import UNFINISHED, free_space, written_whole
+
 
 FRAME_NAME = "frame_{:05d}.png"
 WRITTEN_SUFFIXES = (".mp4", ".gif", ".webp")
@@ -31,6 +33,9 @@ def write_mp4(path: str | Path, video: torch.Tensor, fps: float, scale: int = 1)
         video (`torch.Tensor` of shape `(F, 3, h, w)`): In [0, 1]; sides that are even after scaling.
         fps (`float`): Frames per second.
         scale (`int`): Repeats pixels, for small frames.
+
+    Raises:
+        ValueError, OSError: As [`encode_mp4`].
     """
     encode_mp4(path, repeat_pixels(to_uint8(video), scale), fps)
 
@@ -41,7 +46,18 @@ def repeat_pixels(frames: np.ndarray, scale: int) -> np.ndarray:
 
 
 def encode_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Encode `(F, h, w, 3)` uint8 with even sides as H.264."""
+    """Encode `(F, h, w, 3)` uint8 as H.264; what is at `path` is replaced when all is written.
+
+    Raises:
+        ValueError: Sides that are odd or too long.
+        OSError: It cannot be written, for want of room or of a folder.
+    """
+    check_frame_size(path, frames.shape[1:3], 1)
+    with written_whole(path) as unfinished:
+        _write(unfinished, frames, fps)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     import av
 
     with av.open(str(path), mode="w") as container:
@@ -105,7 +121,7 @@ def is_frame_folder(path: str | Path) -> bool:
 
 
 def write_frames(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1, *, overwrite: bool = False) -> None:
-    """Write a video, whole or not at all: under another name in the same folder, then renamed.
+    """Write a video, whole or not at all: under another name beside it, then renamed.
 
     Args:
         path (`str` or `Path`): `.mp4` (H.264), `.gif` (256 colours, times in hundredths of a second), `.webp` (lossless),
@@ -117,19 +133,26 @@ def write_frames(path: str | Path, frames: np.ndarray, fps: float, scale: int = 
 
     Raises:
         ValueError: As [`check_output`], frames that are too large, or an mp4 of odd sides.
+        OSError: There is no room left; what was there before is still there.
     """
     path = Path(path)
     check_output(path, fps, overwrite=overwrite)
     check_frame_size(path, frames.shape[1:3], scale)
     frames = repeat_pixels(frames, scale)
-    workplace = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.absolute().parent))
+    if path.suffix:
+        with written_whole(path, overwrite=overwrite) as unfinished:
+            _write(unfinished, frames, fps)
+        return
+    workplace = Path(tempfile.mkdtemp(prefix=f".{UNFINISHED}", dir=path.absolute().parent))
     try:
-        unfinished = workplace / path.name
-        _write(unfinished, frames, fps)
+        _write(workplace / path.name, frames, fps)
         check_output(path, fps, overwrite=overwrite)  # somebody else may have written there meanwhile
-        if not path.suffix and os.path.lexists(path):
+        if os.path.lexists(path):
             path.rename(workplace / "replaced")
-        unfinished.rename(path)
+        (workplace / path.name).rename(path)
+    except OSError as error:
+        reason = f"{str(path)!r} was not written ({error}); {free_space(path.absolute().parent)}"
+        raise OSError(error.errno, reason) from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
 
@@ -149,7 +172,7 @@ def check_frame_size(path: str | Path, size: tuple[int, int], scale: int) -> Non
 def _write(path: Path, frames: np.ndarray, fps: float) -> None:
     suffix = path.suffix.lower()
     if suffix == ".mp4":
-        encode_mp4(path, frames, fps)
+        _write_mp4(path, frames, fps)
         return
     first, *others = [PIL.Image.fromarray(frame) for frame in frames]
     if suffix == ".gif":
