@@ -13,6 +13,7 @@ import numpy as np
 from diffusers_far.data.images import fit_frame
 from diffusers_far.data.loading import load_split
 from diffusers_far.data.media_files import read_clip
+from diffusers_far.pictures import upright_rgb
 
 from .settings import WorldError, WorldLimits, require_number
 
@@ -89,7 +90,7 @@ class RecordedWalks:
 
     def _read_walk(self, walk: int) -> tuple[np.ndarray, list[int]]:
         row = self.rows[walk]
-        frames = [fit_frame(np.asarray(image.convert("RGB")), self.size) for image in row["video"]]
+        frames = [fit_frame(upright_rgb(image), self.size) for image in row["video"]]
         return np.stack(frames), list(row["actions"])
 
 

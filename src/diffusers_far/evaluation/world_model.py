@@ -5,10 +5,10 @@ B walks, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
 from datasets import Dataset
 
+from ..data.frames import decode_images
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
 from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, seen_before
@@ -93,16 +93,15 @@ def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
         raise ValueError(f"`num_walks` is {protocol.num_walks} but the dataset has {len(dataset)}; ask for fewer.")
     window = slice(protocol.first_context_frame, protocol.last_frame)
     rows = dataset.select(range(protocol.num_walks)).with_format("arrow")
-    decoder = dataset.features["video"].feature
     videos, actions, poses = [], [], []
     for row in rows.iter(batch_size=1):
         encoded = row["video"][0].values.slice(window.start, window.stop - window.start).to_pylist()
         if len(encoded) < window.stop - window.start:
             raise ValueError(f"A walk ends before frame {window.stop}, which this protocol needs; use longer walks.")
-        videos.append(np.stack([np.asarray(decoder.decode_example(image).convert("RGB")) for image in encoded]))
+        videos.append(decode_images(encoded))
         actions.append(row["actions"][0].as_py()[window])
         poses.append(row["pose"][0].as_py()[window])
-    video = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3).float() / 255
+    video = torch.stack(videos).float() / 255
     return Walks(video, torch.tensor(actions), torch.tensor(poses))
 
 
