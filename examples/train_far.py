@@ -197,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
     validation_latents = open_validation_clips(args, vae)
     num_actions = num_fed_actions(args, latents.num_actions)
     transformer = build_transformer(args, latents.latent_shape[0], num_actions)
-    check_data(latents, transformer, num_actions)
+    check_data(latents, transformer, num_actions, validation_latents)
     config = transformer.config
     leave_out_planned_attention(config)
     objective = training_objective(args)

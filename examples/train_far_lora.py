@@ -140,8 +140,8 @@ def main(args: argparse.Namespace) -> None:
     transformer, config = pipeline.transformer, pipeline.transformer.config
     args.num_frames = args.num_frames or config.trained_frames or 16
     latents = open_clips(args, args.dataset_split, pipeline.vae)
-    check_data(latents, transformer, num_fed_actions(args, latents.num_actions))
     validation_latents = open_validation_clips(args, pipeline.vae)
+    check_data(latents, transformer, num_fed_actions(args, latents.num_actions), validation_latents)
     leave_out_planned_attention(config)
     objective = training_objective(args)
     batches = training_batches(args, latents, objective, config, accelerator)

@@ -102,6 +102,9 @@ def main(args: argparse.Namespace) -> None:
     config_arguments = model_config(args, vq, codes)
     token_ar = TokenARForVideo(TokenARConfig(**config_arguments))
     config = token_ar.config
+    for split in (codes, validation_codes):
+        if split is not None:
+            split.check_rows(config.num_actions)
     if args.gradient_checkpointing:
         token_ar.activation_checkpointing_enable()
     batches = TrainingBatches(

@@ -1,3 +1,6 @@
+import errno
+import json
+import logging
 import pickle
 
 import numpy as np
@@ -7,7 +10,7 @@ import torch
 from datasets import Features, Value, load_dataset
 
 from diffusers_far.data.fingerprint import vae_hash
-from diffusers_far.data.latents import LatentDataset, LatentSource, read_source, write_shard
+from diffusers_far.data.latents import LatentDataset, LatentSource, read_source, require_intact, write_shard
 
 
 @pytest.fixture
@@ -134,3 +137,86 @@ def test_codes_come_back_as_whole_numbers(dtype, tmp_path):
     assert clip.latents.dtype == torch.int64
     assert clip.latents.flatten().tolist() == [largest, 0, largest - 1, 1]
     assert np.array_equal(load_dataset(str(tmp_path), split="train").with_format("numpy")[1]["latents"], codes[1])
+
+
+@pytest.mark.parametrize("place", [300, 0.5, 0.8, -1])
+def test_a_flipped_bit_is_told_with_the_shards_name_before_a_clip_of_it_is_given(latents_dir, place):
+    path = latents_dir / "train" / "latents-00001-of-00003.arrow"
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content)) if isinstance(place, float) else place] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="latents-00001-of-00003.arrow' is damaged.*cache_latents.py"):
+        latents = LatentDataset(latents_dir)
+        latents.clip(0, 0, 2)  # the other shards are as they were
+        latents.clip(2, 0, 2)
+
+
+def test_a_shard_that_lost_its_last_bytes_is_not_intact(latents_dir):
+    path = latents_dir / "train" / "latents-00001-of-00003.arrow"
+    require_intact(path)
+    path.write_bytes(path.read_bytes()[:-8])  # the mark of its end, without which it can be read
+    with pytest.raises(ValueError, match="latents-00001-of-00003.arrow' is damaged"):
+        require_intact(path)
+
+
+def test_a_shard_is_read_whole_once_and_not_when_the_split_is_opened(latents_dir, monkeypatch):
+    checked = []
+    monkeypatch.setattr("diffusers_far.data.latents.require_intact", lambda path: checked.append(path.name))
+    latents = LatentDataset(latents_dir)
+    assert checked == []
+    for _ in range(2):
+        latents.clip(3, 0, 2)
+        latents.clip(2, 0, 2)
+    assert checked == ["latents-00001-of-00003.arrow"]
+
+
+def write_without_sum(path) -> None:
+    """As older versions wrote it."""
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    description = json.loads(table.schema.metadata[b"diffusers_far"])
+    del description["sha256"]
+    table = table.replace_schema_metadata(table.schema.metadata | {b"diffusers_far": json.dumps(description).encode()})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_shards_of_older_versions_are_read_with_a_note_that_they_carry_no_sum(latents_dir, arrays, caplog):
+    write_without_sum(latents_dir / "train" / "latents-00001-of-00003.arrow")
+    with caplog.at_level(logging.INFO):
+        latents = LatentDataset(latents_dir)
+    assert "1 of 3 shards" in caplog.text and "no sha256" in caplog.text
+    assert np.array_equal(latents.clip(2, 0, 4).latents, arrays[2].astype(np.float32))
+
+
+def test_a_full_disk_leaves_no_shard_and_is_told_with_the_shards_name(latents_dir, arrays, trajectories, monkeypatch):
+    path = latents_dir / "train" / "latents-00002-of-00003.arrow"
+    source, carried = read_source(path), trajectories.remove_columns("video").select([4])
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pa.ipc, "new_stream", fail)
+    with pytest.raises(OSError, match="latents-00002-of-00003.arrow' was not written.*MiB are free"):
+        write_shard(path, arrays[4:], carried.with_format("arrow")[:], carried.features, source)
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize("wrong", ['{"num_trajectories": 0}', "[]", "null", "{", '{"sha512": "0"}'])
+def test_a_crafted_description_is_refused_by_name(latents_dir, wrong):
+    path = latents_dir / "train" / "latents-00000-of-00003.arrow"
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    table = table.replace_schema_metadata({b"diffusers_far": wrong.encode()})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match="latents-00000-of-00003.arrow' is damaged"):
+        LatentDataset(latents_dir)
+
+
+def test_shards_of_frames_of_another_size_are_named(latents_dir, arrays, trajectories):
+    path = latents_dir / "train" / "latents-00002-of-00003.arrow"
+    source, carried = read_source(path), trajectories.remove_columns("video").select([4])
+    smaller = [arrays[4][:, :, :, :2]]
+    write_shard(path, smaller, carried.with_format("arrow")[:], carried.features, source)
+    with pytest.raises(ValueError, match="latents-00002-of-00003.arrow' has the columns"):
+        LatentDataset(latents_dir)

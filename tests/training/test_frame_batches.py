@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Image, List
+from datasets import Dataset, Features, Image, List, Value
 from video_files import gray_frames, write_video
 
+from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.loading import load_split, stream_split
 from diffusers_far.training.frame_batches import FrameBatches, StreamedFrames
 
@@ -70,3 +71,16 @@ def test_video_files_are_refused_with_the_cure(tmp_path):
     (tmp_path / "clips" / "metadata.jsonl").write_text('{"file_name": "a.mp4"}')
     with pytest.raises(ValueError, match="which holds video files.*prepare_dataset.py"):
         streamed(str(tmp_path / "clips"))
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_frame_of_another_size_is_named(tmp_path, monkeypatch, is_streamed):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sizes = [[(8, 8)] * 3, [(8, 8), (8, 8), (8, 12)]]
+    rows = {"video": [[np.zeros((*size, 3), np.uint8) for size in video] for video in sizes], "source": ["a", "b.npz"]}
+    features = Features({"video": List(Image()), "source": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "frames" / "train.parquet")
+    folder = str(tmp_path / "frames")
+    with pytest.raises(BadExampleError, match="b.npz"):
+        frames = streamed(folder) if is_streamed else FrameBatches(load_split(folder, "train"), batch_size=4, seed=0)
+        list(frames.load(0, 9))

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from tiny_models import tiny_transformer
 
+from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.latents import LatentClip
 from diffusers_far.training.clips import ClipBatch, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
@@ -31,6 +32,10 @@ class Latents:
         self.latent_shape = (channels, 4, 4)
         self.first_clip = LatentClip(torch.zeros(1, channels, 4, 4), actions, label)
 
+    def check_rows(self, num_actions, num_classes):
+        if self.first_clip.actions is not None and (self.first_clip.actions >= num_actions).any():
+            raise BadExampleError("Trajectory 0 has the action 3")
+
     def clip(self, trajectory, start, length):
         return self.first_clip
 
@@ -41,7 +46,13 @@ class Latents:
         ({}, Latents(channels=3), "3 channels but the transformer has `in_channels` 4"),
         ({"num_actions": 3}, Latents(), "takes actions but the latents have none"),
         ({"num_classes": 3}, Latents(), "takes classes but the latents have none"),
-        ({"num_actions": 3}, Latents(actions=torch.zeros(1)), "go up to 4 but the transformer has `num_actions` 3"),
+        ({"num_actions": 3}, Latents(actions=torch.zeros(1)), "are continuous, but the transformer's are discrete"),
+        ({"action_dim": 2}, Latents(actions=torch.zeros(1, dtype=int)), "are discrete, but"),
+        (
+            {"num_actions": 3},
+            Latents(actions=torch.zeros(1, dtype=int)),
+            "go up to 4 but the transformer has `num_actions` 3",
+        ),
     ],
 )
 def test_data_that_does_not_fit_the_model_is_refused(model, latents, message):
@@ -50,8 +61,17 @@ def test_data_that_does_not_fit_the_model_is_refused(model, latents, message):
 
 
 def test_data_that_fits_passes():
-    check_data(Latents(actions=torch.zeros(1), label=0), tiny_transformer(num_actions=3, num_classes=2), 3)
-    check_data(Latents(actions=torch.zeros(1)), tiny_transformer(), None)
+    check_data(Latents(actions=torch.zeros(1, dtype=int), label=0), tiny_transformer(num_actions=3, num_classes=2), 3)
+    check_data(Latents(), tiny_transformer(), None)
+
+
+def test_the_split_that_is_held_out_is_looked_at_before_the_first_step_too():
+    good, bad = (Latents(actions=torch.full((1,), action)) for action in (2, 3))
+    check_data(good, tiny_transformer(num_actions=3), 3, good)
+    with pytest.raises(BadExampleError, match="Of the split that is held out: Trajectory 0 has the action 3"):
+        check_data(good, tiny_transformer(num_actions=3), 3, bad)
+    with pytest.raises(ValueError, match="Of the split that is held out: .*3 channels"):
+        check_data(good, tiny_transformer(num_actions=3), 3, Latents(channels=3))
 
 
 def test_the_length_of_a_run_belongs_to_its_identity_where_the_schedule_depends_on_it():

@@ -15,6 +15,7 @@ from tiny_models import tiny_dc
 from video_files import frame_numbers, gray_frames, write_video
 
 from diffusers_far.data.actions import ActionCombiner
+from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.loading import stream_split
 from diffusers_far.models.codec import encode_video
 from diffusers_far.training.clips import encode_batches
@@ -188,3 +189,31 @@ def test_wrong_sizes_are_refused(clips):
         batches_of(clips, clips_per_trajectory=0)
     with pytest.raises(ValueError, match="No trajectory of the stream has 11 frames"):
         list(batches_of(clips, num_frames=11).load(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"actions": [0, -1, *[0] * 7]}, r"`actions\[1\]` is -1"),
+        ({"actions": [0] * 4}, "`actions` has 4 for 9 frames"),
+        ({"label": 2}, "has the label 2, but there are 2 classes"),
+        ({"label": -1}, "has the label -1"),
+        ({"video": [np.zeros((8, 12, 3), np.uint8)] * 9}, r"has frames of \(8, 12\)"),
+        ({"video": [np.zeros((8, 8 + frame % 2, 3), np.uint8) for frame in range(9)]}, "cannot be read"),
+    ],
+)
+def test_a_row_of_a_stream_is_looked_at_as_it_comes_and_named(tmp_path, change, message):
+    types = {
+        "video": List(Image()),
+        "actions": List(Value("int64")),
+        "label": Value("int64"),
+        "source": Value("string"),
+    }
+    good = {"video": [np.zeros((8, 8, 3), np.uint8)] * 9, "actions": [0] * 9, "label": 1, "source": "a.npz"}
+    rows = [good, good | change | {"source": "b.npz"}]
+    Dataset.from_list(rows, features=Features(types)).to_parquet(tmp_path / "train.parquet")
+    clips = StreamedClips(stream_split(str(tmp_path), "train"), tiny_dc(), num_actions=2)
+    clips.check_rows(num_actions=2, num_classes=2)
+    with pytest.raises(BadExampleError, match=f"b.npz.*{message}"):
+        for _ in batches_of(clips).load(0, 4):
+            pass

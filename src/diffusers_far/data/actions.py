@@ -6,6 +6,7 @@ from kept frame j to kept frame j + 1, and become one: none is lost without the 
 F frames, K kept frames, k interval, A action channels. Discrete actions are (F,) int64, continuous ones (F, A) float32.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -111,9 +112,9 @@ def clip_actions(
             f"`interval` is {interval}: the actions of skipped frames would be lost; give `combine_actions`."
         )
     actions = actions[: length * interval]
+    missing = length * interval - len(actions)
+    actions = np.concatenate([actions, np.repeat(actions[-1:], missing, axis=0)]) if missing else actions
     if interval > 1:
-        missing = length * interval - len(actions)
-        actions = np.concatenate([actions, np.repeat(actions[-1:], missing, axis=0)]) if missing else actions
         actions = combine_actions(actions.reshape(length, interval, *actions.shape[1:]))
     return actions.astype(np.int64 if actions.dtype.kind in "iu" else np.float32)
 
@@ -124,14 +125,17 @@ def read_actions(actions: pa.ListScalar) -> np.ndarray | list:
     return values.to_pylist() if pa.types.is_nested(values.type) else values.to_numpy(zero_copy_only=False)
 
 
+def are_discrete(column_type: pa.DataType) -> bool:
+    """Whether a column of trajectories has one number per action, and not a list of channels."""
+    return not pa.types.is_nested(column_type.value_type)
+
+
 def count_actions(actions: pa.ChunkedArray | None) -> int | None:
     """One above the highest discrete action of a column of trajectories; `None` without discrete actions."""
-    values = actions
-    while values is not None and pa.types.is_nested(values.type):
-        values = pc.list_flatten(values)
-    if values is None or not pa.types.is_integer(values.type) or len(values) == 0:
+    if actions is None or not are_discrete(actions.type):
         return None
-    return pc.max(values).as_py() + 1
+    highest = pc.max(pc.list_flatten(actions)).as_py()
+    return None if highest is None or not math.isfinite(highest) else int(highest) + 1
 
 
 def join_actions(actions: np.ndarray, num_actions: int) -> np.ndarray:

@@ -53,6 +53,10 @@ class EncodedDataset:
     def __len__(self) -> int:
         return len(self.num_frames)
 
+    def check_rows(self, num_actions: int | None = None, num_classes: int | None = None) -> None:
+        """See [`VideoClips.check_rows`]."""
+        self.videos.check_rows(num_actions, num_classes)
+
     def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> LatentClip:
         """Decode and encode `length` frames, `interval` apart, from frame `start` on.
 

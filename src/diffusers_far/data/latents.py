@@ -2,12 +2,16 @@
 of a VQ autoencoder are latents of one channel, whole numbers instead of scaled ones.
 
 A cached split is a folder of Arrow files that `datasets` opens too. Each file carries, in its schema's metadata, which
-VAE and which dataset it was made of, so that a shard that was copied elsewhere still says what it is.
+VAE and which dataset it was made of, so that a shard that was copied elsewhere still says what it is, and the sha256 of
+its own content, so that it says whether it is damaged.
 """
 
 # F frames, C latent channels, H/W latent height/width
 
+import hashlib
 import json
+import logging
+import mmap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +22,17 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value
 
+from ..files import written_whole
 from .actions import clip_actions, count_actions
 from .fingerprint import vae_hash
+from .rows import SOURCE_COLUMN, check_actions, check_labels, row_name
 
+
+logger = logging.getLogger(__name__)
 
 METADATA_KEY = b"diffusers_far"
+# The sum stands in the file that it is of: it is computed as if these zeros stood in its place.
+NO_SHA256 = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ class LatentSource:
     dataset_fingerprint: str
     num_trajectories: int
     trajectories_per_shard: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_trajectories", "trajectories_per_shard"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of at least 1.")
 
     @property
     def num_shards(self) -> int:
@@ -88,35 +103,72 @@ def write_shard(
     features = Features({"latents": _latents_feature(channels, height, width, frames.dtype)} | dict(features))
     table = pa.table([pa.ListArray.from_arrays(offsets, values), *carried.columns], ["latents", *carried.column_names])
     schema = features.arrow_schema
-    table = table.cast(schema).replace_schema_metadata(
-        {**schema.metadata, METADATA_KEY: json.dumps(asdict(source)).encode()}
-    )
-    unfinished = path.with_name("unfinished-" + path.name)
-    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    unfinished.rename(path)
+    description = json.dumps(asdict(source) | {"sha256": NO_SHA256}).encode()
+    table = table.cast(schema).replace_schema_metadata({**schema.metadata, METADATA_KEY: description})
+    with written_whole(path) as unfinished:
+        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        with open(unfinished, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            place = content.find(NO_SHA256.encode())
+            content[place : place + len(NO_SHA256)] = hashlib.sha256(content).hexdigest().encode()
 
 
 def read_source(path: Path) -> LatentSource:
     """What the shard at `path` was made of.
 
     Raises:
-        ValueError: If it is not a whole Arrow file written by `write_shard`.
+        ValueError: If it is not an Arrow file written by `write_shard`, or its beginning is damaged.
     """
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[LatentSource, str | None]:
+    """What a shard was made of, and the sha256 of its content; older shards have none."""
     try:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_stream(file).schema.metadata or {}
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({error}); delete it and run cache_latents.py again."
-        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
     if METADATA_KEY not in metadata:
         raise ValueError(f"{str(path)!r} holds no cached latents; pass a folder that cache_latents.py wrote.")
-    return LatentSource(**json.loads(metadata[METADATA_KEY]))
+    try:
+        description = json.loads(metadata[METADATA_KEY])
+        sha256 = description.pop("sha256", None)
+        return LatentSource(**description), sha256
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+def require_intact(path: Path) -> None:
+    """Read a shard from end to end, and compare its content with the sha256 that it carries. Of a shard that carries none,
+    as older versions wrote them, only its form is checked.
+
+    Raises:
+        ValueError: If it is damaged; the message names it.
+    """
+    sha256 = _read_header(path)[1]
+    if sha256 is None:
+        _open_shard(path)
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place = content.find(str(sha256).encode())
+        with memoryview(content) as view:
+            digest = hashlib.sha256(view[:place])
+            digest.update(NO_SHA256.encode())
+            digest.update(view[place + len(NO_SHA256) :])
+    if digest.hexdigest() != sha256:
+        raise _damaged(path, "its sha256 is not the one that it was written with")
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(f"{str(path)!r} is damaged ({reason}); delete it and run cache_latents.py again.")
 
 
 class LatentDataset:
     """Clips of a cached split.
+
+    Opening it reads the beginnings of the shards. The sha256 of a shard is compared when the first clip is cut from it, in
+    each process that cuts one: then the shard is read whole, once.
 
     Args:
         latents_dir (`str` or `Path`): Folder that `cache_latents.py` wrote.
@@ -147,24 +199,43 @@ class LatentDataset:
             raise ValueError(
                 f"`latents_dir` has no cached latents in {str(folder)!r}; write them with cache_latents.py."
             )
-        self.source = read_source(paths[0])
+        headers = [_read_header(path) for path in paths]
+        self.source = headers[0][0]
         missing = {self.source.shard_path(folder, shard) for shard in range(self.source.num_shards)} - set(paths)
         if missing:
             raise ValueError(
                 f"{str(folder)!r} lacks {len(missing)} of {self.source.num_shards} shards, {min(missing).name!r} "
                 "among them; run cache_latents.py again to make them."
             )
-        for path in paths:
-            if read_source(path) != self.source:
+        for path, (source, _) in zip(paths, headers):
+            if source != self.source:
                 raise ValueError(
                     f"{path.name!r} and {paths[0].name!r} are of different sources; cache the split anew."
                 )
+        num_without_sum = sum(sha256 is None for _, sha256 in headers)
+        if num_without_sum:
+            logger.info(
+                f"{num_without_sum} of {len(paths)} shards in {str(folder)!r} carry no sha256, as older versions wrote them: "
+                "a damaged number in them cannot be told. cache_latents.py writes them anew into another folder."
+            )
 
         shards = [_open_shard(path) for path in paths]
+        for shard, path in zip(shards, paths):
+            if shard.features != shards[0].features:
+                raise ValueError(
+                    f"{str(path)!r} has the columns {shard.features}, but {paths[0].name!r} has {shards[0].features}; all "
+                    "frames and actions must be alike: prepare the dataset with prepare_dataset.py and `--size`."
+                )
+        self._unchecked = dict(enumerate(paths))  # shards whose sums are not compared yet
         self.table = datasets.concatenate_datasets(shards)
         self._views = [_frames_of(shard) for shard in shards]  # per shard: (all frames, C, H, W)
         lengths = [shard.data.column("latents").chunk(0).value_lengths().to_numpy() for shard in shards]
         self._shard = np.repeat(np.arange(len(shards)), [len(each) for each in lengths])
+        if len(self._shard) != self.source.num_trajectories:
+            raise ValueError(
+                f"{str(folder)!r} has {len(self._shard)} trajectories, but its shards say {self.source.num_trajectories}; "
+                "cache the split anew."
+            )
         self._first_frame = np.concatenate([np.cumsum(each) - each for each in lengths])
         self.num_frames = np.concatenate(lengths).astype(np.int64)
         self.latent_shape = self._views[0].shape[1:]
@@ -191,6 +262,19 @@ class LatentDataset:
     def num_actions(self) -> int | None:
         """One above the highest discrete action in the data; `None` without discrete actions."""
         return count_actions(self._actions)
+
+    def check_rows(self, num_actions: int | None = None, num_classes: int | None = None) -> None:
+        """As [`VideoClips.check_rows`]; frames are all of one size here."""
+
+        def name(trajectory: int) -> str:
+            known = SOURCE_COLUMN in self.table.column_names
+            return row_name(trajectory, self.table.data.column(SOURCE_COLUMN)[trajectory] if known else None)
+
+        if self._actions is not None:
+            limit = getattr(self.combine_actions, "num_actions", None) or num_actions
+            check_actions(self._actions, self.num_frames, limit, name)
+        if self._labels is not None and num_classes is not None:
+            check_labels(self._labels, num_classes, name)
 
     def require_vae(self, vae: torch.nn.Module) -> None:
         """Raise a `ValueError` unless these latents were made with `vae`."""
@@ -232,8 +316,12 @@ class LatentDataset:
                 f"`start` {start}, `length` {length} and `interval` {interval} do not fit trajectory {trajectory}, "
                 f"which has {self.num_frames[trajectory]} frames; they need `start >= 0` and {span} frames from there."
             )
+        shard = int(self._shard[trajectory])
+        if shard in self._unchecked:
+            require_intact(self._unchecked[shard])
+            del self._unchecked[shard]
         first = self._first_frame[trajectory] + start
-        frames = self._views[self._shard[trajectory]][first : first + span : interval]
+        frames = self._views[shard][first : first + span : interval]
         return LatentClip(
             latents=torch.from_numpy(frames.astype(np.float32 if frames.dtype.kind == "f" else np.int64)),
             actions=self._clip_actions(trajectory, start, length, interval, combine_actions or self.combine_actions),
@@ -243,7 +331,11 @@ class LatentDataset:
     def _clip_actions(self, trajectory, start, length, interval, combine_actions) -> torch.Tensor | None:
         if self._actions is None:
             return None
-        actions = np.asarray(self._actions[trajectory].values.slice(start, length * interval).to_pylist())
+        actions = self._actions[trajectory].values
+        start = min(start, len(actions) - 1)  # the last frame's may be missing: the one before stands in
+        actions = np.asarray(actions.slice(start, length * interval).to_pylist())
+        if actions.ndim == 1:
+            actions = actions.astype(np.int64)  # whole numbers are discrete, whatever type they are stored in
         return torch.from_numpy(clip_actions(actions, length, interval, combine_actions))
 
 
@@ -255,10 +347,8 @@ def _latents_feature(channels: int, height: int, width: int, dtype: np.dtype) ->
 def _open_shard(path: Path) -> Dataset:
     try:
         return Dataset.from_file(str(path))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({error}); delete it and run cache_latents.py again."
-        ) from error
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, error) from error
 
 
 def _frames_of(shard: Dataset) -> np.ndarray:

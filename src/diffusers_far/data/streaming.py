@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset, List, Value
 
 from .faults import BadExampleError
 from .frames import decode_file, decode_images, holds_video_files
+from .rows import SOURCE_COLUMN
 from .video import count_frames, read_frame_times
 from .video_clips import VideoClip, cut_actions
 
@@ -36,6 +37,8 @@ class StoredClip:
         video (list of `dict`, `str` or `bytes`): The clip's images, or a whole video file's path or content.
         start, length, interval (`int`): The clip's frames in the video file.
         actions (`np.ndarray`, *optional*), label (`int`, *optional*): As of [`VideoClip`].
+        name (`str`): Of its trajectory, for errors.
+        frame_size (`tuple`, *optional*): `(height, width)` that its frames must have.
     """
 
     video: list[dict] | str | bytes
@@ -44,14 +47,26 @@ class StoredClip:
     interval: int
     actions: np.ndarray | None
     label: int | None
+    name: str
+    frame_size: tuple[int, int] | None = None
 
     def decode(self) -> VideoClip:
-        """Raises a `BadExampleError` if the video file is damaged."""
-        if isinstance(self.video, list):
-            frames = decode_images(self.video)
-        else:
-            times = read_frame_times(self.video) if self.start else None
-            frames = decode_file(self.video, self.start, self.length, self.interval, times)
+        """Raises a `BadExampleError` if the video file is damaged, or its frames have another size."""
+        try:
+            if isinstance(self.video, list):
+                frames = decode_images(self.video)
+            else:
+                times = read_frame_times(self.video) if self.start else None
+                frames = decode_file(self.video, self.start, self.length, self.interval, times)
+        except BadExampleError:
+            raise
+        except (ValueError, OSError) as error:  # frames of several sizes, an image that is none
+            raise BadExampleError(f"{self.name!r} has frames that cannot be read: {error}.") from error
+        if self.frame_size is not None and tuple(frames.shape[2:]) != self.frame_size:
+            raise BadExampleError(
+                f"{self.name!r} has frames of {tuple(frames.shape[2:])}, but the first trajectory's are "
+                f"{self.frame_size} (height, width); prepare the dataset with prepare_dataset.py and `--size`."
+            )
         return VideoClip(frames, None if self.actions is None else torch.from_numpy(self.actions), self.label)
 
 
@@ -73,8 +88,15 @@ class StoredTrajectory:
     actions: list | None
     label: int | None
 
-    def cut(self, start: int, length: int, interval: int = 1, combine_actions: Callable | None = None) -> StoredClip:
-        """`length` frames, `interval` apart, from frame `start` on, with their actions.
+    def cut(
+        self,
+        start: int,
+        length: int,
+        interval: int = 1,
+        combine_actions: Callable | None = None,
+        frame_size: tuple[int, int] | None = None,
+    ) -> StoredClip:
+        """`length` frames, `interval` apart, from frame `start` on, with their actions; of `frame_size`, where it is given.
 
         Raises:
             BadExampleError: If the actions do not fit the frames.
@@ -83,8 +105,10 @@ class StoredTrajectory:
         if isinstance(video, list):
             video = video[start : start + (length - 1) * interval + 1 : interval]
         if self.actions is not None:
-            actions = cut_actions(self.actions, self.num_frames, start, length, interval, combine_actions, self.name)
-        return StoredClip(video, start, length, interval, actions, self.label)
+            actions = cut_actions(
+                self.actions, self.num_frames, start, length, interval, combine_actions, lambda: repr(self.name)
+            )
+        return StoredClip(video, start, length, interval, actions, self.label, self.name, frame_size)
 
 
 class StreamedSplit:
@@ -129,6 +153,8 @@ class StreamedSplit:
             BadExampleError: If the video file cannot be fetched or opened.
         """
         video = row[self.column]
+        if row.get(SOURCE_COLUMN) is not None:
+            name = f"{row[SOURCE_COLUMN]}, {name}"
         if self.holds_files:
             name = video["path"] or name
             video = fetch_file(video)

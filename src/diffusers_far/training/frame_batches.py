@@ -8,10 +8,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from ..data.faults import BadExampleError
 from ..data.fingerprint import dataset_fingerprint
 from ..data.frames import FrameDataset, decode_images
 from ..data.loading import load_split, stream_split
 from ..data.streaming import StoredTrajectory, StreamedSplit
+from ..data.video_clips import VideoClips
 from .order import StepBatchSampler
 from .stream_loader import StreamLoader
 from .streams import TrajectoryStream
@@ -43,7 +45,10 @@ def open_frames(args: argparse.Namespace, accelerator: Accelerator) -> "FrameBat
 def open_validation_frames(args: argparse.Namespace) -> FrameDataset:
     """Held-out frames; of a stream those of the first trajectories."""
     if not args.streaming:
-        return FrameDataset(load_split(args.dataset_name, args.validation_split), args.video_column)
+        trajectories = load_split(args.dataset_name, args.validation_split)
+        frames = FrameDataset(trajectories, args.video_column)
+        VideoClips(trajectories, args.video_column).check_frame_sizes()
+        return frames
     split = stream_split(args.dataset_name, args.validation_split, args.video_column)
     return FrameDataset(split.head(SAMPLED_TRAJECTORIES), args.video_column)
 
@@ -63,6 +68,7 @@ class FrameBatches:
 
     def __init__(self, trajectories: Dataset, column: str = "video", **order) -> None:
         self.sample = FrameDataset(trajectories, column)
+        VideoClips(trajectories, column).check_frame_sizes()
         self.fingerprint = dataset_fingerprint(trajectories)
         self.order = order
 
@@ -94,7 +100,7 @@ class StreamedFrames:
         self.fingerprint = split.fingerprint
         self.batch_size, self.num_files = batch_size, len(split.files)
         stream = TrajectoryStream(split, draws_per_row=None, min_frames=1, block_size=block_size, **order)
-        self.loader = StreamLoader(stream, self._read_step, decode_images)
+        self.loader = StreamLoader(stream, self._read_step, _decode_named)
 
     @property
     def extent(self) -> str:
@@ -104,5 +110,24 @@ class StreamedFrames:
         """As of [`FrameBatches`], from the position that a checkpoint saved."""
         return self.loader.load(first_step, last_step, num_workers)
 
-    def _read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[list[dict]]:
-        yield [trajectory.video[frame] for trajectory, frame in (next(draws) for _ in range(self.batch_size))]
+    def _read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[list[tuple]]:
+        yield [
+            (trajectory.name, trajectory.video[frame])
+            for trajectory, frame in (next(draws) for _ in range(self.batch_size))
+        ]
+
+
+def _decode_named(images: list[tuple[str, dict]]) -> torch.Tensor:
+    """Images of trajectories that are named where they cannot be read, or are of another size than the first."""
+    frames = []
+    for name, image in images:
+        try:
+            frames.append(decode_images([image])[0])
+        except (ValueError, OSError) as error:
+            raise BadExampleError(f"{name!r} has an image that cannot be read: {error}.") from error
+        if frames[-1].shape != frames[0].shape:
+            raise BadExampleError(
+                f"{name!r} has frames of {tuple(frames[-1].shape[1:])}, but those of {images[0][0]!r} are "
+                f"{tuple(frames[0].shape[1:])} (height, width); prepare the dataset with prepare_dataset.py and `--size`."
+            )
+    return torch.stack(frames)

@@ -54,19 +54,30 @@ def leave_out_planned_attention(transformer_config) -> None:
 
 
 def check_data(
-    latents: LatentDataset | EncodedDataset | StreamedClips, transformer: torch.nn.Module, num_fed_actions: int | None
+    latents: LatentDataset | EncodedDataset | StreamedClips,
+    transformer: torch.nn.Module,
+    num_fed_actions: int | None,
+    validation_latents: LatentDataset | EncodedDataset | None = None,
 ) -> None:
-    """Refuse data that the model cannot be trained on, before any step.
+    """Refuse data that the model cannot be trained on or measured with, before any step. Every row of both splits is looked
+    at; of a stream the first one, and the others as they come.
 
     Args:
         latents (`LatentDataset`, `EncodedDataset` or `StreamedClips`): To train on.
         transformer ([`FARTransformer3DModel`]): To be trained.
         num_fed_actions (`int`, *optional*): Discrete actions that it will be fed, see `arguments.num_fed_actions`.
+        validation_latents (`LatentDataset` or `EncodedDataset`, *optional*): Held out.
 
     Raises:
         ValueError: Channels or the number of actions do not fit, or the latents lack the actions or classes that the
-            transformer takes.
+            transformer takes, or have others.
+        BadExampleError: A row does not fit, see [`VideoClips.check_rows`]; the message names it.
     """
+    if validation_latents is not None:
+        try:
+            check_data(validation_latents, transformer, None)
+        except ValueError as error:
+            raise type(error)(f"Of the split that is held out: {error}") from error
     config = transformer.config
     if latents.latent_shape[0] != config.in_channels:
         raise ValueError(
@@ -78,6 +89,13 @@ def check_data(
         raise ValueError(
             "The transformer takes actions but the latents have none; leave `num_actions` out of its config."
         )
+    dtype = torch.int64 if config.num_actions is not None else torch.float32
+    if transformer.takes_actions and clip.actions.dtype != dtype:
+        kinds = {torch.int64: "discrete", torch.float32: "continuous"}
+        raise ValueError(
+            f"The actions of the data are {kinds[clip.actions.dtype]}, but the transformer's are {kinds[dtype]}; give its "
+            "config `num_actions` for discrete ones and `action_dim` for continuous ones."
+        )
     if config.num_actions is not None and num_fed_actions is not None and num_fed_actions > config.num_actions:
         raise ValueError(
             f"The actions go up to {num_fed_actions - 1} but the transformer has `num_actions` {config.num_actions}; "
@@ -87,6 +105,7 @@ def check_data(
         raise ValueError(
             "The transformer takes classes but the latents have none; leave `num_classes` out of its config."
         )
+    latents.check_rows(config.num_actions, config.num_classes)
 
 
 def training_batches(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..data.encoded import EncodedDataset
+from ..data.faults import BadExampleError
 from ..data.latents import LatentClip
 from ..data.streaming import StoredClip, StoredTrajectory, StreamedSplit
 from .clips import CLIP_STREAM, START_STREAM, StepBatches, VideoBatch, draw_start, stack_clips
@@ -53,6 +54,8 @@ class StreamedClips:
         self._first = EncodedDataset(split.head(1), vae, split.column, combine_actions)
         self.latent_shape, self.vae_hash = self._first.latent_shape, self._first.vae_hash
         self.dataset_fingerprint = split.fingerprint
+        self.frame_size = tuple(self._first.videos.clip(0, 0, 1).frames.shape[2:])
+        self.num_classes = None
 
     def __getstate__(self) -> dict:
         # The processes that load need no VAE.
@@ -62,19 +65,32 @@ class StreamedClips:
         """A clip of the first trajectory, number 0: the others can only be had in the order of the stream."""
         return self._first.clip(trajectory, start, length, interval)
 
+    def check_rows(self, num_actions: int | None = None, num_classes: int | None = None) -> None:
+        """Look at the first row now, and at each of the others when it is read; see [`VideoClips.check_rows`]."""
+        self._first.check_rows(num_actions, num_classes)
+        self.num_classes = num_classes
+
     def cut(self, trajectory: StoredTrajectory, start: int, length: int, interval: int = 1) -> StoredClip:
         """A clip of a trajectory of the stream, not yet decoded.
 
         Raises:
-            ValueError: It has an action that is not below `num_actions`.
+            BadExampleError: Its actions do not fit its frames, or one of them or its label is not below what there is.
         """
+        if self.num_classes is not None and not (
+            trajectory.label is not None and 0 <= trajectory.label < self.num_classes
+        ):
+            raise BadExampleError(
+                f"{trajectory.name!r} has the label {trajectory.label}, but there are {self.num_classes} classes, 0 to "
+                f"{self.num_classes - 1}; give the model a larger `num_classes`."
+            )
+        clip = trajectory.cut(start, length, interval, self.combine_actions, self.frame_size)
         highest = max(trajectory.actions, default=0) if self.num_actions is not None else 0
         if self.num_actions is not None and highest >= self.num_actions:
-            raise ValueError(
+            raise BadExampleError(
                 f"{trajectory.name!r} has the action {highest}, but `--num_actions` is {self.num_actions}; it must be "
                 "above every action."
             )
-        return trajectory.cut(start, length, interval, self.combine_actions)
+        return clip
 
 
 @dataclass(frozen=True)
