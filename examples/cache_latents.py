@@ -4,28 +4,35 @@
 
 Writes `output_dir/split/latents-*.arrow`: a row per trajectory with `latents` (F, C, H, W) in float16, already
 multiplied by the VAE's scaling factor, and the dataset's other columns. Of a `VQModel` it writes codes, (F, 1, H, W)
-unsigned integers. Interrupted, it goes on with the shards that are missing. With `--streaming` a dataset on the Hub is
-encoded as it comes, in one pass, and takes no room on the disk.
+unsigned integers. Interrupted, it goes on with the shards that are missing or damaged. With `--streaming` a dataset on
+the Hub is encoded as it comes, in one pass, and takes no room on the disk.
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import logging
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import AutoModel, VQModel
-from tqdm.auto import tqdm
 
+from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
 from diffusers_far.data.frames import VideoFrames
-from diffusers_far.data.latents import LatentSource, read_source, write_shard
+from diffusers_far.data.latents import LatentSource, read_source, require_intact, write_shard
 from diffusers_far.data.loading import load_split, stream_split
 from diffusers_far.data.streaming import StreamedSplit
+from diffusers_far.data.video_clips import VideoClips
+from diffusers_far.data.workers import Progress, share_work
+from diffusers_far.files import UNFINISHED
 from diffusers_far.models.codec import encode_codes, encode_video
+
+
+logger = logging.getLogger(__name__)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,25 +60,37 @@ def load_vae(args: argparse.Namespace) -> torch.nn.Module:
     return AutoModel.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
 
 
-def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> None:
-    """Encode the trajectories of one shard in a process of its own."""
+def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int, count: Callable[[], None]) -> None:
+    """Encode the trajectories of one shard, perhaps in a process of its own."""
     torch.set_num_threads(max(1, torch.get_num_threads() // args.num_processes))
     dataset = load_split(args.dataset_name, args.dataset_split)
-    encode_trajectories(args, load_vae(args), dataset.select(source.shard_rows(shard)), source, shard)
+    encode_trajectories(args, load_vae(args), dataset.select(source.shard_rows(shard)), source, shard, count)
 
 
-def encode_stream(args: argparse.Namespace, split: StreamedSplit, source: LatentSource, shards: list[int]) -> None:
+def encode_stream(
+    args: argparse.Namespace, split: StreamedSplit, source: LatentSource, shards: list[int], count: Callable[[], None]
+) -> None:
     """Encode the missing `shards` of a stream, in one pass over it."""
     vae, first = load_vae(args), shards[0]
     rows = split.all_rows(source.shard_rows(first).start)
-    for shard in tqdm(range(first, source.num_shards), desc="shards"):
+    for shard in range(first, source.num_shards):
         read = list(islice(rows, len(source.shard_rows(shard))))
         if shard in shards:
-            encode_trajectories(args, vae, split.in_memory(read), source, shard)
+            trajectories = split.in_memory(read)
+            try:
+                VideoClips(trajectories, args.video_column).check_rows()
+            except BadExampleError as error:
+                raise BadExampleError(f"Counted from row {source.shard_rows(shard).start}: {error}") from error
+            encode_trajectories(args, vae, trajectories, source, shard, count)
 
 
 def encode_trajectories(
-    args: argparse.Namespace, vae: torch.nn.Module, trajectories: Dataset, source: LatentSource, shard: int
+    args: argparse.Namespace,
+    vae: torch.nn.Module,
+    trajectories: Dataset,
+    source: LatentSource,
+    shard: int,
+    count: Callable[[], None],
 ) -> None:
     """Encode the trajectories of one shard and write it."""
     frames = VideoFrames(trajectories, args.video_column)
@@ -83,12 +102,42 @@ def encode_trajectories(
             latents.append(codes.cpu().numpy().astype(np.min_scalar_type(vae.config.num_vq_embeddings - 1)))
         else:
             latents.append(encode_video(vae, video, args.batch_size).cpu().numpy().astype(np.float16))
+        count()
     carried = trajectories.remove_columns(args.video_column)
     path = source.shard_path(Path(args.output_dir) / args.dataset_split, shard)
     write_shard(path, latents, carried.with_format("arrow")[:], carried.features, source)
 
 
+def find_missing_shards(folder: Path, source: LatentSource) -> list[int]:
+    """The shards of `source` that are not in `folder`, or are damaged there: all that are there are read.
+
+    Raises:
+        ValueError: If `folder` holds shards of another source.
+    """
+    for path in folder.glob(f"{UNFINISHED}*"):  # of a run that was killed; `load_dataset` would take it for a shard
+        path.unlink()
+    intact = set()
+    for path in sorted(folder.glob("latents-*.arrow")):
+        try:
+            found = read_source(path)
+            require_intact(path)
+        except ValueError as error:
+            if path not in {source.shard_path(folder, shard) for shard in range(source.num_shards)}:
+                raise
+            logger.warning(f"{error} It is encoded again.")
+            continue
+        if found != source:
+            raise ValueError(
+                f"{str(path)!r} was made of {found}, but this run has {source}; give another `--output_dir`, or delete the "
+                "folder to encode anew."
+            )
+        intact.add(path)
+    return [shard for shard in range(source.num_shards) if source.shard_path(folder, shard) not in intact]
+
+
 def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+
     # 1. What the latents are made of
     if args.streaming:
         dataset = stream_split(args.dataset_name, args.dataset_split, args.video_column)
@@ -105,28 +154,21 @@ def main(args: argparse.Namespace) -> None:
         trajectories_per_shard=args.trajectories_per_shard,
     )
 
-    # 2. What is there already
+    # 2. What is there already, and what is wrong with the rest
     folder = Path(args.output_dir) / args.dataset_split
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("latents-*.arrow"):
-        if read_source(path) != source:
-            raise ValueError(
-                f"{str(path)!r} was made of {read_source(path)}, but this run has {source}; give another "
-                "`--output_dir`, or delete the folder to encode anew."
-            )
-    shards = [shard for shard in range(source.num_shards) if not source.shard_path(folder, shard).is_file()]
+    shards = find_missing_shards(folder, source)
+    num_missing = sum(len(source.shard_rows(shard)) for shard in shards)
+    logger.info(f"{num_missing:,} of {num_trajectories:,} trajectories are to be encoded; looking at the rows")
+    if shards and not args.streaming:
+        VideoClips(dataset, args.video_column).check_rows()
 
     # 3. Encode the rest
+    progress = Progress(num_missing)
     if args.streaming and shards:
-        encode_stream(args, dataset, source, shards)
-    elif args.num_processes == 1:
-        for shard in tqdm(shards, desc="shards"):
-            encode_shard(args, source, shard)
+        encode_stream(args, dataset, source, shards, progress.add)
     else:
-        with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(encode_shard, args, source, shard) for shard in shards]
-            for future in tqdm(as_completed(futures), total=len(futures), desc="shards"):
-                future.result()
+        share_work(partial(encode_shard, args, source), shards, args.num_processes, progress)
 
 
 if __name__ == "__main__":
