@@ -12,6 +12,8 @@
     videofolder  `metadata.jsonl`, a line per video: `file_name`, and `actions` and `label` where there are any
     lerobot      a LeRobot dataset of version 2 or 3: continuous actions
 
+Folders in `--input` that are called `train`, `validation` or `test` (or `val`, `dev` and the like) are these splits.
+
 The result appears under `--output` when it is whole; `load_dataset` opens it, and so do the training scripts.
 """
 
@@ -20,27 +22,36 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
 from diffusers_far.data.faults import BadExampleError
-from diffusers_far.data.preparation import Preparation, PreparedTrajectory, RowForm, write_trajectories
-from diffusers_far.data.sources import SOURCES, TrajectorySource
+from diffusers_far.data.preparation import (
+    RESERVED_COLUMNS,
+    Preparation,
+    PreparedTrajectory,
+    RowForm,
+    write_trajectories,
+)
+from diffusers_far.data.sources import SOURCES, TrajectorySource, open_split_folders
 from diffusers_far.data.splits import choose_split
+from diffusers_far.data.workers import Progress, share_work
+from diffusers_far.files import written_whole
 
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 SHARES = ("validation_share", "test_share")
-KEYS = {"video_key": ("lerobot", "npz"), "action_key": ("npz",)}  # and the sources that take them
+# Which sources take them.
+KEYS = {
+    "video_key": ("lerobot", "npz"),
+    "action_key": ("lerobot", "npz"),
+    "keep_columns": ("lerobot", "npz", "videofolder"),
+}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -62,10 +73,28 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--video_key",
         help="For lerobot: which camera, if there are several. For npz: the array's name if not `video`.",
     )
-    parser.add_argument("--action_key", help="For npz: the array's name if not `actions`.")
+    parser.add_argument(
+        "--action_key", help="For npz and lerobot: the name of the actions if not `actions` or `action`."
+    )
+    parser.add_argument(
+        "--keep_columns",
+        nargs="+",
+        metavar="NAME",
+        help="What else to keep of each trajectory: arrays of npz, fields of `metadata.jsonl`, columns of lerobot. Of those "
+        "with a value for each frame, the values of the kept frames.",
+    )
 
-    parser.add_argument("--split", choices=SPLITS, default="train", help="Where trajectories go that no share takes.")
-    parser.add_argument("--validation_share", type=float, default=0.0, help="By a hash of the trajectory's name.")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="Where trajectories go that no share takes; left out: by the folders that are named after splits, else train.",
+    )
+    parser.add_argument(
+        "--validation_share",
+        type=float,
+        default=0.0,
+        help="By a hash of the trajectory's name; of folders that are named after splits, of `train` alone.",
+    )
     parser.add_argument("--test_share", type=float, default=0.0, help="Likewise: a file never changes its split.")
 
     parser.add_argument("--license", default="unknown", help="Hub's identifier, such as cc-by-4.0; for the card.")
@@ -100,7 +129,8 @@ class ShardReport:
 
 def open_source(args: argparse.Namespace) -> TrajectorySource:
     keys = {name: getattr(args, name) for name in KEYS if getattr(args, name) is not None}
-    return SOURCES[args.source](args.input, **keys)
+    open_folder = partial(SOURCES[args.source], **keys)
+    return open_folder(args.input) if args.split else open_split_folders(open_folder, args.input)
 
 
 def build_preparation(args: argparse.Namespace) -> Preparation:
@@ -123,6 +153,12 @@ def check_request(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"`--{name}` is for {' and '.join(sources)} only, but `--source` is {args.source!r}; leave it out."
             )
+    reserved = set(args.keep_columns or ()) & set(RESERVED_COLUMNS)
+    if reserved or len(set(args.keep_columns or ())) < len(args.keep_columns or ()):
+        raise ValueError(
+            f"`--keep_columns` is {args.keep_columns}; name each column once, and none of {list(RESERVED_COLUMNS)}, which the "
+            "dataset has of its own."
+        )
     if args.num_actions is not None and args.combine_actions != "joint":
         raise ValueError(f"`--num_actions` is {args.num_actions}, which only `--combine_actions joint` takes.")
     if not re.fullmatch(r"[a-z0-9.\-]+", args.license):
@@ -132,10 +168,13 @@ def check_request(args: argparse.Namespace) -> None:
             raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
 
 
-def plan_shards(names: list[str], args: argparse.Namespace) -> list[Shard]:
+def plan_shards(source: TrajectorySource, args: argparse.Namespace) -> list[Shard]:
     indices = {split: [] for split in SPLITS}
-    for index, name in enumerate(names):
-        indices[choose_split(name, args.validation_share, args.test_share, rest=args.split)].append(index)
+    for index, name in enumerate(source.names):
+        split = args.split or "train" if source.splits is None else source.splits[index]
+        if source.splits is None or split == "train":
+            split = choose_split(name, args.validation_share, args.test_share, rest=split)
+        indices[split].append(index)
     length = args.trajectories_per_shard
     return [
         Shard(split, number, indices[split][start : start + length])
@@ -147,19 +186,24 @@ def plan_shards(names: list[str], args: argparse.Namespace) -> list[Shard]:
 def find_form(source: TrajectorySource, args: argparse.Namespace) -> RowForm:
     """The form of the first trajectory that is not damaged, which all others must have."""
     preparation = build_preparation(args)
-    class_names = None if source.class_names is None else tuple(source.class_names)
     for index in range(len(source.names)):
         try:
-            first = preparation(source[index])
+            trajectory = source[index]
+            first = preparation(trajectory)
         except BadExampleError:
             if not args.skip_bad_examples:
                 raise
         else:
-            return RowForm(first.frame_size, first.action_shape, class_names)
+            if trajectory.left_out:
+                names = " ".join(trajectory.left_out)
+                logger.info(f"Left out of each trajectory: {names}; `--keep_columns` keeps what it names")
+            return first.form(source.class_names)
     raise ValueError(f"None of the {len(source.names)} trajectories in {str(args.input)!r} can be used.")
 
 
-def prepare_shard(args: argparse.Namespace, form: RowForm, folder: Path, shard: Shard) -> ShardReport:
+def prepare_shard(
+    args: argparse.Namespace, form: RowForm, folder: Path, shard: Shard, count: Callable[[], None]
+) -> ShardReport:
     """Write one shard, perhaps in a process of its own. A shard without a good trajectory leaves no file."""
     source, preparation, report = open_source(args), build_preparation(args), ShardReport(shard.split, [], [])
 
@@ -175,6 +219,7 @@ def prepare_shard(args: argparse.Namespace, form: RowForm, folder: Path, shard: 
             else:
                 report.num_frames.append(len(trajectory.frames))
                 yield trajectory
+            count()
 
     path = folder / "data" / f"{shard.split}-{shard.number:05d}.parquet"
     write_trajectories(path, good_trajectories(), form.features)
@@ -184,17 +229,8 @@ def prepare_shard(args: argparse.Namespace, form: RowForm, folder: Path, shard: 
 
 
 def prepare_shards(args: argparse.Namespace, form: RowForm, folder: Path, shards: list[Shard]) -> list[ShardReport]:
-    prepare = partial(prepare_shard, args, form, folder)
-    if args.num_processes == 1:
-        return [prepare(shard) for shard in tqdm(shards, desc="shards")]
-    pool = ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn"))
-    try:
-        futures = [pool.submit(prepare, shard) for shard in shards]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="shards"):
-            future.result()
-        return [future.result() for future in futures]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    progress = Progress(sum(len(shard.indices) for shard in shards))
+    return share_work(partial(prepare_shard, args, form, folder), shards, args.num_processes, progress)
 
 
 def describe_columns(args: argparse.Namespace, form: RowForm) -> str:
@@ -212,6 +248,9 @@ def describe_columns(args: argparse.Namespace, form: RowForm) -> str:
             lines[-1] += f" Each is made of {args.frame_interval} of the source: {rule}."
     if form.class_names is not None:
         lines.append(f"- `label`: one of {len(form.class_names)} classes.")
+    lines.append("- `source`: what the trajectory is called in the source.")
+    for name, column in form.columns.items():
+        lines.append(f"- `{name}`: {column.dtype}, {column.num_dimensions} dimensions, as the source has it.")
     return "\n".join(lines)
 
 
@@ -221,7 +260,8 @@ def command_line(args: argparse.Namespace) -> str:
     for name in ("frame_interval", "combine_actions", "num_actions", "size", *KEYS, "split", *SHARES):
         value = getattr(args, name)
         if value:
-            command += f" --{name} {' '.join(map(str, value)) if name == 'size' else value}"
+            values = value if isinstance(value, (tuple, list)) else [value]
+            command += f" --{name} {' '.join(map(str, values))}"
     return command
 
 
@@ -278,7 +318,7 @@ def main(args: argparse.Namespace) -> None:
     # 1. Open
     check_request(args)
     source = open_source(args)
-    shards = plan_shards(source.names, args)
+    shards = plan_shards(source, args)
     unfinished = args.output.with_name("unfinished-" + args.output.name)
     if unfinished.exists():
         raise ValueError(f"{str(unfinished)!r} exists: a run writes to it or was killed; in that case delete it.")
@@ -288,7 +328,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         form = find_form(source, args)
         reports = prepare_shards(args, form, unfinished, shards)
-        (unfinished / "README.md").write_text(dataset_card(args, form, reports))
+        with written_whole(unfinished / "README.md") as card:
+            card.write_text(dataset_card(args, form, reports))
         unfinished.rename(args.output)
     except BadExampleError as error:
         raise ValueError(f"{error} With `--skip_bad_examples` such trajectories are left out and listed.") from error

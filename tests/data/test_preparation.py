@@ -124,3 +124,34 @@ def test_a_written_file_gives_back_its_rows_each_a_row_group(tmp_path, noise, ac
     assert all(np.array_equal(np.stack([np.asarray(image) for image in row["video"]]), noise) for row in rows)
     if actions is not None:
         assert np.array_equal(rows[1]["actions"], actions)
+
+
+def test_kept_columns_follow_the_kept_frames_where_there_is_a_value_for_each(noise):
+    columns = {"position": np.arange(14).reshape(7, 2) / 2, "weather": "rain", "seed": 5, "goals": [1, 2, 3]}
+    trajectory = Trajectory("a", noise, columns=columns)
+    kept = Preparation(frame_interval=3)(trajectory).columns
+    assert kept["position"].tolist() == [[0, 0.5], [3, 3.5], [6, 6.5]]
+    assert kept["weather"] == "rain" and kept["seed"] == 5 and kept["goals"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0] * 6, "6 of 'rewards' for 7 frames"),
+        ([0] * 8, "8 of 'rewards' for 7 frames"),
+        ([[0], [0, 1]], "cannot be kept"),
+        ([{}] * 7, "cannot be kept: it holds object"),
+        (np.array(["2026-01-01"], "datetime64[D]"), "cannot be kept: it holds datetime64"),
+    ],
+)
+def test_a_column_that_cannot_be_kept_is_named(noise, values, message):
+    with pytest.raises(BadExampleError, match=f"'a.npz' has .*{message}"):
+        Preparation(frame_interval=3)(Trajectory("a.npz", noise, columns={"rewards": values}))
+
+
+@pytest.mark.parametrize("other", [[0.5, 1.5], 3, ["a", "b"], [[1], [2]], [True, False]])
+def test_a_column_unlike_the_first_trajectorys_is_named(other):
+    form = Preparation()(Trajectory("a", gray_frames(2), columns={"score": [1, 2]})).form(None)
+    Preparation()(Trajectory("b", gray_frames(2), columns={"score": [4]})).require_form(form)
+    with pytest.raises(BadExampleError, match="'b' has 'score' as .*the first trajectory's is"):
+        Preparation()(Trajectory("b", gray_frames(2), columns={"score": other})).require_form(form)

@@ -12,6 +12,7 @@ from diffusers_far.data.actions import ActionCombiner
 from diffusers_far.data.encoded import EncodedDataset
 from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.loading import load_split, stream_split
+from diffusers_far.data.streaming import fetch_file
 from diffusers_far.data.video_clips import VideoClips
 
 
@@ -173,4 +174,4 @@ def test_a_damaged_video_file_is_named_and_so_are_actions_that_do_not_fit(video_
     with pytest.raises(BadExampleError, match="2.mp4.*`actions` has 4 for 10 frames"):
         split.trajectory(rows[2], "row 2").cut(0, 2)
     with pytest.raises(BadExampleError, match="cannot be fetched"):
-        split.trajectory({"video": {"path": "memory://nothing.mp4", "bytes": None}}, "row 0")
+        fetch_file({"path": "memory://nothing.mp4", "bytes": None})

@@ -55,7 +55,7 @@ def npz_folder(tmp_path) -> Path:
 
 def test_npz_trajectories_come_back_to_the_bit(npz_folder):
     rows = load_dataset(str(prepare("npz", npz_folder)), split="train")
-    assert rows.features == {"video": List(Image()), "actions": List(Value("int64"))}
+    assert rows.features == {"video": List(Image()), "actions": List(Value("int64")), "source": Value("string")}
     for row, path in zip(rows, sorted(npz_folder.rglob("*.npz")), strict=True):
         with np.load(path) as archive:
             assert np.array_equal(images_of(row), archive["video"])
@@ -73,7 +73,8 @@ def test_class_folders_give_labels_and_frames_of_the_wanted_size(tmp_path):
         write_video(tmp_path / "ucf" / name, gray_frames(11, 48, 64), "mpeg4")
     output = prepare("classfolder", tmp_path / "ucf", "--size", 16, "--frame_interval", 3)
     rows = load_dataset(str(output), split="train")
-    assert rows.features == {"video": List(Image()), "label": ClassLabel(names=["Archery", "Surfing"])}
+    labels = ClassLabel(names=["Archery", "Surfing"])
+    assert rows.features == {"video": List(Image()), "label": labels, "source": Value("string")}
     assert rows["label"] == [0, 1]
     assert images_of(rows[1]).shape == (4, 16, 16, 3)
     assert frame_numbers(images_of(rows[1])) == [0, 3, 6, 9]
@@ -137,6 +138,40 @@ def test_the_card_says_what_the_user_said_and_what_was_done(npz_folder):
     assert "| validation | 10 | 50 |" in card
     assert "--source npz --input DIR --output DIR --frame_interval 1 --split validation" in card
     assert str(npz_folder) not in card
+
+
+def test_folders_named_after_splits_become_them_and_shares_take_from_train_alone(npz_folder):
+    for name, folder in (("train", "0"), ("val", "1")):
+        (npz_folder / folder).rename(npz_folder / name)
+    splits = load_dataset(str(prepare("npz", npz_folder)))
+    assert {name: sorted(row[0] for row in rows["actions"]) for name, rows in splits.items()} == {
+        "train": [0, 2, 4, 6, 8],
+        "validation": [1, 3, 5, 7, 9],
+    }
+    assert splits["validation"]["source"][0] == "val/1.npz"
+    npz_folder.with_name("dmlab-prepared").rename(npz_folder.with_name("before"))
+    splits = load_dataset(str(prepare("npz", npz_folder, "--test_share", 0.6)))
+    assert len(splits["validation"]) == 5 and 0 < len(splits["test"]) < 5
+    npz_folder.with_name("dmlab-prepared").rename(npz_folder.with_name("also-before"))
+    assert len(load_dataset(str(prepare("npz", npz_folder, "--split", "test")), split="test")) == 10
+
+
+def test_columns_are_kept_on_request_and_what_is_left_out_is_said(npz_folder, caplog):
+    for path in npz_folder.rglob("*.npz"):
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        np.savez(path, position=np.arange(10, dtype=np.float32).reshape(5, 2), seed=7, **arrays)
+    with caplog.at_level(logging.INFO):
+        output = prepare(
+            "npz", npz_folder, "--keep_columns", "position", "--frame_interval", 2, "--combine_actions", "first"
+        )
+    assert "Left out of each trajectory: seed" in caplog.text
+    rows = load_dataset(str(output), split="train")
+    assert rows.features["position"] == List(List(Value("float32"))) and "seed" not in rows.features
+    assert rows[3]["position"] == [[0, 1], [4, 5], [8, 9]] and rows[3]["source"] == "0/6.npz"
+    card = (output / "README.md").read_text()
+    assert "- `position`: float32, 2 dimensions" in card and "--keep_columns position" in card
+    assert "10 of 10 trajectories" in caplog.text
 
 
 def damage(npz_folder) -> dict[str, str]:
@@ -209,7 +244,13 @@ def test_the_unfinished_work_of_another_run_is_not_touched(npz_folder):
     ("arguments", "message"),
     [
         ("--validation_share 0.6 --test_share 0.6", r"\(0.6, 0.6\)"),
-        ("--source classfolder --action_key act", "`--action_key` is for npz only, but `--source` is 'classfolder'"),
+        ("--source classfolder --keep_columns pose", "`--keep_columns` is for lerobot and npz and videofolder only"),
+        ("--keep_columns pose label", "none of .'video', 'actions', 'label', 'source'"),
+        ("--keep_columns pose pose", "name each column once"),
+        (
+            "--source classfolder --action_key act",
+            "`--action_key` is for lerobot and npz only, but `--source` is 'classfolder'",
+        ),
         (
             "--source classfolder --video_key top",
             "`--video_key` is for lerobot and npz only, but `--source` is 'classfolder'",

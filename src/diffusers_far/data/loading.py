@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from datasets import Dataset, Video, get_dataset_split_names, load_dataset, load_dataset_builder
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Image, Video, get_dataset_split_names, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetsError
 
-from .streaming import StreamedSplit
+from .streaming import StreamedSplit, require_own_file
 
 
 def load_split(dataset_name: str, split: str) -> Dataset:
@@ -15,11 +18,15 @@ def load_split(dataset_name: str, split: str) -> Dataset:
         split (`str`): Name of the split, such as `"train"`; slices such as `"train[:10]"` are allowed.
 
     Raises:
-        ValueError: If the folder does not exist or has no such split.
+        ValueError: If the folder does not exist, has no such split or is damaged, or a row of it names a file elsewhere.
     """
     path, revision = locate_dataset(dataset_name)
     _require_split(path, revision, split.split("[")[0], split)
-    dataset = load_dataset(path, split=split, revision=revision)
+    try:
+        dataset = load_dataset(path, split=split, revision=revision)
+    except DatasetsError as error:
+        raise _unreadable(path, error) from error
+    _require_own_files(dataset, path)
     for column, feature in dataset.features.items():
         if isinstance(feature, Video):  # decoded by PyAV, so that no other decoder need be installed
             dataset = dataset.cast_column(column, Video(decode=False))
@@ -44,7 +51,7 @@ def stream_split(dataset_name: str, split: str, column: str = "video") -> Stream
         )
     _require_split(path, revision, split, split)
     builder = load_dataset_builder(path, revision=revision)
-    return StreamedSplit(builder.as_streaming_dataset(split=split), builder.config.data_files[split], column)
+    return StreamedSplit(builder.as_streaming_dataset(split=split), builder.config.data_files[split], column, path)
 
 
 def has_split(dataset_name: str, split: str) -> bool:
@@ -73,6 +80,26 @@ def locate_dataset(dataset_name: str) -> tuple[str, str | None]:
 
 
 def _require_split(path: str, revision: str | None, name: str, split: str) -> None:
-    available = get_dataset_split_names(path, revision=revision)
+    try:
+        available = get_dataset_split_names(path, revision=revision)
+    except ValueError as error:  # of a damaged file
+        raise _unreadable(path, error) from error
     if name not in available:
         raise ValueError(f"`split` is {split!r}, but {path!r} has {available}; pass one of these.")
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    cause = error.__cause__ or error
+    return ValueError(f"The dataset {path!r} cannot be read: {type(cause).__name__}: {cause}; copy or make it again.")
+
+
+def _require_own_files(dataset: Dataset, path: str) -> None:
+    """Refuse a dataset whose rows name images or videos that are not its own. Rows that hold their content name nothing."""
+    for column, feature in dataset.features.items():
+        if not isinstance(getattr(feature, "feature", feature), (Image, Video)):
+            continue
+        for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1024):
+            files = batch[column].combine_chunks()
+            files = files.flatten() if pa.types.is_nested(files.type) and not pa.types.is_struct(files.type) else files
+            for name in files.field("path").filter(pc.is_null(files.field("bytes"))).to_pylist():
+                require_own_file(name, path)

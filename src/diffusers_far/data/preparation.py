@@ -1,18 +1,57 @@
 """From a trajectory as people have it to a row of our schema: frames as PNG files, one action per frame, a label."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, List, Value
 
+from ..files import written_whole
 from .actions import CONTINUOUS_RULES, DISCRETE_RULES, ActionCombiner, align_actions, group_actions
 from .faults import BadExampleError
 from .images import encode_png, fit_frame
+from .rows import SOURCE_COLUMN
 from .sources.trajectory import Trajectory
+
+
+RESERVED_COLUMNS = ("video", "actions", "label", SOURCE_COLUMN)
+
+
+@dataclass(frozen=True)
+class ColumnForm:
+    """What a kept column holds: `dtype` of `datasets`, in lists within lists, as many as `num_dimensions`."""
+
+    dtype: str
+    num_dimensions: int
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "ColumnForm":
+        """Raises a `ValueError` unless they are numbers, truth values or texts."""
+        kinds = {"i": "int64", "u": "uint64" if values.dtype.itemsize == 8 else "int64", "b": "bool", "U": "string"}
+        kinds["f"] = "float64" if values.dtype.itemsize > 4 else "float32"
+        if values.dtype.kind not in kinds:
+            raise ValueError(
+                f"it holds {values.dtype}; only numbers, truth values and texts can be kept, all of one shape"
+            )
+        return cls(kinds[values.dtype.kind], values.ndim)
+
+    @property
+    def feature(self) -> Value | List:
+        feature = Value(self.dtype)
+        for _ in range(self.num_dimensions):
+            feature = List(feature)
+        return feature
+
+    def takes(self, other: "ColumnForm") -> bool:
+        """Whether values of another form can be stored in this one; whole numbers can be stored as others."""
+        is_same = self.dtype == other.dtype or (
+            self.dtype.startswith("float") and other.dtype not in ("string", "bool")
+        )
+        return is_same and self.num_dimensions == other.num_dimensions
 
 
 @dataclass(frozen=True)
@@ -23,11 +62,13 @@ class RowForm:
         frame_size (`tuple`): `(height, width)`.
         action_shape (`tuple`, *optional*): Of one action: `()` if discrete, `(A,)` if continuous, `None` without any.
         class_names (`tuple`, *optional*): Names of the labels; `None` without any.
+        columns (`dict` of `str` to `ColumnForm`): What else is kept.
     """
 
     frame_size: tuple[int, int]
     action_shape: tuple[int, ...] | None
     class_names: tuple[str, ...] | None
+    columns: Mapping[str, ColumnForm] = field(default_factory=dict)
 
     @property
     def features(self) -> Features:
@@ -36,6 +77,8 @@ class RowForm:
             features["actions"] = List(Value("int64") if self.action_shape == () else List(Value("float32")))
         if self.class_names is not None:
             features["label"] = ClassLabel(names=list(self.class_names))
+        features[SOURCE_COLUMN] = Value("string")
+        features |= {name: column.feature for name, column in self.columns.items()}
         return Features(features)
 
 
@@ -49,6 +92,7 @@ class PreparedTrajectory:
         frame_size (`tuple`): `(height, width)` of all of them.
         actions (`np.ndarray` of shape `(F,)`, int64, or `(F, A)`, float32, *optional*): As many as frames.
         label (`str`, *optional*): Name of its class.
+        columns (`dict` of `str` to `np.ndarray`): What else is kept.
     """
 
     name: str
@@ -56,6 +100,7 @@ class PreparedTrajectory:
     frame_size: tuple[int, int]
     actions: np.ndarray | None
     label: str | None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def action_shape(self) -> tuple[int, ...] | None:
@@ -75,9 +120,23 @@ class PreparedTrajectory:
             )
         if (self.label is None) != (form.class_names is None):
             raise BadExampleError(f"{self.name!r} has the label {self.label!r}; all trajectories need one, or none.")
+        for name, expected in form.columns.items():
+            if not expected.takes(ColumnForm.of(self.columns[name])):
+                raise BadExampleError(
+                    f"{self.name!r} has {name!r} as {ColumnForm.of(self.columns[name])}, but the first trajectory's is "
+                    f"{expected}; all trajectories must be alike, or leave it out of `keep_columns`."
+                )
+
+    def form(self, class_names: Sequence[str] | None) -> RowForm:
+        """The form of a dataset whose other rows are like this one."""
+        columns = {name: ColumnForm.of(values) for name, values in self.columns.items()}
+        return RowForm(
+            self.frame_size, self.action_shape, None if class_names is None else tuple(class_names), columns
+        )
 
     def to_row(self, features: Features) -> dict:
-        row = {"video": [{"bytes": frame, "path": None} for frame in self.frames]}
+        row = {"video": [{"bytes": frame, "path": None} for frame in self.frames], SOURCE_COLUMN: self.name}
+        row |= {name: values.tolist() for name, values in self.columns.items()}
         if self.actions is not None:
             row["actions"] = self.actions.tolist()
         if self.label is not None:
@@ -125,7 +184,26 @@ class Preparation:
                 "or `size` to make them one."
             )
         actions = None if trajectory.actions is None else self._prepare_actions(trajectory, num_frames)
-        return PreparedTrajectory(trajectory.name, frames, frame_sizes.pop(), actions, trajectory.label)
+        columns = {
+            name: self._keep(trajectory.name, name, values, num_frames) for name, values in trajectory.columns.items()
+        }
+        return PreparedTrajectory(trajectory.name, frames, frame_sizes.pop(), actions, trajectory.label, columns)
+
+    def _keep(self, trajectory: str, name: str, values: Any, num_frames: int) -> np.ndarray:
+        """A column's values: those of the kept frames where there is one for each frame, else all of them."""
+        try:
+            values = np.asarray(values)
+            ColumnForm.of(values)
+        except ValueError as error:
+            raise BadExampleError(f"{trajectory!r} has {name!r} that cannot be kept: {error}.") from error
+        if values.ndim and len(values) == num_frames:
+            return values[:: self.frame_interval]
+        if self.frame_interval > 1 and values.ndim and abs(len(values) - num_frames) == 1:
+            raise BadExampleError(
+                f"{trajectory!r} has {len(values)} of {name!r} for {num_frames} frames, and which of them belong to the kept "
+                "frames is not clear; leave it out of `keep_columns`, or keep every frame."
+            )
+        return values
 
     def _prepare_actions(self, trajectory: Trajectory, num_frames: int) -> np.ndarray:
         try:
@@ -147,8 +225,12 @@ class Preparation:
 
 
 def write_trajectories(path: Path, trajectories: Iterable[PreparedTrajectory], features: Features) -> None:
-    """Write a parquet file that `datasets` opens, a row group per trajectory, so that reading one row reads no other."""
+    """Write a parquet file that `datasets` opens, a row group per trajectory, so that reading one row reads no other.
+
+    Raises:
+        OSError: It could not be written; names the file, the reason and the room that is left.
+    """
     schema = features.arrow_schema
-    with pq.ParquetWriter(path, schema) as writer:
+    with written_whole(path) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
         for trajectory in trajectories:
             writer.write_table(pa.Table.from_pylist([trajectory.to_row(features)], schema=schema))

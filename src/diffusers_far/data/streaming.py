@@ -5,20 +5,24 @@ A split is made of shards: its parquet files, or the rows of a `metadata.jsonl`.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, IterableDataset, List, Value
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .faults import BadExampleError
 from .frames import decode_file, decode_images, holds_video_files
 from .rows import SOURCE_COLUMN
+from .sources.trajectory import path_inside
 from .video import count_frames, read_frame_times
 from .video_clips import VideoClip, cut_actions
 
@@ -118,6 +122,8 @@ class StreamedSplit:
         dataset (`datasets.IterableDataset`): Its rows; nothing is decoded.
         files (sequence of `str`): What it is made of: paths or `hf://` addresses, in order.
         column (`str`): The videos: `List(Image())` or `Video`.
+        place (`str`, *optional*): The dataset's folder or Hub id: files that its rows name must be its own. `None`: not
+            checked.
 
     Attributes:
         holds_files (`bool`): Whether a row is a video file rather than a list of images.
@@ -128,8 +134,11 @@ class StreamedSplit:
         ValueError: If `column` is missing or of another type, or there is no row.
     """
 
-    def __init__(self, dataset: IterableDataset, files: Sequence[str], column: str = "video") -> None:
+    def __init__(
+        self, dataset: IterableDataset, files: Sequence[str], column: str = "video", place: str | None = None
+    ) -> None:
         self.holds_files = holds_video_files(dataset.features or {}, column)
+        self.place = place
         self.dataset, self.files, self.column = dataset.decode(False), list(files), column
         self.num_shards = min(dataset.num_shards, MAX_SHARDS)
         first = next(iter(self.dataset.take(1)), None)
@@ -150,8 +159,9 @@ class StreamedSplit:
         """A row's trajectory; a video file that is elsewhere is fetched.
 
         Raises:
-            BadExampleError: If the video file cannot be fetched or opened.
+            BadExampleError: If the video file cannot be fetched or opened, or is not the dataset's own.
         """
+        self._require_own_files(row)
         video = row[self.column]
         if row.get(SOURCE_COLUMN) is not None:
             name = f"{row[SOURCE_COLUMN]}, {name}"
@@ -171,6 +181,8 @@ class StreamedSplit:
 
     def in_memory(self, rows: list[dict]) -> Dataset:
         """Rows of the split as a dataset to read in any order; with their video files, if these are elsewhere."""
+        for row in rows:
+            self._require_own_files(row)
         if self.holds_files:
             files = [fetch_file(row[self.column]) for row in rows]
             stored = [
@@ -179,6 +191,11 @@ class StreamedSplit:
             ]
             rows = [row | {self.column: file} for row, file in zip(rows, stored)]
         return Dataset.from_list(rows, features=self.dataset.features)
+
+    def _require_own_files(self, row: dict) -> None:
+        for file in [row[self.column]] if self.holds_files else row[self.column]:
+            if self.place is not None and file["bytes"] is None:
+                require_own_file(file["path"], self.place)
 
     @cached_property
     def num_rows(self) -> int:
@@ -203,6 +220,32 @@ class StreamedSplit:
         folder = _common_folder([part[0] for part in parts])
         parts = [[name[len(folder) :], *rest] for name, *rest in parts]
         return hashlib.sha256(json.dumps([str(self.dataset.features), parts]).encode()).hexdigest()
+
+
+def require_own_file(name: str | None, place: str) -> None:
+    """Refuse an image or a video that a row only names, unless it is the dataset's own: rows of strangers must not bring in
+    other files of this machine, or make it fetch what they like.
+
+    Args:
+        name (`str`, *optional*): As the row has it: a path or an address.
+        place (`str`): The dataset's folder, or its id on the Hub, whose files lie in the caches of `datasets`.
+
+    Raises:
+        BadExampleError: If it is not.
+    """
+    if name is None:
+        return
+    name = name.split("::")[-1].removeprefix("file://")  # of a file in an archive: the archive
+    caches = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    if ".." not in Path(name).parts and any(Path(name).is_relative_to(cache) for cache in caches):
+        return
+    if "://" not in name and Path(place).is_dir():
+        folder = Path(place).resolve() if Path(name).is_relative_to(Path(place).resolve()) else Path(place).absolute()
+        path_inside(folder, os.path.relpath(name, folder) if Path(name).is_relative_to(folder) else name)
+    elif not name.startswith((f"hf://datasets/{place}/", f"hf://datasets/{place}@")):
+        raise BadExampleError(
+            f"A row names {name!r}, which is no file of the dataset {place!r}; use rows that hold their files."
+        )
 
 
 def fetch_file(file: dict) -> str | bytes:

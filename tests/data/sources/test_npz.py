@@ -1,3 +1,6 @@
+import io
+import zipfile
+
 import numpy as np
 import pytest
 from video_files import frame_numbers, gray_frames, truncate, write_video
@@ -78,3 +81,29 @@ def test_a_file_that_only_has_the_suffix_is_named(tmp_path):
 def test_a_folder_without_trajectories_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no `.npz`"):
         NpzSource(tmp_path)
+
+
+def test_other_arrays_are_kept_on_request_and_named_otherwise(tmp_path):
+    np.savez(tmp_path / "a.npz", video=VIDEO, actions=ACTIONS, position=ACTIONS / 2, seed=7)
+    trajectory = NpzSource(tmp_path, keep_columns=["position"])[0]
+    assert np.array_equal(trajectory.columns["position"], ACTIONS / 2) and trajectory.left_out == ["seed"]
+    with pytest.raises(BadExampleError, match="a.npz' lacks .'pose'.; it has"):
+        NpzSource(tmp_path, keep_columns=["pose"])[0]
+
+
+def test_no_object_is_unpickled_whatever_array_it_is_in(tmp_path):
+    np.savez(tmp_path / "a.npz", video=VIDEO, actions=ACTIONS, pose=np.array([{}], dtype=object))
+    NpzSource(tmp_path)[0]  # never touched
+    with pytest.raises(BadExampleError, match="a.npz' is no readable.*no Python objects"):
+        NpzSource(tmp_path, keep_columns=["pose"])[0]
+
+
+def test_an_array_that_claims_to_be_larger_than_the_memory_is_named(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**15, 64, 64, 3)}
+    )
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("video.npy", header.getvalue())
+    with pytest.raises(BadExampleError, match="a.npz"):
+        NpzSource(tmp_path)[0]

@@ -3,6 +3,7 @@
 from .class_folder import ClassFolderSource
 from .lerobot import LeRobotSource
 from .npz import NpzSource
+from .split_folders import open_split_folders
 from .trajectory import Trajectory, TrajectorySource
 from .video_folder import VideoFolderSource
 

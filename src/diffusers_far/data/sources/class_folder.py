@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..video import VIDEO_SUFFIXES, iter_video
-from .trajectory import Trajectory
+from .trajectory import Trajectory, path_inside
 
 
 class ClassFolderSource:
@@ -15,6 +15,8 @@ class ClassFolderSource:
     Raises:
         ValueError: If no subfolder holds a video.
     """
+
+    splits = None
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -29,5 +31,5 @@ class ClassFolderSource:
         self.class_names = sorted({path.parent.name for path in paths})
 
     def __getitem__(self, index: int) -> Trajectory:
-        path = self.folder / self.names[index]
+        path = path_inside(self.folder, self.names[index])
         return Trajectory(self.names[index], iter_video(path), label=path.parent.name)
