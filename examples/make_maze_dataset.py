@@ -2,7 +2,7 @@
 
 Every seed gives a maze of its own (plan, textures, landmarks, light) and one walk through it on shortest paths between
 random cells. The same seed gives the same bytes, in whatever process and beside whatever other seeds it is recorded.
-Needs no display. Its packages are the `data` extra of diffusers-far, or `pip install vizdoom datasets`.
+Needs no display. Its packages are the `data` extra of diffusers-far.
 
     python examples/make_maze_dataset.py --output_dir mazes --look plain --cells 5 --num_train 1000
 
@@ -12,9 +12,11 @@ Needs no display. Its packages are the `data` extra of diffusers-far, or `pip in
 
 import argparse
 import io
+import logging
 import multiprocessing
 import os
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +28,6 @@ from maze_world.looks import LOOKS
 from maze_world.recording import FRAMES_PER_SECOND, MazeSettings, record_mazes
 from maze_world.walker import ACTION_NAMES, TURN_DEGREES
 from PIL import Image
-from tqdm import tqdm
 
 
 # A split draws from a range of seeds that is its own, so no maze is in two splits, however far one of them grows.
@@ -69,9 +70,6 @@ class Shard:
     seeds: range
     settings: MazeSettings
 
-    def is_written(self):
-        return self.path.exists() and pyarrow.parquet.read_metadata(self.path).num_rows == len(self.seeds)
-
 
 def split_seeds(split, num_mazes):
     """The seeds of a split: `range(0, ...)` for train, a million further on for each split after it."""
@@ -110,15 +108,26 @@ def recording_to_row(recording):
     }
 
 
-def write_shard(shard, working_dir):
-    """Record the mazes of a shard and write it. Runs in a child process, which the engine may take down at its end."""
+def end_with_parent():
+    """Let this process end as soon as its parent does, as `diffusers_far.data.workers.end_with_parent`: but the children
+    draw mazes and nothing else, and spare themselves the seconds that importing the library takes."""
+
+    def wait_and_exit():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()
+
+
+def write_shard(path, seeds, settings, working_dir):
+    """Record the mazes of a shard and write them to `path`. Runs in a child process, which the engine may take down at its
+    end."""
+    end_with_parent()
     os.chdir(working_dir)
     datasets.disable_progress_bars()
-    rows = [recording_to_row(recording) for recording in record_mazes(shard.seeds, shard.settings)]
-    unfinished = shard.path.with_suffix(".unfinished")
+    rows = [recording_to_row(recording) for recording in record_mazes(seeds, settings)]
     # One maze per row group, so that reading one row reads no other.
-    datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(unfinished, batch_size=1)
-    unfinished.rename(shard.path)
+    datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(path, batch_size=1)
 
 
 def write_shard_in_child(shard):
@@ -126,29 +135,45 @@ def write_shard_in_child(shard):
 
     The exit code says nothing, as the engine may crash after all is done: the file decides.
     """
+    from diffusers_far.files import written_whole  # not above: the children, which import this file, do without it
+
     for _ in range(ATTEMPTS_PER_SHARD):
-        with tempfile.TemporaryDirectory() as working_dir:
-            child = multiprocessing.get_context("spawn").Process(
-                target=write_shard, args=(shard, working_dir), daemon=True
-            )
-            child.start()
-            child.join()
-        if shard.is_written():
+        try:
+            with tempfile.TemporaryDirectory() as working_dir, written_whole(shard.path) as unfinished:
+                child = multiprocessing.get_context("spawn").Process(
+                    target=write_shard, args=(unfinished, shard.seeds, shard.settings, working_dir), daemon=True
+                )
+                child.start()
+                child.join()
+                if not holds_rows(unfinished, len(shard.seeds)):
+                    raise RuntimeError(
+                        f"The mazes of seeds {shard.seeds[0]} to {shard.seeds[-1]} could not be recorded in "
+                        f"{ATTEMPTS_PER_SHARD} attempts; the last process ended with exit code {child.exitcode}, and its "
+                        "error is printed above."
+                    )
             return shard
-    raise RuntimeError(
-        f"The mazes of seeds {shard.seeds[0]} to {shard.seeds[-1]} could not be recorded in {ATTEMPTS_PER_SHARD} "
-        f"attempts; the last process ended with exit code {child.exitcode}, and its error is printed above."
-    )
+        except RuntimeError as error:
+            fault = error
+    raise fault
+
+
+def holds_rows(path, num_rows):
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows == num_rows
+    except (OSError, pyarrow.ArrowException):
+        return False
 
 
 def write_shards(shards, num_workers):
     """Write all shards, `num_workers` at a time; the threads only wait for their children."""
+    from diffusers_far.data.workers import Progress
+
+    progress = Progress(sum(len(shard.seeds) for shard in shards), "mazes")
     pool = ThreadPoolExecutor(num_workers)
     try:
         pending = [pool.submit(write_shard_in_child, shard) for shard in shards]
-        with tqdm(total=sum(len(shard.seeds) for shard in shards), unit="maze") as progress:
-            for future in as_completed(pending):
-                progress.update(len(future.result().seeds))
+        for future in as_completed(pending):
+            progress.add(len(future.result().seeds))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -251,6 +276,7 @@ def check_request(output_dir, seeds_by_split, num_workers):
 
 
 def main(arguments=None):
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     args = parse_args(arguments)
     settings = MazeSettings(args.look, args.cells, args.size, args.num_frames)
     num_mazes = {"train": args.num_train, "validation": args.num_validation, "test": args.num_test}

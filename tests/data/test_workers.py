@@ -1,0 +1,98 @@
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffusers_far.data import workers
+from diffusers_far.data.workers import Progress, duration, share_work
+
+
+def double(part, count):
+    for _ in range(part):
+        count()
+    return 2 * part
+
+
+def test_the_results_come_in_the_order_of_the_parts_and_every_trajectory_is_counted():
+    progress = Progress(6)
+    assert share_work(double, [1, 3, 2], 1, progress) == [2, 6, 4] and progress.num_done == 6
+
+
+def test_a_line_comes_every_ten_seconds_with_rate_and_time_left(monkeypatch, caplog):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(workers.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO):
+        progress = Progress(40)
+        for _ in range(40):
+            progress.add(1)
+    lines = [record.message for record in caplog.records]
+    assert lines[0] == "3 of 40 trajectories, 4 seconds each, 2 min left"
+    assert len(lines) == 14 and lines[-1].startswith("40 of 40 trajectories, 4 seconds each")
+
+
+def test_durations_are_read_at_a_glance():
+    assert [duration(seconds) for seconds in (4.6, 300, 5000)] == ["5 s", "5 min", "1 h 23 min"]
+
+
+SLOW = """
+import sys, time
+from diffusers_far.data.workers import Progress, share_work
+
+def sleep(part, count):
+    print("began", flush=True)
+    time.sleep(600)
+
+def die(part, count):
+    import os
+    os._exit(1)
+
+if __name__ == "__main__":
+    share_work({"sleep": sleep, "die": die}[sys.argv[1]], [1, 2], 2, Progress(2))
+"""
+
+
+def launch(tmp_path: Path, work: str) -> subprocess.Popen:
+    (tmp_path / "slow.py").write_text(SLOW)
+    return subprocess.Popen(
+        [sys.executable, str(tmp_path / "slow.py"), work], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_outlives_a_parent_that_is_killed(tmp_path, sent):
+    run = launch(tmp_path, "sleep")
+    assert [run.stdout.readline() for _ in range(2)] == ["began\n"] * 2
+    left = [path for path in Path("/proc").glob("[0-9]*") if parent_of(path) == run.pid]
+    assert len(left) >= 2
+    run.send_signal(sent)
+    run.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(path) for path in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [path for path in left if is_running(path)]
+
+
+def parent_of(path: Path) -> int | None:
+    try:
+        return int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def is_running(path: Path) -> bool:
+    try:
+        return (path / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.full
+def test_a_worker_that_is_killed_ends_the_work_with_a_reason(tmp_path):
+    run = launch(tmp_path, "die")
+    assert "One of 2 processes was killed" in run.communicate(timeout=120)[1] and run.returncode != 0
