@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from diffusers_far import FARSession, FARTransformer3DModel
-from diffusers_far.evaluation.results import write_whole
+from diffusers_far.files import written_whole
 from diffusers_far.training.clips import ClipBatch, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 
@@ -360,7 +360,8 @@ def measure(
             table.print(row)
             results["rows"].append(row.to_json())
             if output is not None:
-                write_whole(output, json.dumps(results, indent=2) + "\n")
+                with written_whole(output) as unfinished:
+                    unfinished.write_text(json.dumps(results, indent=2) + "\n")
     return failures
 
 

@@ -23,6 +23,7 @@ from diffusers_far.evaluation.world_model import (
     predict_walks,
     score_walks,
 )
+from diffusers_far.files import written_whole
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     contact_sheet(rows).save(args.output_dir / "contact_sheet.png")
 
     scores = score_walks(predictions, walks, protocol)
-    (args.output_dir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    with written_whole(args.output_dir / "scores.json") as file:
+        file.write_text(json.dumps(scores, indent=2) + "\n")
     print(f"{args.num_walks} held-out walks, {protocol.num_context_frames} frames of context, {seconds:.0f} s\n")
     print(format_scores(scores))
     print(f"\nLook at {args.output_dir / 'contact_sheet.png'} and {args.output_dir / 'walk_0.mp4'}.")

@@ -1,5 +1,6 @@
-"""Measure a model by a protocol: held-out walks of a world model, or the protocols of published figures.
+"""Measure a model by a protocol: held-out recordings of your own, or the protocols of published figures.
 
+    python examples/evaluate.py --model far-pong --dataset_name pong --num_walks 8 --first_context_frame 0 --output scores.json
     python examples/evaluate.py --model checkpoints/far-maze --dataset_name mazes --output maze_scores.json
     python examples/evaluate.py --protocol teco --model far-dmlab --dataset_name dmlab --output dmlab-scores
     accelerate launch examples/evaluate.py --protocol mcvd --model far-ucf --dataset_name ucf-64 --output ucf-scores
@@ -13,6 +14,7 @@ was interrupted goes on when the same command is given again, `scores.json`, `sc
 import argparse
 import json
 import logging
+import os
 import platform
 import time
 from dataclasses import asdict
@@ -27,17 +29,19 @@ from diffusers_far.evaluation.arguments import add_settings, read_settings
 from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
 from diffusers_far.evaluation.protocols import PROTOCOLS, RolloutProtocol
 from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
-from diffusers_far.evaluation.results import ResultFolder, evaluation_identity, file_hash, write_whole
+from diffusers_far.evaluation.results import ResultFolder, evaluation_identity
 from diffusers_far.evaluation.rollouts import MetricNetworks, measured_batches, run_cases
 from diffusers_far.evaluation.video_features import load_i3d
 from diffusers_far.evaluation.videos import TrueVideos
 from diffusers_far.evaluation.world_model import (
     WorldModelProtocol,
+    check_dataset,
     format_scores,
     load_walks,
     predict_walks,
     score_walks,
 )
+from diffusers_far.files import file_sha256, written_whole
 from diffusers_far.models.lpips import load_lpips
 from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
@@ -57,7 +61,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id.")
     parser.add_argument(
-        "--dataset_name", required=True, help="Dataset with a column video, and actions, label and pose where needed."
+        "--dataset_name",
+        required=True,
+        help="Folder or Hub id: a column video; actions or label if the model takes them; pose if views are to be told apart.",
     )
     parser.add_argument("--dataset_split", default="test")
     if protocol == "world_model":
@@ -76,6 +82,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if protocol == "world_model" and args.output is not None and args.output.exists():
         parser.error(f"--output {args.output} exists; name another file, or move it away.")
+    if protocol == "world_model" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--protocol world_model runs in one process; start it with python, or `--num_processes 1`.")
+    for option in ("lpips_weights", "i3d_weights"):
+        weights = getattr(args, option, None)
+        if weights and not Path(weights).is_file():
+            parser.error(f"--{option} {weights} is no file; name the file of weights.")
     if protocol != "world_model" and args.output.suffix == ".json":
         parser.error(f"--output {args.output} is a file; {protocol} keeps a result for each case, name a folder.")
     try:
@@ -98,11 +110,15 @@ def describe_run() -> dict:
 
 
 def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol) -> None:
-    walks = load_walks(load_split(args.dataset_name, args.dataset_split), protocol)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    dataset = load_split(args.dataset_name, args.dataset_split)
     pipe = load_pipeline(args.model).to("cuda" if torch.cuda.is_available() and not args.int8 else "cpu")
+    protocol = protocol.with_defaults_of(pipe)
+    check_dataset(dataset, pipe, protocol)
+    walks = load_walks(dataset, protocol)
     if args.int8:
         pipe.transformer.quantize_int8()
-    protocol = protocol.with_defaults_of(pipe)
 
     start = time.perf_counter()
     scores = score_walks(predict_walks(pipe, walks, protocol), walks, protocol)
@@ -110,7 +126,8 @@ def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol)
     scores |= describe_run()
     print(format_scores(scores))
     if args.output is not None:
-        args.output.write_text(json.dumps(scores, indent=2) + "\n")
+        with written_whole(args.output, overwrite=False) as file:
+            file.write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[MetricNetworks, dict[str, str | None]]:
@@ -124,7 +141,7 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Metri
         video_features=load_i3d(args.i3d_weights, device) if args.i3d_weights else None,
     )
     files = {"lpips": args.lpips_weights, "image_features": image_weights, "video_features": args.i3d_weights}
-    return networks, {name: file_hash(path) if path else None for name, path in files.items()}
+    return networks, {name: file_sha256(path) if path else None for name, path in files.items()}
 
 
 def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> None:
@@ -177,8 +194,9 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
             **describe_run(),
         }
         table = markdown_table(scores, protocol, args.model, args.dataset_name)
-        write_whole(args.output / "scores.json", json.dumps(scores, indent=2) + "\n")
-        write_whole(args.output / "scores.md", table + "\n")
+        for name, text in (("scores.json", json.dumps(scores, indent=2)), ("scores.md", table)):
+            with written_whole(args.output / name) as file:
+                file.write_text(text + "\n")
         join_sheets(folder)
         print(table)
     accelerator.end_training()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from diffusers_far import FARPipeline
-from diffusers_far.evaluation.results import write_whole
+from diffusers_far.files import written_whole
 
 from .analysis import select
 from .data import DataFolder
@@ -61,7 +61,8 @@ class CacheStudy:
             if not file.exists():
                 print(f"{self.settings.name}: quality of {mode.label}", flush=True)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, json.dumps(self._measure_quality(mode)))
+                with written_whole(file) as unfinished:
+                    unfinished.write_text(json.dumps(self._measure_quality(mode)))
             facts = {
                 "variant": name,
                 "seed": 0,
@@ -88,7 +89,8 @@ class CacheStudy:
                 self._roll_out(pipes[mode.is_long], mode, min(WARM_UP_FRAMES, num_frames))
                 start = time.perf_counter()
                 self._roll_out(pipes[mode.is_long], mode, num_frames)
-                write_whole(file, json.dumps(time.perf_counter() - start))
+                with written_whole(file) as unfinished:
+                    unfinished.write_text(json.dumps(time.perf_counter() - start))
         return [
             {"mode": name, "num_frames": num_frames, "seconds": self._seconds(name, num_frames)}
             for name in self.settings.modes

@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers_far.evaluation.results import check_same, write_whole
+from diffusers_far.evaluation.results import check_same
+from diffusers_far.files import written_whole
 
 from .settings import CacheSettings, StudySettings
 
@@ -59,4 +60,5 @@ def keep_settings(settings: StudySettings | CacheSettings, folder: Path) -> None
     if file.exists():
         kept = check_settings(json.loads(file.read_text()), settings, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(kept, indent=2) + "\n")
+    with written_whole(file) as unfinished:
+        unfinished.write_text(json.dumps(kept, indent=2) + "\n")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_far.evaluation.results import write_whole
+from diffusers_far.files import written_whole
 
 from ..timing import describe_machine
 from .analysis import select
@@ -100,7 +100,8 @@ def write_results(results: dict[str, Any], folder: Path) -> Path:
             parts.append(f'"{name}": {json.dumps(value, indent=1)}')
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results['study']}.json"
-    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    with written_whole(path) as unfinished:
+        unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n")
     return path
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_far.evaluation.results import write_whole
+from diffusers_far.files import written_whole
 
 from .analysis import select
 from .data import DataFolder
@@ -112,7 +112,8 @@ class Study:
             run = self.training_run(variant, self.settings.seeds[0])
             file = run.path / "cost.json"
             if not file.exists():
-                write_whole(file, json.dumps(run.measure_cost()))
+                with written_whole(file) as unfinished:
+                    unfinished.write_text(json.dumps(run.measure_cost()))
             costs[variant] = {**json.loads(file.read_text()), "seconds_in_training": run.seconds_per_step}
         return costs
 
@@ -162,7 +163,8 @@ class Study:
                 predictor, walks, self.settings.tasks[task], self.settings.methods[method], self.settings.evaluation
             )
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(scores))
+            with written_whole(file) as unfinished:
+                unfinished.write_text(json.dumps(scores))
 
     def _load(self, run: TrainingRun) -> Predictor:
         return load_predictor(run.variant, run.model_dir, self.data.vae, self.settings.evaluation)

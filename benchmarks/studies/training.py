@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_far.evaluation.results import write_whole
+from diffusers_far.files import written_whole
 from diffusers_far.training.checkpoints import checkpoint_step, list_checkpoints
 
 from .data import DataFolder
@@ -143,7 +143,8 @@ class TrainingRun:
         """Of the script, for a run up to `last_step`."""
         self.path.mkdir(parents=True, exist_ok=True)
         config_file = self.path / "config.json"
-        write_whole(config_file, json.dumps(model_config(self.settings, self.variant), indent=2) + "\n")
+        with written_whole(config_file) as unfinished:
+            unfinished.write_text(json.dumps(model_config(self.settings, self.variant), indent=2) + "\n")
         encoded = self.data.encoded(self.variant)
         if self.start is not None:
             model = {"pretrained_model_name_or_path": self.start.model_dir}

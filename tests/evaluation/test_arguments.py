@@ -1,5 +1,6 @@
 import argparse
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_nothing_given_is_the_protocol_as_it_is(protocol_class):
 def test_every_number_can_be_given(protocol_class):
     for each in fields(protocol_class):
         default = getattr(protocol_class(), each.name)
-        if isinstance(default, tuple):
+        if get_args(get_type_hints(protocol_class)[each.name]):
             assert getattr(parse(protocol_class, f"--{each.name}", "8", "9"), each.name) == (8, 9)
         elif each.type is not str:
             value = (default or 0) + 1

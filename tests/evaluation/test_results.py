@@ -1,11 +1,13 @@
 import copy
+import errno
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.evaluation.protocols import Case
-from diffusers_far.evaluation.results import IDENTITY_FILE, ResultFolder, evaluation_identity, file_hash
+from diffusers_far.evaluation.results import IDENTITY_FILE, ResultFolder, evaluation_identity
 from diffusers_far.models.identity import model_identity
 
 
@@ -59,6 +61,22 @@ def test_the_identity_sees_the_smallest_change_of_weights_and_not_the_batch_size
     assert model_identity(tiny_transformer().bfloat16()) != model_identity(tiny_transformer())
 
 
-def test_a_missing_file_of_weights_is_named(tmp_path):
-    with pytest.raises(ValueError, match="weights.pth"):
-        file_hash(tmp_path / "weights.pth")
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_identity_is_named(tmp_path, content):
+    ResultFolder(tmp_path / "results", {"model": "a"})
+    (tmp_path / "results" / IDENTITY_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{IDENTITY_FILE}' is damaged"):
+        ResultFolder(tmp_path / "results", {"model": "a"})
+
+
+def test_a_result_that_the_disk_has_no_room_for_is_told_with_its_file_and_leaves_nothing(tmp_path, monkeypatch):
+    folder = ResultFolder(tmp_path / "results", {})
+
+    def fill_the_disk(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match=rf"{CASE.name}.*was not written.*MiB are free"):
+        folder.add(CASE, {"psnr": torch.zeros(3)})
+    assert not folder.has(CASE) and list((tmp_path / "results" / "cases").iterdir()) == []

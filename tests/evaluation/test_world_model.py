@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.evaluation.metrics import frame_psnr
@@ -10,6 +11,7 @@ from diffusers_far.evaluation.world_model import (
     Predictions,
     Walks,
     WorldModelProtocol,
+    check_dataset,
     format_scores,
     load_walks,
     predict_walks,
@@ -19,7 +21,9 @@ from diffusers_far.evaluation.world_model import (
 
 @pytest.fixture
 def protocol() -> WorldModelProtocol:
-    return WorldModelProtocol(num_walks=3, first_context_frame=1, num_context_frames=3, num_frames=4)
+    return WorldModelProtocol(
+        num_walks=3, first_context_frame=1, num_context_frames=3, num_frames=4, mirrored_actions=(1, 2)
+    )
 
 
 @pytest.fixture
@@ -129,5 +133,85 @@ def test_recent_frames_that_are_not_some_of_the_context_are_refused(protocol, nu
 def test_too_few_walks_and_too_short_ones_are_refused(dataset, protocol):
     with pytest.raises(ValueError, match="num_walks"):
         load_walks(dataset, replace(protocol, num_walks=4))
-    with pytest.raises(ValueError, match="ends before frame 9"):
+    with pytest.raises(ValueError, match="0 of 3 recordings reach frame 9"):
         load_walks(dataset, replace(protocol, num_frames=5))
+
+
+def test_only_walks_that_are_long_enough_count(dataset, protocol, walks):
+    rows = dataset.to_list()
+    rows[0] = {name: value[:7] if isinstance(value, list) else value for name, value in rows[0].items()}
+    kept = load_walks(Dataset.from_list(rows, features=dataset.features), replace(protocol, num_walks=2))
+    assert torch.equal(kept.video, walks.video[1:])
+
+
+def test_frames_that_do_not_change_are_scored_apart(perfect, walks, protocol):
+    """Where nothing moves, repeating wins; here the first two new frames are the last one of the context."""
+    truth = perfect.truth.clone()
+    truth[:, :2] = perfect.repeated[:, :2]
+    predicted = (truth + 0.01).clamp(max=1)
+    scores = score_walks(replace(perfect, truth=truth, predicted=predicted, reconstructed=truth), walks, protocol)
+    changed = scores["changed"]
+    assert changed["share_of_frames"] == 0.5
+    assert [each["num_samples"] for each in changed["psnr_by_horizon"]["predicted"]] == [0, 0, 3, 3]
+    assert changed["psnr_by_horizon"]["predicted"][2:] == scores["psnr_by_horizon"]["predicted"][2:]
+    assert scores["gain_on_first_frame"]["mean"] < 0 < changed["gain_over_repeating"]["mean"]
+    assert "of the 50% that change" in format_scores(scores)
+    json.dumps(scores, allow_nan=False)
+
+
+def test_recordings_where_nothing_changes_have_no_figures_of_change(perfect, walks, protocol):
+    scores = score_walks(replace(perfect, truth=perfect.repeated, predicted=perfect.repeated), walks, protocol)
+    assert scores["changed"]["share_of_frames"] == 0 and "frames that change   no frames" in format_scores(scores)
+    json.dumps(scores, allow_nan=False)
+
+
+@pytest.mark.parametrize("columns", [["video"], ["video", "actions"], ["video", "actions", "label"]])
+def test_poses_and_mirrored_actions_count_only_where_they_are_given(dataset, protocol, columns):
+    conditions = {"actions": {"num_actions": 3, "action_shift": 1}, "label": {"num_classes": 3}}
+    pipe = tiny_pipeline(tiny_transformer(**{k: v for name in columns for k, v in conditions.get(name, {}).items()}))
+    protocol = replace(protocol, mirrored_actions=None, num_inference_steps=1).with_defaults_of(pipe)
+    rows = dataset.select_columns(columns)
+    check_dataset(rows, pipe, protocol)
+    walks = load_walks(rows, protocol)
+    scores = score_walks(predict_walks(pipe, walks, protocol), walks, protocol)
+    assert {"by_view", "follows_actions", "memory"}.isdisjoint(scores)
+    assert "mirrored" not in format_scores(scores) and "views" not in format_scores(scores)
+
+
+@pytest.mark.parametrize(
+    ("column", "conditions"), [("actions", {"num_actions": 3}), ("label", {"num_classes": 3}), ("pose", {})]
+)
+def test_a_missing_column_that_is_needed_is_named_before_anything_is_read(dataset, protocol, column, conditions):
+    pipe = tiny_pipeline(tiny_transformer(**conditions))
+    with pytest.raises(ValueError, match=f"no `{column}`"):
+        check_dataset(dataset.remove_columns(column), pipe, replace(protocol, num_recent_frames=column == "pose"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("actions", [0, 1, -1, 0, 1, 2, 0, 1], r"Row 1 .*`actions\[2\]` is -1"),
+        ("actions", [0, 1, 2], "Row 1 .*has 3 for 8 frames"),
+        ("pose", [[0.0, 0.0]] * 8, r"Row 1 .*`pose` has shape \(8, 2\)"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_told_with_their_row(dataset, protocol, column, value, message):
+    rows = dataset.to_list()
+    rows[1][column] = value
+    with pytest.raises(ValueError, match=message):
+        load_walks(Dataset.from_list(rows, features=dataset.features), protocol)
+
+
+def test_mirrored_actions_are_those_that_the_pipeline_names_left_and_right(protocol):
+    transformer = tiny_transformer(num_actions=3, action_shift=1)
+    names = ["noop", "Left", "right"]
+    protocol = replace(protocol, mirrored_actions=None)
+    assert protocol.with_defaults_of(tiny_pipeline(transformer, action_names=names)).mirrored_actions == (1, 2)
+    assert protocol.with_defaults_of(tiny_pipeline(transformer)).mirrored_actions is None
+
+
+@pytest.mark.parametrize("mirrored_actions", [(1, 3), (-1, 1), (1, 1)])
+def test_mirrored_actions_that_the_model_does_not_have_are_refused(protocol, mirrored_actions):
+    pipe = tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1))
+    with pytest.raises(ValueError, match="`mirrored_actions`"):
+        replace(protocol, mirrored_actions=mirrored_actions).with_defaults_of(pipe)

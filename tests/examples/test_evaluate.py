@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value
@@ -36,6 +37,9 @@ def test_the_world_model_protocol_is_the_default_and_writes_one_file(script, tmp
     ("arguments", "message"),
     [
         (["--output", str(SCRIPT)], "exists"),
+        (["--num_frames", "0"], "at least 1"),
+        (["--first_context_frame", "-1"], "counted from 0"),
+        (["--protocol", "mcvd", "--output", "scores", "--lpips_weights", "nowhere.pth"], "nowhere.pth is no file"),
         (["--protocol", "teco"], "--output"),
         (["--protocol", "teco", "--output", "scores.json"], "name a folder"),
         (["--protocol", "teco", "--output", "scores", "--num_trajectories", "3"], "num_trajectories"),
@@ -47,6 +51,39 @@ def test_what_cannot_be_done_is_refused_before_anything_is_loaded(script, capsys
     with pytest.raises(SystemExit):
         script.parse_args([*WHAT, *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused_by_name(script, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        script.parse_args(WHAT)
+    assert "world_model runs in one process" in capsys.readouterr().err
+
+
+def test_recordings_of_ones_own_are_scored_by_one_command_without_poses_or_names_of_actions(
+    script, tmp_path, monkeypatch, capsys
+):
+    """Half of the frames of each recording repeat the one before; nothing but frames and actions is there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    videos = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 16, 3), dtype=np.uint8).repeat(2, axis=1)
+    rows = {"video": [list(video) for video in videos], "actions": [[0, 1, 2, 3] * 2] * 2}
+    features = Features({"video": List(Image()), "actions": List(Value("int64"))})
+    (tmp_path / "pong").mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pong" / "test.parquet")
+    pipe = tiny_pipeline(tiny_transformer(num_actions=4, action_shift=1), num_inference_steps=1, guidance_scale=1.3)
+    pipe.save_pretrained(tmp_path / "far-pong")
+
+    command = f"--model {tmp_path}/far-pong --dataset_name {tmp_path}/pong --num_walks 2 --first_context_frame 0"
+    command += f" --num_context_frames 3 --num_frames 3 --output {tmp_path}/scores/pong.json"
+    script.main(script.parse_args(command.split()))
+    scores = json.loads((tmp_path / "scores" / "pong.json").read_text())
+    assert (scores["protocol"]["num_inference_steps"], scores["protocol"]["guidance_scale"]) == (1, 1.3)
+    assert {"predicted", "repeated", "reconstructed"} == set(scores["psnr_by_horizon"])
+    assert scores["psnr_by_horizon"]["repeated"][0]["mean"] == 100 and scores["changed"]["share_of_frames"] == 2 / 3
+    assert scores["changed"]["psnr_by_horizon"]["repeated"][0]["num_samples"] == 0
+    assert {"by_view", "follows_actions", "memory"}.isdisjoint(scores)
+    shown = capsys.readouterr().out
+    assert "of the 67% that change:" in shown and "mirrored" not in shown and "views" not in shown
 
 
 @pytest.fixture(scope="module")

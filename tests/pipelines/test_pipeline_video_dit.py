@@ -253,7 +253,13 @@ def test_it_takes_a_far_pipeline_s_place_in_the_world_model_protocol():
         torch.zeros(3, 5, 3),
     )
     protocol = WorldModelProtocol(
-        num_walks=3, num_context_frames=3, num_frames=2, num_inference_steps=2, guidance_scale=1.0, batch_size=2
+        num_walks=3,
+        num_context_frames=3,
+        num_frames=2,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        batch_size=2,
+        mirrored_actions=(1, 2),
     )
     predictions = predict_walks(pipe, walks, protocol)
     assert predictions.predicted.shape == (3, 2, 3, 8, 12) and predictions.mirrored.shape == (3, 1, 3, 8, 12)

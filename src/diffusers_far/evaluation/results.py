@@ -1,15 +1,14 @@
 """Results on disk, a file for each case, so that an interrupted evaluation goes on where it stopped."""
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..data.fingerprint import dataset_fingerprint
+from ..files import UNFINISHED, written_whole
 from ..models.identity import model_identity, settings_hash
 from .protocols import Case
 
@@ -35,12 +34,13 @@ class ResultFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`output` {str(path)!r} is a file; name a folder.")
         if file.exists():
-            check_same(json.loads(file.read_text()), identity, str(path))
-        elif self.path.exists() and any(not path.name.startswith("unfinished-") for path in self.path.iterdir()):
+            check_same(_read_identity(file), identity, str(path))
+        elif self.path.exists() and any(not path.name.startswith(UNFINISHED) for path in self.path.iterdir()):
             raise ValueError(f"`output` {str(path)!r} holds other things than an evaluation; name a new folder.")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(identity, indent=2) + "\n")
+            with written_whole(file) as unfinished:
+                unfinished.write_text(json.dumps(identity, indent=2) + "\n")
         (self.path / "cases").mkdir(exist_ok=True)
 
     def has(self, case: Case) -> bool:
@@ -48,10 +48,9 @@ class ResultFolder:
 
     def add(self, case: Case, result: dict[str, torch.Tensor]) -> None:
         """Keep a case's result; it appears whole or not at all."""
-        file = self._file(case)
-        unfinished = file.with_name(f"unfinished-{os.getpid()}-{file.name}")
-        save_file({name: tensor.contiguous() for name, tensor in result.items()}, unfinished)
-        unfinished.replace(file)
+        with written_whole(self._file(case)) as unfinished:
+            # As bytes: what safetensors raises where the disk is full is no OSError.
+            unfinished.write_bytes(save({name: tensor.contiguous() for name, tensor in result.items()}))
 
     def read(self, case: Case) -> dict[str, torch.Tensor]:
         """The result of a case.
@@ -68,6 +67,16 @@ class ResultFolder:
 
     def _file(self, case: Case) -> Path:
         return self.path / "cases" / f"{case.name}.safetensors"
+
+
+def _read_identity(file: Path) -> dict:
+    try:
+        identity = json.loads(file.read_text())
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"{str(file)!r} is damaged ({error}); name a new folder, or delete this one.") from error
+    if not isinstance(identity, dict):
+        raise ValueError(f"{str(file)!r} is damaged (it is no object); name a new folder, or delete this one.")
+    return identity
 
 
 def check_same(found: dict, wanted: dict, path: str) -> None:
@@ -117,23 +126,3 @@ def pipeline_identity(pipe) -> dict:
     }
 
 
-def file_hash(path: str | Path) -> str:
-    """Sha256 (hex) of a file.
-
-    Raises:
-        ValueError: There is no such file.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{str(path)!r} is no file; name the file of weights.")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
-    unfinished.write_text(text)
-    unfinished.replace(path)

@@ -1,14 +1,19 @@
-"""The protocol of action-conditioned worlds: continue held-out walks at their true actions, and see what holds.
+"""The protocol of world models: continue held-out recordings at their true actions, and see what holds.
+
+What only some recordings have is measured where it is there: poses tell which views were shown before, and two actions that
+mirror each other whether the model follows actions.
 
 B walks, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 """
 
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data.frames import decode_images
+from ..data.actions import align_actions
+from ..data.frames import VideoFrames
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
 from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, seen_before
@@ -19,14 +24,18 @@ class WorldModelProtocol:
     """Every number of the protocol.
 
     Args:
-        num_walks (`int`): Held-out walks, the first ones of the split.
+        num_walks (`int`): Held-out walks, the first ones of the split that are long enough.
         first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
         num_frames (`int`): Frames that it then predicts.
         num_recent_frames (`int`): Above 0, the same frames are predicted from the last so many of the context alone too; what
             the whole context is better by is what the model remembers.
         num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str`, *optional*):
             What the pipeline is shipped with by default. `short_cache` is `"exact"`, `"rolling"` or a number.
-        mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
+        mirrored_actions (`tuple[int, int]`, *optional*): Two actions that mirror each other; by default those that the
+            pipeline names left and right. Where there are none, following is not measured.
+        max_distance (`float`), max_turn (`float`): Views are the same that are so near, in units of `pose` and in degrees.
+        min_repeated_psnr (`float`): A frame counts as unchanged where the last frame of the context, repeated, has so many
+            dB: there repeating cannot be beaten, so that the frames that do change are scored by themselves as well.
         seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
         batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
     """
@@ -39,11 +48,19 @@ class WorldModelProtocol:
     num_inference_steps: int = None  # the type of what is given, which the command line reads
     guidance_scale: float = None
     short_cache: str = None
-    mirrored_actions: tuple[int, int] = (1, 2)
+    mirrored_actions: tuple[int, int] = None
+    max_distance: float = 40.0
+    max_turn: float = 15.0
+    min_repeated_psnr: float = 40.0
     seed: int = 0
     batch_size: int = 16
 
     def __post_init__(self):
+        for name in ("num_walks", "num_context_frames", "num_frames", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.first_context_frame < 0:
+            raise ValueError(f"`first_context_frame` is {self.first_context_frame}; frames are counted from 0.")
         if not 0 <= self.num_recent_frames < self.num_context_frames:
             raise ValueError(
                 f"`num_recent_frames` is {self.num_recent_frames} and `num_context_frames` {self.num_context_frames}; the first "
@@ -51,11 +68,30 @@ class WorldModelProtocol:
             )
 
     def with_defaults_of(self, pipe: FARPipeline) -> "WorldModelProtocol":
-        """The same with the settings that `pipe` is shipped with, where they were left open."""
+        """The same with the settings that `pipe` is shipped with, where they were left open.
+
+        Raises:
+            ValueError: `mirrored_actions` that are no two actions of the model.
+        """
         steps = self.num_inference_steps or pipe.default_inference_steps
         guidance = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         short_cache = self.short_cache or str(pipe.default_short_cache)
-        return replace(self, num_inference_steps=steps, guidance_scale=guidance, short_cache=short_cache)
+        num_actions, mirrored = pipe.transformer.config.num_actions, self.mirrored_actions
+        if mirrored is None:
+            names = [name.lower() for name in pipe.config.action_names or []]
+            mirrored = (names.index("left"), names.index("right")) if {"left", "right"} <= set(names) else None
+        elif len(set(mirrored) & set(range(num_actions or 0))) < 2:
+            raise ValueError(
+                f"`mirrored_actions` is {mirrored}, but the model has {num_actions or 'no'} discrete actions; give two of "
+                "them, from 0, or leave it out."
+            )
+        return replace(
+            self,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            short_cache=short_cache,
+            mirrored_actions=mirrored,
+        )
 
     @property
     def last_frame(self) -> int:
@@ -64,45 +100,108 @@ class WorldModelProtocol:
 
 @dataclass(frozen=True)
 class Walks:
-    """Recorded walks: `video` (B, F, 3, h, w) in [0, 1], `actions` (B, F), `pose` (B, F, 3); F context and new frames."""
+    """Recorded walks, F context and new frames of each.
+
+    Args:
+        video (`torch.Tensor` of shape `(B, F, 3, h, w)`): In [0, 1].
+        actions (`torch.Tensor` of shape `(B, F)`, int64, or `(B, F, A)`, float32, *optional*): Taken at each frame.
+        pose (`torch.Tensor` of shape `(B, F, 3)`, *optional*): x, y and heading in degrees.
+        label (`torch.Tensor` of shape `(B,)`, *optional*): The class of each.
+    """
 
     video: torch.Tensor
-    actions: torch.Tensor
-    pose: torch.Tensor
+    actions: torch.Tensor | None = None
+    pose: torch.Tensor | None = None
+    label: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Predictions:
     """Everything that is compared, each `(B, num_frames, 3, h, w)` in [0, 1] but for `mirrored`, which has one frame.
 
-    `mirrored`: the first frame under the mirrored action; `forgetful`: predicted from the recent frames alone, if memory is
-    measured. Both from the same noise as `predicted`.
+    `mirrored`: the first frame under the mirrored action, where two actions mirror each other; `forgetful`: predicted from the
+    recent frames alone, if memory is measured. Both from the same noise as `predicted`.
     """
 
     truth: torch.Tensor
     predicted: torch.Tensor
-    mirrored: torch.Tensor
     repeated: torch.Tensor
     reconstructed: torch.Tensor
+    mirrored: torch.Tensor | None = None
     forgetful: torch.Tensor | None = None
 
 
+def check_dataset(dataset: Dataset, pipe: FARPipeline, protocol: WorldModelProtocol) -> None:
+    """Refuse a dataset without a column that the model or the protocol needs, before anything is read or predicted.
+
+    Raises:
+        ValueError: Names the column.
+    """
+    config = pipe.transformer.config
+    reasons = {
+        "video": "frames are compared",
+        "actions": "the model takes actions" if config.num_actions or config.action_dim else None,
+        "label": "the model takes classes" if config.num_classes else None,
+        "pose": "`num_recent_frames` asks for memory" if protocol.num_recent_frames else None,
+    }
+    for column, reason in reasons.items():
+        if reason and column not in dataset.column_names:
+            raise ValueError(
+                f"The dataset has the columns {dataset.column_names} and no `{column}`, but {reason}; prepare it with "
+                f"`{column}`, or evaluate another model or protocol."
+            )
+
+
 def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
-    """Cut the protocol's frames from the first walks of a dataset with columns `video`, `actions` and `pose`."""
-    if len(dataset) < protocol.num_walks:
-        raise ValueError(f"`num_walks` is {protocol.num_walks} but the dataset has {len(dataset)}; ask for fewer.")
-    window = slice(protocol.first_context_frame, protocol.last_frame)
-    rows = dataset.select(range(protocol.num_walks)).with_format("arrow")
-    videos, actions, poses = [], [], []
-    for row in rows.iter(batch_size=1):
-        encoded = row["video"][0].values.slice(window.start, window.stop - window.start).to_pylist()
-        if len(encoded) < window.stop - window.start:
-            raise ValueError(f"A walk ends before frame {window.stop}, which this protocol needs; use longer walks.")
-        videos.append(decode_images(encoded))
-        actions.append(row["actions"][0].as_py()[window])
-        poses.append(row["pose"][0].as_py()[window])
-    video = torch.stack(videos).float() / 255
-    return Walks(video, torch.tensor(actions), torch.tensor(poses))
+    """Cut the protocol's frames from the first walks that are long enough.
+
+    Args:
+        dataset (`datasets.Dataset`): A column `video`, images or files; and `actions`, `pose`, `label` where they exist.
+        protocol ([`WorldModelProtocol`]).
+
+    Raises:
+        ValueError: Too few walks that are long enough, frames of several sizes, or conditions that do not fit the frames.
+    """
+    frames = VideoFrames(dataset)
+    first, last = protocol.first_context_frame, protocol.last_frame
+    rows = np.flatnonzero(frames.num_frames >= last)[: protocol.num_walks].tolist()
+    if len(rows) < protocol.num_walks:
+        longest = max(frames.num_frames, default=0)
+        raise ValueError(
+            f"`num_walks` is {protocol.num_walks}, but {len(rows)} of {len(dataset)} recordings reach frame {last} (the longest "
+            f"has {longest}); lower `num_walks`, `first_context_frame`, `num_context_frames` or `num_frames`."
+        )
+    conditions = dataset.select_columns(
+        [name for name in ("actions", "pose", "label") if name in dataset.column_names]
+    )
+    videos, found = [], {name: [] for name in conditions.column_names}
+    for row in rows:
+        videos.append(frames.clip(row, first, last - first))
+        if videos[-1].shape != videos[0].shape:
+            raise ValueError(
+                f"Row {row} has frames of {tuple(videos[-1].shape[-2:])} pixels and row {rows[0]} of "
+                f"{tuple(videos[0].shape[-2:])}; prepare the dataset with one size."
+            )
+        for name, values in (conditions[row] if found else {}).items():
+            try:
+                found[name].append(_read_condition(name, values, int(frames.num_frames[row]), slice(first, last)))
+            except ValueError as error:
+                raise ValueError(f"Row {row} of the dataset: {error}") from error
+    # Contiguous: else what the autoencoder rounds depends on which frames it is given together.
+    video = torch.stack(videos).contiguous().float() / 255
+    return Walks(video, **{name: torch.stack(values) for name, values in found.items()})
+
+
+def _read_condition(name: str, values: object, num_frames: int, window: slice) -> torch.Tensor:
+    """A row's actions or poses at the frames of a window, or its label."""
+    if name == "label":
+        return torch.tensor(int(values))
+    if name == "actions":
+        return torch.from_numpy(align_actions(values, num_frames)[window])
+    pose = np.asarray(values, dtype=np.float32)
+    if pose.shape != (num_frames, 3):
+        raise ValueError(f"`pose` has shape {pose.shape}, not ({num_frames}, 3): x, y and heading in degrees.")
+    return torch.from_numpy(pose[window])
 
 
 @torch.no_grad()
@@ -111,17 +210,20 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
     num_context, short_cache = protocol.num_context_frames, protocol.short_cache
     if short_cache is not None and short_cache.isdigit():
         short_cache = int(short_cache)
-    left, right = protocol.mirrored_actions
+    config = pipe.transformer.config
+    takes_actions = config.num_actions is not None or config.action_dim is not None
     predicted, mirrored, forgetful, reconstructed = [], [], [], []
     for start in range(0, len(walks.video), protocol.batch_size):
         batch = slice(start, start + protocol.batch_size)
-        video, actions = walks.video[batch], walks.actions[batch]
+        video = walks.video[batch]
+        actions = walks.actions[batch] if takes_actions else None
         context = encode_video(pipe.vae, video.flatten(0, 1)).unflatten(0, video.shape[:2])
 
-        def continue_walks(actions: torch.Tensor, num_frames: int, first_shown: int = 0) -> torch.Tensor:
+        def continue_walks(actions: torch.Tensor | None, num_frames: int, first_shown: int = 0) -> torch.Tensor:
             return pipe(
                 video_latents=context[:, first_shown:num_context],
-                actions=actions[:, first_shown : num_context + num_frames],
+                actions=None if actions is None else actions[:, first_shown : num_context + num_frames],
+                class_labels=None if config.num_classes is None else walks.label[batch],
                 num_frames=num_frames,
                 num_inference_steps=protocol.num_inference_steps,
                 guidance_scale=protocol.guidance_scale,
@@ -131,11 +233,13 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
             ).frames
 
         predicted.append(continue_walks(actions, protocol.num_frames))
-        mirrored_actions = actions.clone()
-        taken = actions[:, num_context - 1]  # the action that leads to the first new frame
-        mirrored_actions[taken == left, num_context - 1] = right
-        mirrored_actions[taken == right, num_context - 1] = left
-        mirrored.append(continue_walks(mirrored_actions, 1))
+        if protocol.mirrored_actions is not None:
+            left, right = protocol.mirrored_actions
+            mirrored_actions = actions.clone()
+            taken = actions[:, num_context - 1]  # the action that leads to the first new frame
+            mirrored_actions[taken == left, num_context - 1] = right
+            mirrored_actions[taken == right, num_context - 1] = left
+            mirrored.append(continue_walks(mirrored_actions, 1))
         if protocol.num_recent_frames:
             forgetful.append(continue_walks(actions, protocol.num_frames, num_context - protocol.num_recent_frames))
         new_latents = context[:, num_context:]
@@ -145,9 +249,9 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
     return Predictions(
         truth=truth,
         predicted=torch.cat(predicted).to(truth),
-        mirrored=torch.cat(mirrored).to(truth),
         repeated=walks.video[:, num_context - 1 : num_context].expand_as(truth),
         reconstructed=torch.cat(reconstructed).to(truth),
+        mirrored=torch.cat(mirrored).to(truth) if mirrored else None,
         forgetful=torch.cat(forgetful).to(truth) if forgetful else None,
     )
 
@@ -157,9 +261,10 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
 
     Returns:
         `dict` with the settings; PSNR by horizon of the prediction, of repeating the last frame and of the VAE's
-        reconstruction; the gains over repeating on the first frame and over all; the ratio of gradient magnitudes;
-        how often the true action's frame is nearer to the truth than the mirrored one's; gains on views that were seen
-        in the context and on those that were not; and `memory`, if it is measured, see [`memory_scores`].
+        reconstruction; the gains over repeating on the first frame and over all; the same on the frames that change
+        (`changed`); the ratio of gradient magnitudes; and, where they can be measured, how often the true action's frame is
+        nearer to the truth than the mirrored one's (`follows_actions`), gains on views that were seen in the context and on
+        those that were not (`by_view`), and `memory`, see [`memory_scores`].
     """
     num_context = protocol.num_context_frames
     psnr = {
@@ -168,38 +273,58 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
     }
     gain = psnr["predicted"] - psnr["repeated"]
     sharpness = gradient_magnitude(predictions.predicted).mean() / gradient_magnitude(predictions.reconstructed).mean()
-
-    taken = walks.actions[:, num_context - 1]
-    is_turn = torch.isin(taken, torch.tensor(protocol.mirrored_actions))
-    mirrored_psnr = frame_psnr(predictions.mirrored, predictions.truth[:, :1])[:, 0]
-    follows = (psnr["predicted"][:, 0] > mirrored_psnr)[is_turn].double()
-
-    frames = slice(num_context, num_context + protocol.num_frames)
-    seen = torch.stack([seen_before(pose, slice(0, num_context), frames) for pose in walks.pose])
-    by_view = {}
-    for name, mask in (("seen", seen), ("unseen", ~seen)):
-        by_view[name] = {
-            "share_of_frames": mask.double().mean().item(),
-            "psnr": Estimate.of(mean_where(psnr["predicted"], mask)).to_json(),
-            "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
-        }
+    has_changed = psnr["repeated"] < protocol.min_repeated_psnr
+    everywhere = torch.ones_like(has_changed)
     scores = {
         "protocol": asdict(protocol),
-        "psnr_by_horizon": {
-            name: [Estimate.of(values[:, frame]).to_json() for frame in range(protocol.num_frames)]
-            for name, values in psnr.items()
-        },
-        "psnr": {name: Estimate.of(values.mean(dim=1)).to_json() for name, values in psnr.items()},
+        **_psnr_scores(psnr, everywhere),
         "gain_on_first_frame": Estimate.of(gain[:, 0]).to_json(),
         "gain_on_all_frames": Estimate.of(gain.mean(dim=1)).to_json(),
+        "changed": {
+            "share_of_frames": has_changed.double().mean().item(),
+            **_psnr_scores(psnr, has_changed),
+            "gain_over_repeating": Estimate.of(mean_where(gain, has_changed)).to_json(),
+        },
         "gradient_ratio": sharpness.item(),
-        "follows_actions": Estimate.of(follows).to_json(),
-        "by_view": by_view,
     }
+    if predictions.mirrored is not None:
+        is_turn = torch.isin(walks.actions[:, num_context - 1], torch.tensor(protocol.mirrored_actions))
+        mirrored_psnr = frame_psnr(predictions.mirrored, predictions.truth[:, :1])[:, 0]
+        follows = (psnr["predicted"][:, 0] > mirrored_psnr)[is_turn].double()
+        scores["follows_actions"] = Estimate.of(follows).to_json()
+    if walks.pose is not None:
+        seen = _seen_views(walks, protocol, slice(0, num_context))
+        scores["by_view"] = {
+            name: {
+                "share_of_frames": mask.double().mean().item(),
+                "psnr": Estimate.of(mean_where(psnr["predicted"], mask)).to_json(),
+                "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
+            }
+            for name, mask in (("seen", seen), ("unseen", ~seen))
+        }
     if predictions.forgetful is not None:
         gain = psnr["predicted"] - frame_psnr(predictions.forgetful, predictions.truth)
         scores["memory"] = memory_scores(gain, walks, protocol)
     return scores
+
+
+def _psnr_scores(psnr: dict[str, torch.Tensor], mask: torch.Tensor) -> dict:
+    """Means over the masked frames, of each horizon and of all: masks and PSNR are (B, num_frames)."""
+    horizons = range(mask.shape[1])
+    return {
+        "psnr_by_horizon": {
+            name: [Estimate.of(values[:, frame][mask[:, frame]]).to_json() for frame in horizons]
+            for name, values in psnr.items()
+        },
+        "psnr": {name: Estimate.of(mean_where(values, mask)).to_json() for name, values in psnr.items()},
+    }
+
+
+def _seen_views(walks: Walks, protocol: WorldModelProtocol, memory: slice) -> torch.Tensor:
+    """Which new frames show a view that a stretch of the context showed: `(B, num_frames)`, bool."""
+    frames = slice(protocol.num_context_frames, protocol.num_context_frames + protocol.num_frames)
+    near = {"max_distance": protocol.max_distance, "max_turn": protocol.max_turn}
+    return torch.stack([seen_before(pose, memory, frames, **near) for pose in walks.pose])
 
 
 def memory_scores(gain: torch.Tensor, walks: Walks, protocol: WorldModelProtocol) -> dict:
@@ -208,10 +333,8 @@ def memory_scores(gain: torch.Tensor, walks: Walks, protocol: WorldModelProtocol
     it never was (`unseen`)."""
     num_context = protocol.num_context_frames
     first_recent = num_context - protocol.num_recent_frames
-    frames = slice(num_context, num_context + protocol.num_frames)
     shown_early, shown_late = (
-        torch.stack([seen_before(pose, memory, frames) for pose in walks.pose])
-        for memory in (slice(0, first_recent), slice(first_recent, num_context))
+        _seen_views(walks, protocol, memory) for memory in (slice(0, first_recent), slice(first_recent, num_context))
     )
     return {
         name: {"share_of_frames": mask.double().mean().item(), "gain": Estimate.of(mean_where(gain, mask)).to_json()}
@@ -223,9 +346,18 @@ def format_scores(scores: dict) -> str:
     """The figures as a table for people."""
 
     def show(estimate: dict) -> str:
+        if estimate["mean"] is None:
+            return "no frames"
         if estimate["half_width"] is None:
             return f"{estimate['mean']:.2f}"
         return str(Estimate(**estimate))
+
+    def show_psnr(by_horizon: dict) -> list[str]:
+        titles = {"predicted": "FAR", "repeated": "last frame repeated", "reconstructed": "VAE (the ceiling)"}
+        return [
+            f"{title:<25}" + "".join(f"{show(each):>15}" for each in by_horizon[name])
+            for name, title in titles.items()
+        ]
 
     def show_view(name: str) -> str:
         view = scores["by_view"][name]
@@ -242,24 +374,28 @@ def format_scores(scores: dict) -> str:
             return "no frames"
         return f"{show(view['gain'])} dB ({view['share_of_frames']:.0%} of the frames)"
 
-    num_recent = scores["protocol"]["num_recent_frames"]
-    horizons = range(1, scores["protocol"]["num_frames"] + 1)
-    lines = ["PSNR in dB by frame      " + "".join(f"{horizon:>15}" for horizon in horizons)]
-    titles = {"predicted": "FAR", "repeated": "last frame repeated", "reconstructed": "VAE (the ceiling)"}
-    for name, title in titles.items():
-        lines.append(f"{title:<25}" + "".join(f"{show(each):>15}" for each in scores["psnr_by_horizon"][name]))
-    turns = scores["follows_actions"]
-    share_of_turns = f"{turns['mean']:.0%} of " if turns["num_samples"] else ""
-    lines += [
-        "",
-        f"gain over repeating, first frame   {show(scores['gain_on_first_frame'])} dB",
-        f"gain over repeating, all frames    {show(scores['gain_on_all_frames'])} dB",
-        *(f"  of views {name} in the context    {show_view(name)}" for name in scores["by_view"]),
-        *(
-            f"gain over the last {num_recent} frames, {name:<10}  {show_memory(name)}"
-            for name in scores.get("memory", ())
+    protocol, changed = scores["protocol"], scores["changed"]
+    lines = ["PSNR in dB by frame      " + "".join(f"{frame + 1:>15}" for frame in range(protocol["num_frames"]))]
+    lines += show_psnr(scores["psnr_by_horizon"])
+    if 0 < changed["share_of_frames"] < 1:
+        lines += [f"of the {changed['share_of_frames']:.0%} that change:", *show_psnr(changed["psnr_by_horizon"])]
+    gains = {
+        "first frame": show(scores["gain_on_first_frame"]) + " dB",
+        "all frames": show(scores["gain_on_all_frames"]) + " dB",
+        "frames that change": (
+            f"{show(changed['gain_over_repeating'])} dB ({changed['share_of_frames']:.0%} of the frames)"
+            if changed["share_of_frames"]
+            else "no frames"
         ),
-        f"gradient magnitude, of the VAE's   {scores['gradient_ratio']:.0%}",
-        f"nearer to the truth than mirrored  {share_of_turns}{turns['num_samples']} turns",
-    ]
+    }
+    lines += ["", *(f"gain over repeating, {name:<20} {gain}" for name, gain in gains.items())]
+    for name in scores.get("by_view", ()):
+        lines.append(f"  of views {name} in the context    {show_view(name)}")
+    for name in scores.get("memory", ()):
+        lines.append(f"gain over the last {protocol['num_recent_frames']} frames, {name:<10}  {show_memory(name)}")
+    lines.append(f"gradient magnitude, of the VAE's   {scores['gradient_ratio']:.0%}")
+    if "follows_actions" in scores:
+        turns = scores["follows_actions"]
+        share_of_turns = f"{turns['mean']:.0%} of " if turns["num_samples"] else ""
+        lines.append(f"nearer to the truth than mirrored  {share_of_turns}{turns['num_samples']} turns")
     return "\n".join(lines)
