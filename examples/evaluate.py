@@ -84,10 +84,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {args.output} exists; name another file, or move it away.")
     if protocol == "world_model" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--protocol world_model runs in one process; start it with python, or `--num_processes 1`.")
-    for option in ("lpips_weights", "i3d_weights"):
-        weights = getattr(args, option, None)
-        if weights and not Path(weights).is_file():
-            parser.error(f"--{option} {weights} is no file; name the file of weights.")
     if protocol != "world_model" and args.output.suffix == ".json":
         parser.error(f"--output {args.output} is a file; {protocol} keeps a result for each case, name a folder.")
     try:
@@ -146,6 +142,10 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Metri
 
 def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> None:
     # 1. Model, true videos, and what is measured
+    for option in ("lpips_weights", "i3d_weights"):
+        weights = getattr(args, option)
+        if weights and not Path(weights).is_file():
+            raise ValueError(f"`{option}` is {weights!r}, which is no file; name the file of weights.")
     accelerator = Accelerator()
     dataset = load_split(args.dataset_name, args.dataset_split)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]

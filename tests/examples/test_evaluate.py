@@ -39,7 +39,6 @@ def test_the_world_model_protocol_is_the_default_and_writes_one_file(script, tmp
         (["--output", str(SCRIPT)], "exists"),
         (["--num_frames", "0"], "at least 1"),
         (["--first_context_frame", "-1"], "counted from 0"),
-        (["--protocol", "mcvd", "--output", "scores", "--lpips_weights", "nowhere.pth"], "nowhere.pth is no file"),
         (["--protocol", "teco"], "--output"),
         (["--protocol", "teco", "--output", "scores.json"], "name a folder"),
         (["--protocol", "teco", "--output", "scores", "--num_trajectories", "3"], "num_trajectories"),
@@ -51,6 +50,12 @@ def test_what_cannot_be_done_is_refused_before_anything_is_loaded(script, capsys
     with pytest.raises(SystemExit):
         script.parse_args([*WHAT, *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["lpips_weights", "i3d_weights"])
+def test_a_missing_file_of_weights_is_named(script, option):
+    with pytest.raises(ValueError, match=f"`{option}` is 'nowhere.pth', which is no file"):
+        script.main(script.parse_args([*WHAT, "--protocol", "mcvd", "--output", "scores", f"--{option}", "nowhere.pth"]))
 
 
 def test_a_second_process_is_refused_by_name(script, capsys, monkeypatch):
