@@ -1,6 +1,7 @@
-"""Play a FAR world model in the browser: pick a start, press forward, left or right, see the next frame.
+"""Play a FAR world model in the browser: pick a start, press an action, see the next frame.
 
-    python examples/app.py --model checkpoints/far-maze
+    python examples/app.py
+    python examples/app.py --model far-pong --dataset_name pong --dataset_split validation
 
 Serves this machine only, at http://127.0.0.1:7860. Needs Gradio: `make app` installs it and starts this script.
 """
@@ -11,24 +12,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app_world import RecordedWalks, WorldLimits, WorldModel
-from app_world.ui import AppParts, build_app, launch_options
+from app_world.ui import AppParts, serve
 from generate import load_pipeline, whole_number
 
 
 ROOT = Path(__file__).resolve().parent.parent
+MAZE_MODEL, MAZES = str(ROOT / "checkpoints" / "far-maze"), str(ROOT / "examples" / "mazes")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "far-maze"), help="Pipeline folder or Hub id.")
     parser.add_argument(
-        "--mazes", default=str(ROOT / "examples" / "mazes"), help="Recorded walks to start from, or ''."
+        "--model", default=MAZE_MODEL, help="Pipeline folder or Hub id; the maze model that is shipped by default."
     )
-    parser.add_argument("--port", type=whole_number(1, 65535), default=7860)
     parser.add_argument(
-        "--max_visitors", type=whole_number(1, 1000), default=WorldLimits().max_visitors, help="At one time."
+        "--dataset_name",
+        "--mazes",
+        help="Recordings to start from, a folder or Hub id, or ''; those of the mazes for the default model, else none.",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--dataset_split", default="test", help="Of --dataset_name; %(default)s by default.")
+    parser.add_argument("--port", type=whole_number(1, 65535), default=7860, help="%(default)s by default.")
+    parser.add_argument(
+        "--max_visitors",
+        type=whole_number(1, 1000),
+        default=WorldLimits().max_visitors,
+        help="At one time; %(default)s by default.",
+    )
+    parser.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Names under which a proxy serves the page; calls to other names than these and localhost are refused.",
+    )
+    args = parser.parse_args(arguments)
+    if args.dataset_name is None:
+        args.dataset_name = MAZES if args.model == MAZE_MODEL else ""
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -36,9 +56,11 @@ def main(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     model = WorldModel(pipe)
-    walks = RecordedWalks(args.mazes, model.size, limits) if args.mazes else None
-    app = build_app(AppParts(model, walks, limits))
-    app.launch(server_name="127.0.0.1", server_port=args.port, **launch_options(limits))
+    walks = None
+    if args.dataset_name:
+        num_actions = len(model.action_names)
+        walks = RecordedWalks(args.dataset_name, model.size, limits, split=args.dataset_split, num_actions=num_actions)
+    serve(AppParts(model, walks, limits), args.allowed_hosts, server_name="127.0.0.1", server_port=args.port)
 
 
 if __name__ == "__main__":

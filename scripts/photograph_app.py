@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.ui import AppParts, build_app, launch_options  # noqa: E402
+from app_world.ui import AppParts, serve  # noqa: E402
 
 
 FIRST_WALK, FIRST_FRAME = 0, 100  # where the page starts
@@ -51,17 +51,16 @@ def main(args: argparse.Namespace) -> None:
     limits = WorldLimits()
     model = WorldModel(FARPipeline.from_pretrained(args.model))
     model.pipe.set_progress_bar_config(disable=True)
-    walks = RecordedWalks(args.mazes, model.size, limits)
+    walks = RecordedWalks(args.mazes, model.size, limits, num_actions=len(model.action_names))
     actions = walks.start(FIRST_WALK, FIRST_FRAME, num_context_frames=1).true_actions[: args.num_steps]
-    app = build_app(AppParts(model, walks, limits))
-    _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options(limits))
+    app = serve(AppParts(model, walks, limits), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=args.chromium, args=QUIET)
             width, height = args.size
             page = browser.new_page(viewport={"width": width, "height": height})
             page.set_default_timeout(PATIENCE)
-            page.goto(address)
+            page.goto(app.local_url)
             page.wait_for_selector('.far-scene[data-new-frames="0"]')
             walk_along(page, actions)
             page.mouse.move(0, 0)

@@ -18,16 +18,28 @@ class WorldLimits:
         max_new_frames (`int`): Of one walk.
         max_branches (`int`): Walks that one visitor keeps.
         max_visitors (`int`): At one time.
-        idle_seconds (`float`): After so long without a step, a visitor's walks are dropped.
+        max_waiting (`int`): Presses of one visitor that wait or are being answered.
+        max_calls_per_second (`int`): Of one visitor; those who are none yet share so many and one for each place.
+        idle_seconds (`float`): After so long without a press, a visitor's rollouts are dropped.
+        yield_seconds (`float`): After so long without a press, a visitor makes room where all places are taken.
         upload (`MediaLimits`): Of a visitor's own clip or image.
+        max_files (`int`), max_file_bytes (`int`): Uploads and downloads of all visitors; beyond, the oldest are removed.
+        max_uploads_at_once (`int`), upload_seconds (`float`): How many are taken at one time, and for how long each.
     """
 
     max_context_frames: int = 64
     max_new_frames: int = 600
     max_branches: int = 8
     max_visitors: int = 16
+    max_waiting: int = 4
+    max_calls_per_second: int = 20
     idle_seconds: float = 1800.0
+    yield_seconds: float = 120.0
     upload: MediaLimits = MediaLimits(max_bytes=20 * 2**20, max_frames=1000, max_pixels=2**22, max_total_pixels=2**28)
+    max_files: int = 64
+    max_file_bytes: int = 2**28
+    max_uploads_at_once: int = 4
+    upload_seconds: float = 60.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where walks start: a recorded walk, with what truly came next, or a visitor's own clip or image.
+"""Where rollouts start: a recording, with what truly came next, or a visitor's own clip or image.
 
 F context frames, T true frames after them; h/w pixels.
 """
@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusers_far.data.actions import align_actions
+from diffusers_far.data.frames import VideoFrames
 from diffusers_far.data.images import fit_frame
 from diffusers_far.data.loading import load_split
 from diffusers_far.data.media_files import read_clip
-from diffusers_far.pictures import upright_rgb
 
 from .settings import WorldError, WorldLimits, require_number
+
+
+NOOP_NAMES = ("noop", "none", "nothing", "wait", "stay", "idle", "donothing")  # of an action that does nothing
 
 
 @dataclass(frozen=True)
@@ -40,24 +44,53 @@ class Start:
 
 
 class RecordedWalks:
-    """The walks of a dataset's test split.
+    """The recordings of a dataset that have two frames or more.
 
     Args:
-        dataset_name (`str`): Folder or Hub id; rows with `video` and `actions`.
+        dataset_name (`str`): Folder or Hub id; rows with `video`, and `actions` if the model takes them.
         size (`tuple`, *optional*): `(height, width)` that the model knows.
         limits (`WorldLimits`).
+        split (`str`): Of the dataset.
+        num_actions (`int`): Of the model, which knows the actions below; 0 for one that takes none.
+
+    Raises:
+        ValueError: No such dataset, nothing in it to start from, or actions that the model does not know.
     """
 
-    def __init__(self, dataset_name: str, size: tuple[int, int] | None, limits: WorldLimits = WorldLimits()):
-        self.rows = load_split(dataset_name, "test")
+    def __init__(
+        self,
+        dataset_name: str,
+        size: tuple[int, int] | None,
+        limits: WorldLimits = WorldLimits(),
+        *,
+        split: str = "test",
+        num_actions: int,
+    ):
+        dataset = load_split(dataset_name, split)
+        self.frames = VideoFrames(dataset)
+        self.rows = np.flatnonzero(self.frames.num_frames >= 2).tolist()
+        if not self.rows:
+            raise ValueError(f"`dataset_name` {dataset_name!r} has no recording of two frames or more in {split!r}.")
         self.size = size
         self.limits = limits
-        self.num_frames = [len(actions) for actions in self.rows["actions"]]
+        self.num_frames = self.frames.num_frames[self.rows].tolist()
+        self.actions = [[0] * num_frames for num_frames in self.num_frames]
+        if num_actions:
+            if "actions" not in dataset.column_names:
+                raise ValueError(
+                    f"`dataset_name` {dataset_name!r} has the columns {dataset.column_names}, but the model takes actions; "
+                    "name a dataset with `actions`."
+                )
+            column = dataset.select(self.rows)["actions"]
+            self.actions = [
+                checked_actions(actions, num_frames, num_actions, f"row {row} of {dataset_name!r}")
+                for row, actions, num_frames in zip(self.rows, column, self.num_frames)
+            ]
         self._walk = lru_cache(maxsize=8)(self._read_walk)
 
     @property
     def titles(self) -> list[str]:
-        return [f"Maze {index + 1}" for index in range(len(self.rows))]
+        return [f"Recording {index + 1}" for index in range(len(self.rows))]
 
     def start(self, walk: int, frame: int, num_context_frames: int) -> Start:
         """A start at one frame of a walk.
@@ -71,9 +104,7 @@ class RecordedWalks:
             WorldError: There is no such walk or frame.
         """
         if isinstance(walk, bool) or not isinstance(walk, int) or not 0 <= walk < len(self.rows):
-            raise WorldError(
-                f"There are {len(self.rows)} recorded walks, not {str(walk)[:20]!r}; choose one of these."
-            )
+            raise WorldError(f"There are {len(self.rows)} recordings, not {str(walk)[:20]!r}; choose one of these.")
         require_number("The frame to start at", frame, 0, self.num_frames[walk] - 2, whole=True)
         require_number(
             "The number of context frames", num_context_frames, 1, self.limits.max_context_frames, whole=True
@@ -89,9 +120,24 @@ class RecordedWalks:
         )
 
     def _read_walk(self, walk: int) -> tuple[np.ndarray, list[int]]:
-        row = self.rows[walk]
-        frames = [fit_frame(upright_rgb(image), self.size) for image in row["video"]]
-        return np.stack(frames), list(row["actions"])
+        frames = self.frames.clip(self.rows[walk], 0, self.num_frames[walk]).permute(0, 2, 3, 1).numpy()
+        return np.stack([fit_frame(frame, self.size) for frame in frames]), self.actions[walk]
+
+
+def checked_actions(actions: list, num_frames: int, num_actions: int, where: str) -> list[int]:
+    """One discrete action per frame, each below `num_actions`.
+
+    Raises:
+        ValueError: They are not; says `where`.
+    """
+    try:
+        actions = align_actions(actions, num_frames)
+    except ValueError as error:
+        raise ValueError(f"In {where}: {error}") from error
+    if actions.ndim > 1 or actions.max() >= num_actions:
+        found = "continuous actions" if actions.ndim > 1 else f"the action {actions.max()}"
+        raise ValueError(f"In {where}: {found}, but the model knows 0 to {num_actions - 1}; name its own dataset.")
+    return actions.tolist()
 
 
 def uploaded_start(
@@ -107,7 +153,8 @@ def uploaded_start(
         path (`str` or `Path`): Any file; what it holds is told by its content.
         size (`tuple`, *optional*): `(height, width)`: frames are cut around their centre and resized.
         num_context_frames (`int`): Fewer are used where there are fewer.
-        action_names (`list[str]`): The first one is assumed between the frames; empty for a model without actions.
+        action_names (`list[str]`): The one that does nothing is assumed between the frames, else the first; empty for a
+            model without actions.
         limits (`WorldLimits`).
 
     Raises:
@@ -122,14 +169,16 @@ def uploaded_start(
         # Where uploads lie is not the visitor's concern.
         raise WorldError(str(error).replace(str(path), Path(path).name)) from error
     (old_height, old_width), (height, width) = clip.original_size, clip.frames.shape[1:3]
+    is_noop = [name.lower().replace("_", "").replace(" ", "") in NOOP_NAMES for name in action_names]
+    assumed = is_noop.index(True) if any(is_noop) else 0
     notes = []
     if (old_height, old_width) != (height, width):
         notes.append(f"cut around the centre and resized from {old_width}x{old_height} to {width}x{height} pixels")
     if len(clip.frames) > 1 and action_names:
-        notes.append(f"its {len(clip.frames) - 1} actions are unknown, {action_names[0]!r} is assumed for each")
+        notes.append(f"its {len(clip.frames) - 1} actions are unknown, {action_names[assumed]!r} is assumed for each")
     return Start(
         title="Your image" if clip.num_frames_in_file == 1 else f"Your clip, its last {len(clip.frames)} frames",
         frames=clip.frames,
-        actions=[0] * (len(clip.frames) - 1),
+        actions=[assumed] * (len(clip.frames) - 1),
         note="; ".join(notes),
     )

@@ -1,8 +1,9 @@
-"""The page: what is pressed goes to the visitor's walk, and what it shows comes back."""
+"""The page: what is pressed goes to the visitor's rollout, and what it shows comes back."""
 
-import shutil
+import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,24 @@ import gradio as gr
 from diffusers_far.data.media_files import MEDIA_SUFFIXES
 from diffusers_far.evaluation.media import write_frames
 
+from .door import guards, keep_within
 from .settings import Settings, WorldError, WorldLimits
-from .starts import RecordedWalks, uploaded_start
+from .starts import NOOP_NAMES, RecordedWalks, uploaded_start
 from .view import CSS, scene_html
-from .visitors import Visitor, VisitorStore
+from .visitors import Turns, Visitor, VisitorStore
 from .world import WorldModel
 
 
 DEFAULT_FPS = 8.0
 DOWNLOAD_SIDE = 256  # pixels that the shorter side of a download has at least
 ARROWS = {
+    "up": "ArrowUp",
     "forward": "ArrowUp",
+    "forwards": "ArrowUp",
+    "down": "ArrowDown",
     "back": "ArrowDown",
     "backward": "ArrowDown",
+    "backwards": "ArrowDown",
     "left": "ArrowLeft",
     "right": "ArrowRight",
 }
@@ -80,30 +86,42 @@ class Handlers:
     def __init__(self, parts: AppParts):
         self.parts = parts
         self.visitors = VisitorStore(parts.model, parts.limits)
-        self.downloads = tempfile.TemporaryDirectory(prefix="far-app-")
+        # The model serves one caller at a time. Files are read and written beside it, so that nobody waits for another's.
+        self.turns, self.file_turns = (Turns(parts.limits.max_waiting) for _ in range(2))
+        self.files = tempfile.TemporaryDirectory(prefix="far-app-")
 
     def begin_recorded(
         self, request: gr.Request, walk: int, frame: float, num_context: float, *settings: object
     ) -> tuple:
-        with shown_to_the_visitor():
-            start = self.parts.walks.start(walk, whole(frame), whole(num_context))
-            visitor = self.visitors.visitor(request.session_hash)
-            visitor.begin(start, read_settings(settings))
-            return self.seen_by(visitor)
+        with shown_to_the_visitor(), self.visitors.starting(request.session_hash) as visitor:
+            with self.file_turns.of(request.session_hash):
+                start = self.parts.walks.start(walk, whole(frame), whole(num_context))
+            with self.turns.of(request.session_hash):
+                visitor.begin(start, read_settings(settings))
+                return self.seen_by(visitor)
 
     def begin_uploaded(self, request: gr.Request, path: str | None, num_context: float, *settings: object) -> tuple:
         with shown_to_the_visitor():
             if not path:
                 raise WorldError("Choose a clip or an image first.")
             model = self.parts.model
-            start = uploaded_start(path, model.size, whole(num_context), model.action_names, self.parts.limits)
-            visitor = self.visitors.visitor(request.session_hash)
-            visitor.begin(start, read_settings(settings))
-            return self.seen_by(visitor)
+            with self.visitors.starting(request.session_hash) as visitor:
+                with self.file_turns.of(request.session_hash):
+                    start = uploaded_start(path, model.size, whole(num_context), model.action_names, self.parts.limits)
+                with self.turns.of(request.session_hash):
+                    visitor.begin(start, read_settings(settings))
+                    return self.seen_by(visitor)
+
+    @contextmanager
+    def turn_of(self, request: gr.Request) -> Iterator[Visitor]:
+        """The visitor, in their turn at the model; one who has started nothing waits for none."""
+        with shown_to_the_visitor():
+            self.visitors.visitor(request.session_hash)
+            with self.turns.of(request.session_hash):
+                yield self.visitors.visitor(request.session_hash)
 
     def step(self, request: gr.Request, action: int | None, *settings: object) -> tuple:
-        with shown_to_the_visitor():
-            visitor = self.visitors.visitor(request.session_hash)
+        with self.turn_of(request) as visitor:
             visitor.world.configure(read_settings(settings))
             visitor.world.step(action)
             return self.seen_by(visitor)
@@ -111,8 +129,7 @@ class Handlers:
     def autoplay(self, request: gr.Request, *settings: object) -> tuple:
         """One step by itself; where there is none, autoplay is switched off rather than failing again and again."""
         try:
-            with shown_to_the_visitor():
-                visitor = self.visitors.visitor(request.session_hash)
+            with self.turn_of(request) as visitor:
                 action = visitor.world.autoplay_action()
             return (*self.step(request, action, *settings), gr.skip(), gr.skip())
         except gr.Error as error:
@@ -120,39 +137,36 @@ class Handlers:
             return gr.skip(), gr.skip(), False, gr.Timer(active=False)
 
     def rewind(self, request: gr.Request, num_frames: int) -> tuple:
-        with shown_to_the_visitor():
-            visitor = self.visitors.visitor(request.session_hash)
+        with self.turn_of(request) as visitor:
             visitor.world.rewind(min(num_frames, visitor.world.num_new_frames) or num_frames)
             return self.seen_by(visitor)
 
     def fork(self, request: gr.Request) -> tuple:
-        with shown_to_the_visitor():
-            visitor = self.visitors.visitor(request.session_hash)
+        with self.turn_of(request) as visitor:
             visitor.fork()
             return self.seen_by(visitor)
 
     def show(self, request: gr.Request, branch: int) -> tuple:
-        with shown_to_the_visitor():
-            visitor = self.visitors.visitor(request.session_hash)
+        with self.turn_of(request) as visitor:
             visitor.show(branch)
             return self.seen_by(visitor)
 
     def save(self, request: gr.Request) -> gr.File:
-        with shown_to_the_visitor():
-            world = self.visitors.visitor(request.session_hash).world
-            path = self.new_download_folder() / f"walk_{world.num_new_frames}_frames.mp4"
-            side = min(world.frames.shape[1:3])
+        with self.turn_of(request) as visitor:
+            world = visitor.world
+            frames, num_new_frames = world.frames, world.num_new_frames
+        with shown_to_the_visitor(), self.file_turns.of(request.session_hash):
+            path = self.new_download_folder() / f"rollout_{num_new_frames}_frames.mp4"
+            side = min(frames.shape[1:3])
             scale = max(1, -(-DOWNLOAD_SIDE // side))
-            write_frames(path, world.frames, self.parts.model.pipe.config.fps or DEFAULT_FPS, scale + scale % 2)
+            write_frames(path, frames, self.parts.model.pipe.config.fps or DEFAULT_FPS, scale + scale % 2)
             return gr.File(str(path), visible=True)
 
     def new_download_folder(self) -> Path:
-        """One for each request keeps two visitors from writing the same file. Gradio copies what it sends, so that only
-        the latest need be kept."""
-        folders = sorted(Path(self.downloads.name).iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
-        for folder in folders[: -self.parts.limits.max_visitors]:
-            shutil.rmtree(folder, ignore_errors=True)
-        return Path(tempfile.mkdtemp(dir=self.downloads.name))
+        """One for each request keeps two visitors from writing the same file."""
+        limits = self.parts.limits
+        keep_within(Path(self.files.name), limits.max_files, limits.max_file_bytes)
+        return Path(tempfile.mkdtemp(dir=self.files.name))
 
     def leave(self, request: gr.Request) -> None:
         self.visitors.drop(request.session_hash)
@@ -179,13 +193,15 @@ def read_settings(values: tuple) -> Settings:
     )
 
 
-def build_app(parts: AppParts) -> gr.Blocks:
-    """The page and its queue; [`launch_options`] belong to it."""
-    handlers = Handlers(parts)
-    # One model, one caller at a time; this also keeps two events of one visitor apart.
-    alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private", "show_progress": "hidden"}
-    with gr.Blocks(title="diffusers-far", fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as app:
-        gr.Markdown("## Walk through a world that a model makes up\nArrow keys or buttons; each press is one frame.")
+def build_app(handlers: Handlers) -> gr.Blocks:
+    """The page."""
+    parts = handlers.parts
+    # The handlers take turns themselves: Gradio's line is first come, first served, whoever floods it.
+    alone = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
+    with gr.Blocks(title="diffusers-far", fill_width=True, analytics_enabled=False, delete_cache=(60, 600)) as app:
+        gr.Markdown(
+            "## Play in a world that a model makes up\nArrow keys, number keys or buttons; each press is one frame."
+        )
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
                 scene = gr.HTML(elem_id="scene")
@@ -232,21 +248,50 @@ def build_app(parts: AppParts) -> gr.Blocks:
             begin.click(handlers.begin_recorded, [*choice, num_context, *settings], seen, **alone)
             app.load(handlers.begin_recorded, [*choice, num_context, *settings], seen, **alone)
         app.unload(handlers.leave)
-    return app.queue(max_size=4 * parts.limits.max_visitors, default_concurrency_limit=1, api_open=False)
+    return app.queue(max_size=None, default_concurrency_limit=1, api_open=False)
 
 
 def action_buttons(action_names: list[str]) -> list[gr.Button]:
-    """A button per action, with the arrow key of its name, or the number key of its place."""
+    """A button per action, with its keys."""
     buttons = []
     with gr.Row(elem_classes="far-actions"):
-        for index, name in enumerate(action_names or ["next frame"]):
-            key = ARROWS.get(name.lower(), str(index + 1))
-            label = f"{SIGNS.get(key, key)}  {name}"
-            classes = [f"key-{key}"] if action_names else ["key-ArrowUp"]
+        for index, (name, keys) in enumerate(zip(action_names or ["next frame"], action_keys(action_names))):
+            label = f"{SIGNS.get(keys[0], keys[0])}  {name}" if keys else name
+            classes = [f"key-{key}" for key in keys]
             buttons.append(
                 gr.Button(label, variant="primary", min_width=100, elem_id=f"action-{index}", elem_classes=classes)
             )
     return buttons
+
+
+def action_keys(action_names: list[str]) -> list[list[str]]:
+    """The keys of each action, the one that is shown first.
+
+    An action whose name is a direction, or has one in it ("move_left"), has that arrow; the first of several that mean the
+    same arrow has it, plain names before others. One that does nothing ("noop") has 0, and all have the number key of their
+    place, as far as there are such keys.
+
+    Returns:
+        `list[list[str]]`: As browsers name keys; of a model without actions those of the one button.
+    """
+    if not action_names:
+        return [["ArrowUp", "1"]]
+    words = [re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()) for name in action_names]
+    keys: list[list[str]] = [[] for _ in action_names]
+    taken = set()
+    for index in sorted(range(len(words)), key=lambda index: len(words[index])):
+        meant = {ARROWS[word] for word in words[index] if word in ARROWS}
+        if "".join(words[index]) in NOOP_NAMES:
+            meant = {"0"}
+        if len(meant) == 1 and not meant <= taken:
+            keys[index] += meant
+            taken |= meant
+    for index in range(len(keys)):
+        if index < 9:
+            keys[index].append(str(index + 1))
+    if len(keys) > 9 and "0" not in taken:
+        keys[9].append("0")
+    return keys
 
 
 def recorded_controls(walks: RecordedWalks | None) -> list:
@@ -254,7 +299,7 @@ def recorded_controls(walks: RecordedWalks | None) -> list:
     if walks is None:
         return []
     choices = [(title, index) for index, title in enumerate(walks.titles)]
-    walk = gr.Dropdown(choices, value=0, label="Start in a maze that the model never saw", elem_id="walk")
+    walk = gr.Dropdown(choices, value=0, label="Start in a recording", elem_id="walk")
     last = min(walks.num_frames) - 2
     frame = slider(0, last, min(100, last), step=1, label="At its frame", elem_id="frame")
     return [walk, frame, gr.Button("Start", elem_id="begin")]
@@ -300,15 +345,30 @@ def as_it_is(value: object) -> object:
     return value
 
 
-def launch_options(limits: WorldLimits = WorldLimits()) -> dict:
-    """What `launch` of the page needs beside an address: looks, keys, the size of uploads."""
+def serve(parts: AppParts, allowed_hosts: Iterable[str] = (), **address: object) -> gr.Blocks:
+    """Build the page and serve it.
+
+    Args:
+        parts ([`AppParts`]).
+        allowed_hosts (iterable of `str`): Names that the page is served as, beside those of this machine, see [`guards`].
+        address: As for `gr.Blocks.launch`: `server_name`, `server_port`, `prevent_thread_lock`.
+    """
+    handlers, limits = Handlers(parts), parts.limits
+    middleware = guards(handlers.visitors, limits, Path(handlers.files.name), allowed_hosts)
+    # A folder of its own, whose size can be bounded; Gradio has no other way to name it.
+    os.environ["GRADIO_TEMP_DIR"] = handlers.files.name
+    app = build_app(handlers)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
-    return {
-        "theme": gr.themes.Default(**fonts),
-        "css": CSS,
-        "head": KEYS_SCRIPT,
-        "max_file_size": limits.upload.max_bytes,
-        "footer_links": [],
-        "ssr_mode": False,
-        "enable_monitoring": False,
-    }
+    app.launch(
+        theme=gr.themes.Default(**fonts),
+        css=CSS,
+        head=KEYS_SCRIPT,
+        max_file_size=limits.upload.max_bytes,
+        max_threads=2 * limits.max_visitors * limits.max_waiting + 8,  # who waits for a turn holds a thread
+        app_kwargs={"middleware": middleware},
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        **address,
+    )
+    return app

@@ -46,7 +46,11 @@ def scene_html(world: World, branch: int = 0, num_branches: int = 1) -> str:
     if truth is not None:
         pair += figure(truth, "The recorded frame", f"Recorded frame ({psnr(present, truth):.1f} dB)")
     elif world.start.true_frames is not None:
-        left = "No truth: the walk has left the recorded one." if world.num_new_frames else "The truth, after a step."
+        left = (
+            "No truth: this is another way than the recorded one."
+            if world.num_new_frames
+            else "The truth, after a step."
+        )
         pair += f'<figure><div class="far-blank">{left}</div></figure>'
     return (
         f'<div class="far-scene" data-new-frames="{world.num_new_frames}"><div class="far-pair">{pair}</div>'
@@ -61,7 +65,7 @@ def status(world: World, branch: int, num_branches: int) -> str:
         parts.append(f"branch {branch + 1} of {num_branches}")
     names = world.model.action_names
     if world.recorded_action is not None:
-        parts.append(f"recorded next: {names[world.recorded_action]}" if names else "on the recorded walk")
+        parts.append(f"recorded next: {names[world.recorded_action]}" if names else "as recorded")
     if world.start.note:
         parts.append(world.start.note)
     return " · ".join(parts)

@@ -156,7 +156,7 @@ class World:
             )
         if self.num_new_frames >= self.limits.max_new_frames:
             raise WorldError(
-                f"This walk has {self.num_new_frames} new frames, which is all it may have; go back or start."
+                f"There are {self.num_new_frames} new frames, which is all there may be; go back or start anew."
             )
         with self.model.taking_turns(self.settings.flex_rope_slope):
             image = self.session.step(action if num_actions else None)[0]

@@ -16,19 +16,23 @@ CHECKPOINTS = EXAMPLES if EXAMPLES == HERE else EXAMPLES.parent / "checkpoints"
 sys.path[:0] = [str(EXAMPLES), str(HERE)]
 
 from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.ui import AppParts, build_app, launch_options  # noqa: E402
+from app_world.door import hosts_of_a_space  # noqa: E402
+from app_world.ui import AppParts, serve  # noqa: E402
 
 from diffusers_far import FARPipeline  # noqa: E402
 
 
 def main() -> None:
     model_name = os.environ.get("FAR_MODEL", str(CHECKPOINTS / "far-maze"))
+    dataset_name = os.environ.get("FAR_DATASET", "" if "FAR_MODEL" in os.environ else str(EXAMPLES / "mazes"))
+    allowed_hosts = os.environ.get("FAR_ALLOWED_HOSTS", "").split() or hosts_of_a_space(os.environ.get("SPACE_HOST"))
     pipe = FARPipeline.from_pretrained(model_name).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     model, limits = WorldModel(pipe), WorldLimits()
-    mazes = EXAMPLES / "mazes"
-    walks = RecordedWalks(str(mazes), model.size, limits) if mazes.is_dir() else None
-    build_app(AppParts(model, walks, limits)).launch(**launch_options(limits))
+    walks = None
+    if dataset_name:
+        walks = RecordedWalks(dataset_name, model.size, limits, num_actions=len(model.action_names))
+    serve(AppParts(model, walks, limits), allowed_hosts)
 
 
 if __name__ == "__main__":

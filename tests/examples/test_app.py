@@ -25,6 +25,7 @@ from app_world import (  # noqa: E402
     RecordedWalks,
     Settings,
     Start,
+    Visitor,
     VisitorStore,
     World,
     WorldError,
@@ -50,6 +51,12 @@ def start() -> Start:
     """Three frames of context and four that were recorded after them."""
     frames = np.random.default_rng(0).integers(0, 256, (7, 8, 12, 3), dtype=np.uint8)
     return Start("Maze <1>", frames[:3], [0, 1], frames[3:], (2, 2, 0, 1))
+
+
+def begin(store: VisitorStore, name: str, start: Start) -> Visitor:
+    with store.starting(name) as visitor:
+        visitor.begin(start, QUICK)
+    return visitor
 
 
 def frames_after(world: World, *actions: int) -> np.ndarray:
@@ -124,7 +131,7 @@ def test_only_the_models_actions_are_taken(model, start, action):
 def test_a_walk_has_an_end(model, start):
     world = World(model, start, QUICK, WorldLimits(max_new_frames=2))
     frames_after(world, 0, 0)
-    with pytest.raises(WorldError, match="all it may have"):
+    with pytest.raises(WorldError, match="all there may be; go back"):
         world.step(0)
     world.rewind(1)
     world.step(1)
@@ -209,7 +216,7 @@ def walks(tmp_path, monkeypatch) -> RecordedWalks:
     features = Features({"video": List(Image()), "actions": List(Value("int64"))})
     (tmp_path / "mazes").mkdir()
     Dataset.from_dict(rows, features).to_parquet(tmp_path / "mazes" / "test.parquet")
-    return RecordedWalks(str(tmp_path / "mazes"), (8, 12))
+    return RecordedWalks(str(tmp_path / "mazes"), (8, 12), num_actions=3)
 
 
 def test_a_recorded_walk_starts_with_what_came_before_and_knows_what_comes_next(walks):
@@ -224,6 +231,59 @@ def test_a_recorded_walk_starts_with_what_came_before_and_knows_what_comes_next(
 def test_starts_that_are_not_there_are_refused(walks, wrong):
     with pytest.raises(WorldError):
         walks.start(*wrong)
+
+
+@pytest.fixture
+def own_dataset(tmp_path, monkeypatch):
+    """Writes recordings of 1, 4 and 5 frames under a split of a name, with the columns that are given."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    frames = [PILImage.fromarray(np.ascontiguousarray(frame)) for frame in gray_frames(5)]
+    (tmp_path / "pong").mkdir()
+
+    def write(split: str = "test", feature=Value("int64"), **columns) -> str:
+        rows = {"video": [frames[:1], frames[:4], frames], **columns}
+        features = Features({"video": List(Image()), **dict.fromkeys(columns, List(feature))})
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / "pong" / f"{split}.parquet")
+        return str(tmp_path / "pong")
+
+    return write
+
+
+@pytest.mark.parametrize("num_missing", [0, 1])
+def test_recordings_of_ones_own_are_played_from_any_split(own_dataset, num_missing):
+    """The action that leads out of a recording may be missing, and recordings of one frame are passed over."""
+    actions = [[0, 1, 2, 3, 1][: num_frames - num_missing] for num_frames in (1, 4, 5)]
+    walks = RecordedWalks(own_dataset("validation", actions=actions), (8, 12), split="validation", num_actions=4)
+    assert walks.titles == ["Recording 1", "Recording 2"] and walks.num_frames == [4, 5]
+    start = walks.start(1, frame=1, num_context_frames=2)
+    assert (start.actions, start.true_actions, len(start.true_frames)) == ([0], (1, 2, 3), 3)
+
+
+def test_a_model_without_actions_plays_recordings_without_any(own_dataset):
+    walks = RecordedWalks(own_dataset(), (8, 12), num_actions=0)
+    world = World(WorldModel(tiny_pipeline(tiny_transformer(), height=8, width=12)), walks.start(0, 1, 2), QUICK)
+    world.step(world.autoplay_action())
+    assert world.follows_record and len(world.true_frames) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "the model takes actions"),
+        ({"actions": [[0], [0] * 4, [0, 1, 2, 3, 0]]}, "row 2 .*the action 3, but the model knows 0 to 2"),
+        ({"actions": [[0], [0] * 4, [0, -1, 2, 0, 0]]}, r"row 2 .*`actions\[1\]` is -1"),
+        ({"actions": [[0], [0], [0] * 5]}, "row 1 .*1 for 4 frames"),
+        ({"actions": [[[0.5]], [[0.5]] * 4, [[0.5]] * 5], "feature": List(Value("float32"))}, "continuous actions"),
+    ],
+)
+def test_a_dataset_that_the_model_cannot_play_is_refused_at_the_start(own_dataset, columns, message):
+    with pytest.raises(ValueError, match=message):
+        RecordedWalks(own_dataset(**columns), (8, 12), num_actions=3)
+
+
+def test_an_upload_is_assumed_to_do_nothing_where_an_action_is_called_so(tmp_path):
+    clip = uploaded_start(write_video(tmp_path / "a.mp4", gray_frames(6)), (8, 12), 3, ["fire", "up", "NOOP"])
+    assert clip.actions == [2, 2] and "'NOOP' is assumed" in clip.note
 
 
 def test_an_uploaded_clip_says_what_is_done_and_assumed(tmp_path):
@@ -260,14 +320,14 @@ def test_uploads_beyond_the_limits_or_of_other_kinds_are_refused(tmp_path, make,
 def test_visitors_do_not_see_each_others_walks(model, start):
     store = VisitorStore(model)
     for name in ("ann", "ben"):
-        store.visitor(name).begin(start, QUICK)
+        begin(store, name, start)
     store.visitor("ann").world.step(0)
     assert store.visitor("ben").world.num_new_frames == 0
 
 
 def test_visitors_fork_and_choose_between_branches(model, start):
-    visitor = VisitorStore(model, WorldLimits(max_branches=2)).visitor("ann")
-    visitor.begin(start, QUICK).step(0)
+    visitor = begin(VisitorStore(model, WorldLimits(max_branches=2)), "ann", start)
+    visitor.world.step(0)
     visitor.fork().step(1)
     assert visitor.world.actions == [0, 1] and visitor.show(0).actions == [0]
     with pytest.raises(WorldError, match="all there may be"):
@@ -280,8 +340,8 @@ def test_visitors_fork_and_choose_between_branches(model, start):
 
 
 def test_a_start_that_fails_keeps_the_walk(model, start):
-    visitor = VisitorStore(model).visitor("ann")
-    world = visitor.begin(start, QUICK)
+    visitor = begin(VisitorStore(model), "ann", start)
+    world = visitor.world
     with pytest.raises(ValueError, match="short_cache"):
         visitor.begin(start, Settings(1, short_cache=60))
     assert visitor.world is world
@@ -290,18 +350,43 @@ def test_a_start_that_fails_keeps_the_walk(model, start):
 def test_the_store_bounds_how_many_there_are_and_forgets_the_idle(model, start):
     now = [0.0]
     store = VisitorStore(model, WorldLimits(max_visitors=2, idle_seconds=10), clock=lambda: now[0])
-    store.visitor("ann").begin(start, QUICK)
+    begin(store, "ann", start)
     now[0] = 8.0
-    store.visitor("ben")
+    begin(store, "ben", start)
     with pytest.raises(WorldError, match="come back later"):
-        store.visitor("eve")
+        begin(store, "eve", start)
     now[0] = 11.0
-    store.visitor("eve")
+    begin(store, "eve", start)
     assert len(store) == 2
     store.drop("ben")
     store.drop("nobody")
     with pytest.raises(WorldError, match="Choose a start"):
-        store.visitor("ann").world
+        store.visitor("ann")
+
+
+def test_where_all_places_are_taken_the_longest_away_make_room(model, start):
+    now = [0.0]
+    store = VisitorStore(model, WorldLimits(max_visitors=2, yield_seconds=10), clock=lambda: now[0])
+    for now[0], name in ((0.0, "ann"), (1.0, "ben")):
+        begin(store, name, start)
+    now[0] = 9.0
+    store.visitor("ann").world.step(0)
+    now[0] = 12.0
+    begin(store, "eve", start)
+    assert store.visitor("ann").world.num_new_frames == 1
+    with pytest.raises(WorldError, match="Choose a start"):
+        store.visitor("ben")
+
+
+def test_only_who_starts_is_a_visitor(model, start):
+    store = VisitorStore(model, WorldLimits(max_visitors=1))
+    for number in range(100):
+        with pytest.raises(WorldError, match="Choose a start"):
+            store.visitor(f"caller {number}")
+        with pytest.raises(ValueError, match="short_cache"), store.starting(f"starter {number}") as visitor:
+            visitor.begin(start, Settings(1, short_cache=60))
+    assert len(store) == 0
+    begin(store, "ann", start)
 
 
 def test_the_scene_shows_frames_truth_and_words_without_markup_of_others(model, start):
@@ -313,7 +398,7 @@ def test_the_scene_shows_frames_truth_and_words_without_markup_of_others(model, 
     assert "Maze &lt;1&gt;" in scene and "<1>" not in scene
     assert scene.count("<img") == 2 + 4 + 1  # the pair, the frames, the true one under the new one
     world.step(0)
-    assert "left the recorded one" in scene_html(world)
+    assert "another way than the recorded one" in scene_html(world)
 
 
 def test_psnr_of_equal_frames_is_bounded():

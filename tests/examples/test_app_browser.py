@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.ui import AppParts, build_app, launch_options  # noqa: E402
+from app_world.ui import AppParts, serve  # noqa: E402
 
 
 MAX_NEW_FRAMES = 12
@@ -34,9 +34,9 @@ def address():
     own = {"num_inference_steps": 2, "guidance_scale": 1.4}
     model = WorldModel(tiny_pipeline(transformer, height=16, width=16, action_names=names, **own))
     limits = WorldLimits(max_new_frames=MAX_NEW_FRAMES)
-    app = build_app(AppParts(model, RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits), limits))
-    _, local, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options(limits))
-    yield local
+    walks = RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits, num_actions=3)
+    app = serve(AppParts(model, walks, limits), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield app.local_url
     app.close()
 
 
@@ -145,7 +145,7 @@ def test_autoplay_follows_the_record_and_stops_at_the_end_of_the_walk(page):
     page.locator("#autoplay input").check()
     wait_for_frames(page, MAX_NEW_FRAMES)
     assert "Recorded frame" in page.inner_text(".far-scene"), "another way than the recorded one was taken"
-    page.wait_for_selector("text=which is all it may have")
+    page.wait_for_selector("text=which is all there may be")
     page.wait_for_function("!document.querySelector('#autoplay input').checked")
 
 

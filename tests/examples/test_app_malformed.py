@@ -35,7 +35,7 @@ VISITOR = SimpleNamespace(session_hash="ann")
 class RecordedWalk:
     """One walk of nine frames, in the place of a dataset."""
 
-    titles, num_frames = ["Maze 1"], [9]
+    titles, num_frames = ["Recording 1"], [9]
     start = RecordedWalks.start
 
     def __init__(self, limits: WorldLimits):
@@ -60,7 +60,7 @@ def handlers(model) -> Iterator[Handlers]:
     for action in (0, 1, 2):
         handlers.step(VISITOR, action, *GOOD_SETTINGS)
     yield handlers
-    handlers.downloads.cleanup()
+    handlers.files.cleanup()
 
 
 def refusal(handlers: Handlers, handler: str, *arguments) -> str:
@@ -243,13 +243,13 @@ def test_uploads_with_bytes_changed_are_read_or_refused(handlers, tmp_path, data
 )
 def test_nothing_is_done_before_there_is_a_walk(model, handler, arguments):
     handlers = Handlers(AppParts(model))
-    with watched_writes() as written, pytest.raises(gradio.Error, match="no (walk|branch)"):
+    with watched_writes() as written, pytest.raises(gradio.Error, match="no (rollout|branch)"):
         getattr(handlers, handler)(VISITOR, *arguments)
     assert written == []
 
 
 def test_autoplay_switches_itself_off_where_nothing_can_be_done(model):
-    with pytest.warns(UserWarning, match="no walk"):
+    with pytest.warns(UserWarning, match="no rollout"):
         *seen, is_on, timer = Handlers(AppParts(model)).autoplay(VISITOR, *GOOD_SETTINGS)
     assert is_on is False and timer.active is False and seen == [gradio.skip(), gradio.skip()]
 
@@ -258,14 +258,14 @@ def test_a_download_is_written_among_the_apps_own_alone(handlers, tmp_path, monk
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "copies"))
     with watched_writes() as written:
         handlers.save(VISITOR)
-    places = (handlers.downloads.name, tmp_path / "copies")
+    places = (handlers.files.name, tmp_path / "copies")
     assert [path for path in written if not any(path.is_relative_to(place) for place in places)] == []
 
 
 def test_downloads_do_not_pile_up(handlers):
-    for _ in range(3 * WorldLimits().max_visitors):
+    for _ in range(3 * WorldLimits().max_files):
         (handlers.new_download_folder() / "walk.mp4").touch()
-    assert len(list(Path(handlers.downloads.name).iterdir())) <= WorldLimits().max_visitors + 1
+    assert len(list(Path(handlers.files.name).iterdir())) <= WorldLimits().max_files + 1
 
 
 def test_a_walk_without_frames_to_take_back_says_so(handlers):

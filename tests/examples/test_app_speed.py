@@ -32,12 +32,13 @@ def test_a_frame_takes_less_than_a_second():
     model, limits = WorldModel(pipe), WorldLimits()
     own = model.default_settings
     settings = (own.num_inference_steps, own.guidance_scale, own.flex_rope_slope, own.short_cache, 0)
-    handlers = Handlers(AppParts(model, RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits), limits))
+    walks = RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits, num_actions=3)
+    handlers = Handlers(AppParts(model, walks, limits))
     handlers.begin_recorded(VISITOR, 0, 100, 32, *settings)
     seconds = []
     for _ in range(NUM_FRAMES):
         start = time.perf_counter()
         handlers.step(VISITOR, 0, *settings)
         seconds.append(time.perf_counter() - start)
-    handlers.downloads.cleanup()
+    handlers.files.cleanup()
     assert min(seconds) < 1, f"frames took {', '.join(f'{each:.2f}' for each in seconds)} s"

@@ -55,7 +55,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_loaded(script, capsys
 @pytest.mark.parametrize("option", ["lpips_weights", "i3d_weights"])
 def test_a_missing_file_of_weights_is_named(script, option):
     with pytest.raises(ValueError, match=f"`{option}` is 'nowhere.pth', which is no file"):
-        script.main(script.parse_args([*WHAT, "--protocol", "mcvd", "--output", "scores", f"--{option}", "nowhere.pth"]))
+        script.main(
+            script.parse_args([*WHAT, "--protocol", "mcvd", "--output", "scores", f"--{option}", "nowhere.pth"])
+        )
 
 
 def test_a_second_process_is_refused_by_name(script, capsys, monkeypatch):
