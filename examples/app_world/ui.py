@@ -86,7 +86,8 @@ class Handlers:
     def __init__(self, parts: AppParts):
         self.parts = parts
         self.visitors = VisitorStore(parts.model, parts.limits)
-        # The model serves one caller at a time. Files are read and written beside it, so that nobody waits for another's.
+        # The model serves one caller at a time. Visitors' files are read and written beside it, so that nobody waits for
+        # another's.
         self.turns, self.file_turns = (Turns(parts.limits.max_waiting) for _ in range(2))
         self.files = tempfile.TemporaryDirectory(prefix="far-app-")
 
@@ -94,9 +95,8 @@ class Handlers:
         self, request: gr.Request, walk: int, frame: float, num_context: float, *settings: object
     ) -> tuple:
         with shown_to_the_visitor(), self.visitors.starting(request.session_hash) as visitor:
-            with self.file_turns.of(request.session_hash):
-                start = self.parts.walks.start(walk, whole(frame), whole(num_context))
             with self.turns.of(request.session_hash):
+                start = self.parts.walks.start(walk, whole(frame), whole(num_context))
                 visitor.begin(start, read_settings(settings))
                 return self.seen_by(visitor)
 
@@ -357,6 +357,8 @@ def serve(parts: AppParts, allowed_hosts: Iterable[str] = (), **address: object)
     middleware = guards(handlers.visitors, limits, Path(handlers.files.name), allowed_hosts)
     # A folder of its own, whose size can be bounded; Gradio has no other way to name it.
     os.environ["GRADIO_TEMP_DIR"] = handlers.files.name
+    # After each call Gradio would sum up the last 10,000 with pandas, for a page of figures that is off here.
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
     app = build_app(handlers)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
     app.launch(
