@@ -8,6 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
+from diffusers_far.command_line import HelpWithDefaults
+
 from .cases import CASES, all_rows
 from .memory import in_fresh_process
 from .models import SEED
@@ -16,7 +18,7 @@ from .timing import describe_machine
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="All by default.")
     parser.add_argument(
         "--num_rounds", type=int, default=9, help="Timed runs of each rival, in turn; fewer where runs are long."

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from diffusers_far import FARSession, FARTransformer3DModel
+from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.files import written_whole
 from diffusers_far.training.clips import ClipBatch, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
@@ -312,7 +313,7 @@ PARTS = ("frame", "training", "compiled")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="All by default.")
     parser.add_argument("--num_rounds", type=int, default=3, help="Timed runs of each rival, in turn.")
     parser.add_argument("--smoke", action="store_true", help="A tiny model on any device, to try the program.")

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from diffusers import AutoModel
 
 from diffusers_far import FARTransformer3DModel, preset_config
+from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.models.codec import encode_video
 from diffusers_far.models.presets import PRESETS
 from diffusers_far.training.arguments import (
@@ -45,7 +46,7 @@ NO_END = 10**9  # steps
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--images", type=Path, help="A dataset of images; with it no sets are made.")
     parser.add_argument("--videos", type=Path, help="A dataset of video files, likewise.")
     parser.add_argument("--latents", type=Path, help="What cache_latents.py wrote with --vae, likewise.")
@@ -146,7 +147,7 @@ class LoaderBenchmark:
             add(parser)
         own = ("dataset_split", "num_actions", "num_frames", "seed")
         values = {name: getattr(self.args, name) for name in own} | {"train_batch_size": self.args.batch_size}
-        values |= {"output_dir": "unused"} | form.flags
+        values |= {"output_dir": "unused", "gradient_accumulation_steps": 1} | form.flags
         return parser.parse_args(
             [text for name, value in values.items() for text in (f"--{name}", str(value)) if text]
         )

@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusers_far.command_line import HelpWithDefaults
+
 from .measurement import Row
 from .table import markdown_tables
 
@@ -21,7 +23,7 @@ REGION = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end of \2 -->)", re
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument(
         "results",
         type=Path,

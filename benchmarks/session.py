@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from diffusers_far import FARPipeline, FARSession
+from diffusers_far.command_line import HelpWithDefaults
 
 from .measurement import Measurement, Row
 from .memory import resident_memory
@@ -20,7 +21,7 @@ from .timing import describe_machine
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--model", required=True, help="Folder of a pipeline whose model has long frames.")
     parser.add_argument("--num_steps", type=int, default=2000, help="Frames to make.")
     parser.add_argument("--num_inference_steps", type=int, default=4, help="Denoising steps of each frame.")

@@ -15,13 +15,15 @@ from app_world import RecordedWalks, WorldLimits, WorldModel
 from app_world.ui import AppParts, serve
 from generate import load_pipeline, whole_number
 
+from diffusers_far.command_line import HelpWithDefaults
+
 
 ROOT = Path(__file__).resolve().parent.parent
 MAZE_MODEL, MAZES = str(ROOT / "checkpoints" / "far-maze"), str(ROOT / "examples" / "mazes")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument(
         "--model", default=MAZE_MODEL, help="Pipeline folder or Hub id; the maze model that is shipped by default."
     )
@@ -30,13 +32,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--mazes",
         help="Recordings to start from, a folder or Hub id, or ''; those of the mazes for the default model, else none.",
     )
-    parser.add_argument("--dataset_split", default="test", help="Of --dataset_name; %(default)s by default.")
-    parser.add_argument("--port", type=whole_number(1, 65535), default=7860, help="%(default)s by default.")
+    parser.add_argument("--dataset_split", default="test", help="Of --dataset_name.")
+    parser.add_argument("--port", type=whole_number(1, 65535), default=7860)
     parser.add_argument(
         "--max_visitors",
         type=whole_number(1, 1000),
         default=WorldLimits().max_visitors,
-        help="At one time; %(default)s by default.",
+        help="At one time.",
     )
     parser.add_argument(
         "--allowed_hosts",

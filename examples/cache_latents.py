@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from diffusers import AutoModel, VQModel
 
+from diffusers_far.command_line import HelpWithDefaults, require_one_process
 from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
 from diffusers_far.data.frames import VideoFrames
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--dataset_name", required=True, help="Folder or Hub id that `load_dataset` opens.")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--video_column", default="video")
@@ -138,6 +139,7 @@ def find_missing_shards(folder: Path, source: LatentSource) -> list[int]:
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
 
+    require_one_process("cache_latents.py")
     # 1. What the latents are made of
     if args.streaming:
         dataset = stream_split(args.dataset_name, args.dataset_split, args.video_column)

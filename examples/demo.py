@@ -15,6 +15,7 @@ import torch
 from datasets import load_dataset
 
 from diffusers_far import FARPipeline
+from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.evaluation.world_model import (
     WorldModelProtocol,
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "far-maze"), help="Pipeline folder or Hub id.")
     parser.add_argument("--mazes", default=str(ROOT / "examples" / "mazes"), help="Dataset with recorded walks.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
+from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
 from diffusers_far.data.loading import load_split
 from diffusers_far.evaluation.arguments import add_settings, read_settings
 from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
@@ -48,6 +48,7 @@ from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_PROTOCOLS = {"world_model": WorldModelProtocol, **PROTOCOLS}
 
 
@@ -56,9 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     choice.add_argument("--protocol", choices=ALL_PROTOCOLS, default="world_model")
     protocol = choice.parse_known_args(arguments)[0].protocol
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[choice]
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults, parents=[choice])
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id.")
     parser.add_argument(
         "--dataset_name",
@@ -76,7 +75,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--lpips_weights", help="File with the state dict of `lpips.LPIPS(net='vgg')`.")
         parser.add_argument("--i3d_weights", help="The I3D network as TorchScript, for FVD.")
         parser.add_argument("--num_samples", type=int, default=4, help="Videos to write down, for each task.")
-        parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="Model's dtype.")
+        parser.add_argument(
+            "--mixed_precision",
+            choices=DTYPES,
+            help="Model's dtype; if left out, what the launcher was told, else no: float32.",
+        )
     settings = parser.add_argument_group(f"settings of {protocol}")
     add_settings(settings, ALL_PROTOCOLS[protocol])
     args = parser.parse_args(arguments)
@@ -106,6 +109,7 @@ def describe_run() -> dict:
 
 
 def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol) -> None:
+    require_one_process("--protocol world_model of evaluate.py")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     dataset = load_split(args.dataset_name, args.dataset_split)
@@ -148,7 +152,10 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
             raise ValueError(f"`{option}` is {weights!r}, which is no file; name the file of weights.")
     accelerator = Accelerator()
     dataset = load_split(args.dataset_name, args.dataset_split)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    precision = args.mixed_precision or accelerator.mixed_precision
+    if precision not in DTYPES:
+        raise SystemExit(f"The launcher's `mixed_precision` is {precision!r}; give one of {', '.join(DTYPES)}.")
+    dtype = DTYPES[precision]
     pipe = load_pipeline(args.model, dtype=dtype).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     videos = TrueVideos(dataset, protocol, pipe.transformer.config)
@@ -164,18 +171,19 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
         folder = ResultFolder(args.output, identity)
     process_index, num_processes = accelerator.process_index, accelerator.num_processes
     num_cases = sum(len(batch) for batch in batches[process_index::num_processes])
-    with tqdm(total=num_cases, unit="case", disable=not accelerator.is_main_process) as progress:
-        run_cases(
-            pipe,
-            videos,
-            protocol,
-            networks,
-            folder,
-            num_samples=args.num_samples,
-            process_index=process_index,
-            num_processes=num_processes,
-            on_batch_end=progress.update,
-        )
+    progress = Progress(num_cases, unit="case", is_silent=not accelerator.is_main_process)
+    run_cases(
+        pipe,
+        videos,
+        protocol,
+        networks,
+        folder,
+        num_samples=args.num_samples,
+        process_index=process_index,
+        num_processes=num_processes,
+        on_batch_end=progress.update,
+    )
+    progress.close()
     accelerator.wait_for_everyone()
 
     # 3. Figures
@@ -203,7 +211,7 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    set_up_logging(__name__)
     if args.protocol == "world_model":
         evaluate_world_model(args, args.settings)
     else:

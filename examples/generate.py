@@ -28,6 +28,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline, FlexRoPEConfig
+from diffusers_far.command_line import HelpWithDefaults, require_one_process
 from diffusers_far.data.media_files import MediaClip, read_clip
 from diffusers_far.evaluation.media import check_frame_size, check_output, write_frames
 
@@ -85,9 +86,7 @@ def shown(value: object, max_length: int = 60) -> str:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=HelpWithDefaults, allow_abbrev=False)
     count = whole_number(1, MAX_FRAMES)
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id.")
     parser.add_argument("--video", type=Path, help="Context; without it the video starts from nothing.")
@@ -382,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run with command-line arguments; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
     diffusers_logging.disable_progress_bar()
     try:
+        require_one_process("generate.py")
         generate(parse_args(arguments))
     except (ValueError, OSError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from diffusers_far.command_line import HelpWithDefaults, require_one_process
 from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
 from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.preparation import (
@@ -55,7 +56,7 @@ KEYS = {
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--source", choices=SOURCES, required=True, help="Layout of --input, see above.")
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="New or empty folder.")
@@ -313,6 +314,7 @@ Licence as given by who made this folder: {args.license}. Converted by `examples
 
 
 def main(args: argparse.Namespace) -> None:
+    require_one_process("prepare_dataset.py")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
 
     # 1. Open

@@ -11,7 +11,6 @@ checkpoints and logs: `FARPipeline.from_pretrained` loads it, and after `--objec
 
 import argparse
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from accelerate.utils import set_seed
 from diffusers import AutoModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
+from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.presets import PRESETS, preset_config
@@ -54,6 +53,7 @@ from diffusers_far.training.run import (
     build_accelerator,
     check_data,
     evaluated,
+    hyperparameters,
     is_out_of_time,
     leave_out_planned_attention,
     require_finite,
@@ -72,7 +72,7 @@ SAMPLE = "sample.mp4"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     add_data_arguments(parser)
     parser.add_argument(
         "--vae", required=True, help="Folder or Hub id of the VAE; of latents, the one that made them."
@@ -184,7 +184,7 @@ def save_result(
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging(__name__)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
     accelerator = build_accelerator(args)
@@ -224,12 +224,13 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # 3. Start or resume
+    model_config = {name: value for name, value in config.items() if not name.startswith("_")}
     identity = run_identity(
         args,
         (*RUN_IDENTITY, "use_ema", "ema_decay"),
         latents,
         accelerator.num_processes,
-        transformer={name: value for name, value in config.items() if not name.startswith("_")},
+        transformer=model_config,
     )
     first_step, repo_id = 0, None
     if checkpoint is not None:
@@ -239,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         repo_id = open_repo(output_dir, args.hub_model_id) if args.push_to_hub else None
         output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers("train_far")
+        accelerator.init_trackers("train_far", hyperparameters(args, accelerator, transformer=model_config))
     logger.info(f"{transformer.num_parameters() / 1e6:.2f} M parameters; {batches.extent}; from step {first_step}")
 
     # 4. The pipeline that is measured and, in the end, saved
@@ -257,7 +258,13 @@ def main(args: argparse.Namespace) -> None:
     transformer.train()
     num_accumulated = args.gradient_accumulation_steps
     loaded = encode_batches(batches.load(first_step, args.max_train_steps, args.dataloader_num_workers), vae)
-    progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
+    progress = Progress(
+        args.max_train_steps,
+        first_step,
+        seconds_between_lines=args.logging_seconds,
+        max_hours=args.max_train_hours,
+        is_silent=not accelerator.is_main_process,
+    )
     start_time, training_seconds, num_trained_frames, finished = time.perf_counter(), 0.0, 0, first_step
     measurement = None
     for step in range(first_step, args.max_train_steps):
@@ -290,8 +297,9 @@ def main(args: argparse.Namespace) -> None:
             "train/frames_per_second": frames_per_second,
         }
         accelerator.log(scalars, step=finished)
-        progress.set_postfix(loss=f"{outcome.loss:.4f}", frames_per_second=f"{frames_per_second:.0f}", refresh=False)
-        progress.update()
+        progress.update(
+            loss=outcome.loss, learning_rate=scalars["train/learning_rate"], frames_per_second=frames_per_second
+        )
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         measurement = measure_held_out(finished) if finished % args.validation_steps == 0 else None

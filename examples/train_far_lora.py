@@ -10,7 +10,6 @@ checkpoints and logs.
 """
 
 import argparse
-import logging
 import time
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from tqdm.auto import tqdm
 
 from diffusers_far import FARPipeline
+from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.evaluation.media import write_mp4
 from diffusers_far.models.identity import model_identity
 from diffusers_far.training.arguments import (
@@ -54,6 +53,7 @@ from diffusers_far.training.run import (
     build_accelerator,
     check_data,
     evaluated,
+    hyperparameters,
     is_out_of_time,
     leave_out_planned_attention,
     require_finite,
@@ -72,7 +72,7 @@ SAMPLE = "sample.mp4"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument(
         "--pretrained_model_name_or_path", required=True, help="FAR pipeline to adapt: a folder or a Hub id."
     )
@@ -126,7 +126,7 @@ def save_result(
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging(__name__)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
     accelerator = build_accelerator(args)
@@ -187,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         repo_id = open_repo(output_dir, args.hub_model_id) if args.push_to_hub else None
         output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers("train_far_lora")
+        accelerator.init_trackers("train_far_lora", hyperparameters(args, accelerator))
     logger.info(
         f"{sum(parameter.numel() for parameter in parameters):,} parameters to train in {', '.join(targets)}; "
         f"{batches.extent}; from step {first_step}"
@@ -209,7 +209,13 @@ def main(args: argparse.Namespace) -> None:
     transformer.train()
     num_accumulated = args.gradient_accumulation_steps
     loaded = encode_batches(batches.load(first_step, args.max_train_steps, args.dataloader_num_workers), pipeline.vae)
-    progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
+    progress = Progress(
+        args.max_train_steps,
+        first_step,
+        seconds_between_lines=args.logging_seconds,
+        max_hours=args.max_train_hours,
+        is_silent=not accelerator.is_main_process,
+    )
     start_time, finished = time.perf_counter(), first_step
     for step in range(first_step, args.max_train_steps):
         seed_step(args.seed, step, accelerator.process_index)
@@ -234,8 +240,7 @@ def main(args: argparse.Namespace) -> None:
             "train/learning_rate": lr_scheduler.get_last_lr()[0],
         }
         accelerator.log(scalars, step=finished)
-        progress.set_postfix(loss=f"{outcome.loss:.4f}", refresh=False)
-        progress.update()
+        progress.update(loss=outcome.loss, learning_rate=scalars["train/learning_rate"])
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if finished % args.validation_steps == 0 and finished < args.max_train_steps:

@@ -9,7 +9,6 @@ The codes come from `cache_latents.py` with a `VQModel`. The result in `--output
 
 import argparse
 import json
-import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,9 +20,9 @@ from diffusers import VQModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from diffusers_far import TokenARConfig, TokenARForVideo
+from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.training.arguments import add_checkpoint_arguments, add_optimization_arguments, build_optimizer
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
@@ -33,6 +32,7 @@ from diffusers_far.training.objective import TrainingObjective
 from diffusers_far.training.run import (
     build_accelerator,
     evaluated,
+    hyperparameters,
     is_out_of_time,
     require_finite,
     run_identity,
@@ -52,7 +52,7 @@ IDENTITY = (
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--codes_dir", required=True, help="Folder that cache_latents.py wrote with a VQModel.")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--validation_split", default="validation", help="Measured where it is cached too.")
@@ -86,7 +86,7 @@ def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) ->
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging(__name__)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
     accelerator = build_accelerator(args)
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
         ema.to(accelerator.device)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers("train_token_ar")
+        accelerator.init_trackers("train_token_ar", hyperparameters(args, accelerator, model=config_arguments))
     logger.info(
         f"{token_ar.num_parameters() / 1e6:.2f} M parameters; {len(batches.trajectories)} of {len(codes)} trajectories "
         f"are long enough for {args.num_frames} frames of {config.tokens_per_frame} codes; from step {first_step}"
@@ -172,7 +172,13 @@ def main(args: argparse.Namespace) -> None:
         num_workers=args.dataloader_num_workers,
     )
     loaded = iter(loader)
-    progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
+    progress = Progress(
+        args.max_train_steps,
+        first_step,
+        seconds_between_lines=args.logging_seconds,
+        max_hours=args.max_train_hours,
+        is_silent=not accelerator.is_main_process,
+    )
     start_time, finished = time.perf_counter(), first_step
     for step in range(first_step, args.max_train_steps):
         seed_step(args.seed, step, accelerator.process_index)
@@ -200,8 +206,7 @@ def main(args: argparse.Namespace) -> None:
             "train/learning_rate": lr_scheduler.get_last_lr()[0],
         }
         accelerator.log(scalars, step=finished)
-        progress.set_postfix(loss=f"{step_loss:.4f}", refresh=False)
-        progress.update()
+        progress.update(loss=step_loss, learning_rate=scalars["train/learning_rate"])
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if finished % args.validation_steps == 0 and finished < args.max_train_steps:

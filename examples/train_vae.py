@@ -10,25 +10,27 @@ latents to unit variance.
 
 import argparse
 import json
-import logging
 import math
 import time
 from pathlib import Path
 
 import diffusers
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
+from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.data.frames import evenly_spaced
 from diffusers_far.models.lpips import load_lpips
-from diffusers_far.training.arguments import add_streaming_arguments
+from diffusers_far.training.arguments import (
+    add_log_arguments,
+    add_precision_argument,
+    add_streaming_arguments,
+)
 from diffusers_far.training.autoencoder import (
     Autoencoding,
     decoder_last_layer,
@@ -46,6 +48,7 @@ from diffusers_far.training.discriminator import (
 )
 from diffusers_far.training.frame_batches import open_frames, open_validation_frames
 from diffusers_far.training.order import step_generator
+from diffusers_far.training.run import build_accelerator, hyperparameters, is_out_of_time
 
 
 logger = get_logger(__name__)
@@ -62,7 +65,7 @@ VQ_IDENTITY = ("commitment_weight", "idle_steps_to_restart")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--dataset_name", required=True, help="Folder or Hub id that `load_dataset` opens.")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--validation_split", default="validation")
@@ -72,6 +75,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
 
     parser.add_argument("--max_train_steps", type=int, default=10_000)
+    parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
     parser.add_argument("--train_batch_size", type=int, default=32, help="Frames per step and process.")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--lr_scheduler", default="cosine", help="Name known to `diffusers.optimization`.")
@@ -107,9 +111,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", help="'latest', the name of a checkpoint, or a path.")
     parser.add_argument("--allow_changed_run", action="store_true", help="Resume although data or settings changed.")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    add_precision_argument(parser)
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
-    parser.add_argument("--report_to", default="tensorboard")
+    add_log_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -135,14 +139,10 @@ def save_sample_grid(vae: torch.nn.Module, images: torch.Tensor, path: Path) -> 
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging(__name__)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-    )
+    accelerator = build_accelerator(args)
     set_seed(args.seed)
 
     # 1. Data
@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
         first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers("train_vae")
+        accelerator.init_trackers("train_vae", hyperparameters(args, accelerator, vae=identity["vae_config"]))
     loaded = train_frames.load(first_step, args.max_train_steps, args.dataloader_num_workers)
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
     logger.info(f"{num_parameters / 1e6:.2f} M parameters, {train_frames.extent}, from step {first_step}")
@@ -214,8 +214,14 @@ def main(args: argparse.Namespace) -> None:
 
     # 4. Train
     autoencoding.train()
-    progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
-    start_time = time.perf_counter()
+    progress = Progress(
+        args.max_train_steps,
+        first_step,
+        seconds_between_lines=args.logging_seconds,
+        max_hours=args.max_train_hours,
+        is_silent=not accelerator.is_main_process,
+    )
+    start_time, finished = time.perf_counter(), first_step
     for step, frames in zip(range(first_step, args.max_train_steps), loaded):
         target = (frames.to(accelerator.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         generator = step_generator(args.seed, step, accelerator.process_index)
@@ -270,18 +276,20 @@ def main(args: argparse.Namespace) -> None:
             if restart is not None:
                 scalars["train/restarted_codes"] = num_restarted
             accelerator.log(scalars, step=finished)
-            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        progress.update()
+        progress.update(loss=loss.item(), learning_rate=lr_scheduler.get_last_lr()[0])
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if accelerator.is_main_process and finished % args.validation_steps == 0 and finished < args.max_train_steps:
             validate(finished)
+        if is_out_of_time(accelerator, args.max_train_hours, start_time):
+            logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
+            break
     progress.close()
 
     # 5. Save
-    save_checkpoint(accelerator, output_dir, args.max_train_steps, identity, args.checkpoints_total_limit)
+    save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
     if accelerator.is_main_process:
-        validate(args.max_train_steps)
+        validate(finished)
         ema.copy_to(vae.parameters())
         sample = Subset(train_frames.sample, evenly_spaced(len(train_frames.sample), 2048))
         scaling_factor = measure_scaling_factor(vae, DataLoader(sample, args.train_batch_size))

@@ -16,6 +16,7 @@ from datasets import load_dataset
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_far import FARPipeline
+from diffusers_far.command_line import HelpWithDefaults
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ ARROWS = {  # corners in a square from -1 to 1, y down
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "far-maze"), help="Pipeline folder or Hub id.")
     parser.add_argument("--mazes", default=str(ROOT / "examples" / "mazes"), help="Dataset with recorded walks.")
     parser.add_argument("--walks", type=int, nargs="+", default=[0, 1, 2, 3], help="Which of them, from 0.")

@@ -27,6 +27,7 @@ from diffusers_far import (
     convert_original_far_autoencoder,
     convert_original_far_transformer,
 )
+from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.models.codec import spatial_compression
 
 
@@ -38,7 +39,7 @@ LATENT_SIZE = 8  # height and width of the latents that the released models were
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--transformer", type=Path, required=True, help="The released transformer, a .pth file.")
     parser.add_argument(
         "--transformer_config",

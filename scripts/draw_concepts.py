@@ -12,6 +12,7 @@ import torch
 from docs_site.svg import INK, QUIET, Drawing
 
 from diffusers_far import ContextPlan, FARTransformer3DModel, FlexRoPEConfig
+from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.hooks.flex_rope import FlexRoPEHook
 from diffusers_far.models.attention_far import AttentionFrames
 from diffusers_far.models.functional import frame_causal_mask, frame_ids
@@ -26,7 +27,7 @@ CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--output_dir", type=Path, default=IMAGES, help="Files of the same names are replaced.")
     return parser.parse_args(arguments)
 

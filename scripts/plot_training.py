@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_far.command_line import HelpWithDefaults
+
 
 NUM_POINTS = 200  # of the training loss
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--output_dir", type=Path, help="Of the training.")
     source.add_argument("--from_json", type=Path, help="A log that this script has written before.")

@@ -16,6 +16,8 @@ numbers of all. From the numbers of the seeds that are complete `plot` draws, an
 import argparse
 from pathlib import Path
 
+from diffusers_far.command_line import HelpWithDefaults
+
 from .data import DataFolder, prepare
 from .plan import describe_plan
 from .plots import PLOTS, draw
@@ -30,7 +32,7 @@ RESULTS, IMAGES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "images", ROO
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in STUDIES:
         study = commands.add_parser(name, help="A study; runs what is left of it.")

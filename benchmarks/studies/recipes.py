@@ -58,7 +58,7 @@ class Recipe:
     @property
     def num_clips(self) -> int:
         """Of a step, on all processes."""
-        return self.arguments.train_batch_size * self.arguments.gradient_accumulation_steps * self.num_processes
+        return self.arguments.train_batch_size * (self.arguments.gradient_accumulation_steps or 1) * self.num_processes
 
     @property
     def step_flops(self) -> float:

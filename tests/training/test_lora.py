@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny_models import predict, random_clip, tiny_pipeline, tiny_transformer
 
@@ -106,14 +105,6 @@ def test_a_checkpoint_of_other_layers_is_refused_and_the_difference_named(tmp_pa
             save_checkpoint(accelerator, tmp_path, 1, {}, None)
     with pytest.raises(ValueError, match="to_q.*`--target_modules`"):
         load_checkpoint(accelerator, find_checkpoint(tmp_path, "latest"), {})
-
-
-def test_a_run_that_shards_its_model_is_refused():
-    class Sharded:
-        distributed_type = DistributedType.FSDP
-
-    with pytest.raises(ValueError, match="not trained with FSDP.*multi_gpu.yaml"):
-        checkpoint_trained_only(Sharded())
 
 
 def test_a_saved_adapter_does_in_another_pipeline_what_it_did_in_training(tmp_path):

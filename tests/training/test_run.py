@@ -3,24 +3,147 @@ import argparse
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from tiny_models import tiny_transformer
 
 from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.latents import LatentClip
+from diffusers_far.training import run
 from diffusers_far.training.clips import ClipBatch, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 from diffusers_far.training.run import (
+    SHARDING_VARIABLES,
     StepOutcome,
     accumulate_gradients,
+    build_accelerator,
     check_data,
+    describe_launch,
     evaluated,
+    hyperparameters,
     leave_out_planned_attention,
     require_finite,
     run_identity,
     seed_step,
+    tracker_names,
     training_facts,
 )
+
+
+@pytest.fixture
+def launched(monkeypatch, tmp_path):
+    """What `build_accelerator` makes of a launcher's environment and a script's flags, in a state of its own."""
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def launch(environment=(), **flags):
+        forget()
+        for name, value in dict(environment).items():
+            monkeypatch.setenv(name, value)
+        defaults = {"gradient_accumulation_steps": None, "mixed_precision": None, "report_to": "none"}
+        args = argparse.Namespace(output_dir=str(tmp_path), train_batch_size=4, **{**defaults, **flags})
+        return build_accelerator(args), args
+
+    yield launch
+    forget()
+
+
+TOLD = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}
+
+
+def test_what_a_script_is_not_told_is_what_the_launcher_was_told(launched):
+    accelerator, args = launched(TOLD)
+    assert accelerator.mixed_precision == args.mixed_precision == "bf16" and args.gradient_accumulation_steps == 3
+
+
+def test_what_a_script_is_told_goes_before_what_the_launcher_was_told(launched):
+    accelerator, args = launched(TOLD, mixed_precision="no", gradient_accumulation_steps=2)
+    assert accelerator.mixed_precision == args.mixed_precision == "no" and args.gradient_accumulation_steps == 2
+
+
+def test_told_nothing_a_run_is_of_float32_without_accumulation(launched):
+    accelerator, args = launched()
+    assert accelerator.mixed_precision == args.mixed_precision == "no" and args.gradient_accumulation_steps == 1
+
+
+def test_a_loss_is_not_divided_again_by_what_the_launcher_accumulates(launched):
+    accelerator, _ = launched(TOLD)
+    weight = torch.ones((), requires_grad=True)
+    accelerator.backward(weight * 6)
+    assert weight.grad == 6
+
+
+@pytest.mark.parametrize("variable, name", SHARDING_VARIABLES.items())
+def test_a_launch_that_cuts_the_model_in_pieces_is_refused_by_name(launched, variable, name):
+    with pytest.raises(ValueError, match=f"asks for {name} .*multi_gpu.yaml"):
+        launched({variable: "true"})
+
+
+def test_a_precision_of_the_launcher_that_scripts_do_not_know_is_refused(launched, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp8")
+    with pytest.raises(ValueError, match="launcher's `mixed_precision` is 'fp8'.*no, fp16, bf16"):
+        launched()
+
+
+def test_a_script_that_does_not_accumulate_refuses_a_launcher_that_asks_for_it(launched, monkeypatch, tmp_path):
+    launched(TOLD)
+    args = argparse.Namespace(output_dir=str(tmp_path), train_batch_size=4, mixed_precision=None, report_to="none")
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` 3, but this script accumulates none"):
+        build_accelerator(args)
+
+
+def test_the_start_of_a_run_says_in_one_line_what_was_launched(launched, caplog):
+    with caplog.at_level("INFO"):
+        launched(gradient_accumulation_steps=2)
+    assert "1 process on cpu, mixed precision no, global batch 8 = 1 x 4 x 2" in caplog.messages[-1]
+    two = argparse.Namespace(num_processes=2, device=torch.device("cpu"))
+    args = argparse.Namespace(train_batch_size=4, gradient_accumulation_steps=2, mixed_precision="bf16")
+    assert describe_launch(args, two).startswith(
+        "2 processes on cpu, mixed precision bf16, global batch 16 = 2 x 4 x 2"
+    )
+
+
+@pytest.mark.parametrize(
+    "report_to, names",
+    [
+        ("none", []),
+        ("all", ["tensorboard", "trackio"]),
+        ("tensorboard", ["tensorboard"]),
+        ("trackio, tensorboard", ["trackio", "tensorboard"]),
+        ("wandb", "'wandb', which is not installed; `pip install wandb`"),
+        ("tensorboard,wandb", "'wandb', which is not installed"),
+        ("tensorbord", "'tensorbord', which is no tracker; choose from tensorboard, trackio, none"),
+        ("tensorboard,none", "'none', which is no tracker"),
+        ("", "'', which is no tracker"),
+    ],
+)
+def test_trackers_are_those_that_were_named_or_the_run_does_not_start(report_to, names, monkeypatch):
+    monkeypatch.setattr(run, "get_available_trackers", lambda: ["tensorboard", "trackio"])
+    if isinstance(names, list):
+        assert tracker_names(report_to) == names
+    else:
+        with pytest.raises(ValueError, match=names):
+            tracker_names(report_to)
+
+
+def test_all_trackers_are_none_where_none_is_installed_and_that_is_refused(monkeypatch):
+    monkeypatch.setattr(run, "get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match="'all'"):
+        tracker_names("all")
+
+
+def test_a_tracker_knows_the_hyperparameters_as_plain_values(launched, tmp_path):
+    accelerator, args = launched(report_to="tensorboard", learning_rate=0.5, action_names=["left", "right"])
+    known = hyperparameters(args, accelerator, transformer={"num_layers": 2, "axes_dims_rope": (4, 6, 6)})
+    assert known["learning_rate"] == 0.5 and known["transformer.num_layers"] == 2 and known["num_processes"] == 1
+    assert known["mixed_precision"] == "no" and known["action_names"] == '["left", "right"]'
+    assert all(value is None or isinstance(value, (bool, int, float, str)) for value in known.values())
+    accelerator.init_trackers("run", known)
+    (stored,) = (tmp_path / "logs").rglob("hparams.yml")
+    assert "learning_rate: 0.5" in stored.read_text()
+    accelerator.end_training()
 
 
 class Latents:

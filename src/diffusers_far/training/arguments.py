@@ -81,7 +81,9 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_train_steps", type=int, default=10_000)
     parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
     parser.add_argument("--train_batch_size", type=int, default=16, help="Clips per process and pass.")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument(
+        "--gradient_accumulation_steps", type=int, help="Passes of a step; if left out, the launcher's, else 1."
+    )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument(
@@ -93,10 +95,29 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adam_weight_decay", type=float, default=0.0)
     parser.add_argument("--adam_epsilon", type=float, default=1e-8)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    add_precision_argument(parser)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def add_precision_argument(parser: argparse.ArgumentParser) -> None:
+    """Of the passes; the weights stay float32."""
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), help="If left out, what the launcher was told, else no."
+    )
+
+
+def add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where figures go while the run lasts, see [`~training.run.tracker_names`] and [`~command_line.Progress`]."""
+    parser.add_argument(
+        "--report_to",
+        default="tensorboard",
+        help="Trackers: tensorboard, trackio, wandb ..., several with commas between them, all that are installed, or none.",
+    )
+    parser.add_argument(
+        "--logging_seconds", type=float, default=30.0, help="Between lines of the log, where stderr is no terminal."
+    )
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +126,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", help="'latest', the name of a checkpoint, or a path.")
     parser.add_argument("--allow_changed_run", action="store_true", help="Resume although data or settings changed.")
-    parser.add_argument("--report_to", default="tensorboard", help="tensorboard, trackio, wandb or none.")
+    add_log_arguments(parser)
 
 
 def add_validation_arguments(parser: argparse.ArgumentParser) -> None:

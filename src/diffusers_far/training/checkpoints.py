@@ -5,6 +5,7 @@ for checkpointing) and `run.json`: the step and the identity of the run.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -103,6 +106,7 @@ def save_checkpoint(
         if checkpoints_total_limit is not None:
             for old in list_checkpoints(output_dir)[:-checkpoints_total_limit]:
                 shutil.rmtree(old)
+        logger.info(f"Saved {checkpoint}")
     accelerator.wait_for_everyone()
     return checkpoint
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from huggingface_hub import ModelCardData
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -104,20 +103,7 @@ def add_lora(
 
 
 def checkpoint_trained_only(accelerator: Accelerator) -> None:
-    """Let checkpoints hold the weights that are trained and no others: the frozen ones come from where they came from.
-
-    Raises:
-        ValueError: The run shards its model, so that no process has whole weights to save.
-    """
-    if accelerator.distributed_type not in (
-        DistributedType.NO,
-        DistributedType.MULTI_GPU,
-        DistributedType.MULTI_CPU,
-    ):
-        raise ValueError(
-            f"An adapter is not trained with {accelerator.distributed_type.value}: its weights and optimizer fit on every "
-            "device. Launch with examples/configs/accelerate/multi_gpu.yaml or one_gpu.yaml."
-        )
+    """Let checkpoints hold the weights that are trained and no others: the frozen ones come from where they came from."""
 
     def trained_parameters(models: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
         (model,) = models

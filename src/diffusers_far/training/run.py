@@ -6,7 +6,7 @@ B batch, F frames.
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, parse_flag_from_env
 
 from ..data.encoded import EncodedDataset
 from ..data.latents import LatentDataset
@@ -25,24 +27,116 @@ from .order import step_generator
 from .streamed_clips import StreamedBatches, StreamedClips
 
 
+logger = get_logger(__name__)
+
+PRECISIONS = ("no", "fp16", "bf16")
+# By these a process knows that its launcher was told to cut models in pieces.
+SHARDING_VARIABLES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
 DROPOUT_STREAM = 3  # beside the streams of `clips`: what the network itself draws in a step
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate for `args.output_dir`, `args.mixed_precision` and `args.report_to`.
+    """Accelerate for `args.output_dir`, `args.mixed_precision` and `args.report_to`; says in the log what was launched.
+
+    `args.mixed_precision` and `args.gradient_accumulation_steps` that are `None` become what the launcher was told.
 
     On a machine without an accelerator it is told so: processes that torchrun starts there would otherwise not know of
     each other, and each would train and write alone.
+
+    Raises:
+        ValueError: A tracker is unknown or not installed, or the launcher was told what the scripts cannot do.
     """
+    for variable, name in SHARDING_VARIABLES.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"The launch asks for {name} (`{variable}`), but the training scripts need a whole model on every device; "
+                "launch with examples/configs/accelerate/multi_gpu.yaml or one_gpu.yaml."
+            )
     output_dir = Path(args.output_dir)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         cpu=not torch.accelerator.is_available(),
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=tracker_names(args.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         # The long frames' parameters have no gradient in a step without long frames.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(
+            f"The launcher's `mixed_precision` is {accelerator.mixed_precision!r}; the training scripts know "
+            f"{', '.join(PRECISIONS)}. Give one of them with `--mixed_precision`."
+        )
+    args.mixed_precision = accelerator.mixed_precision
+    launched_steps = accelerator.gradient_accumulation_steps
+    if not hasattr(args, "gradient_accumulation_steps"):
+        if launched_steps > 1:
+            raise ValueError(
+                f"The launch asks for `gradient_accumulation_steps` {launched_steps}, but this script accumulates none; "
+                "leave it out, and give a larger `--train_batch_size`."
+            )
+    elif args.gradient_accumulation_steps is None:
+        args.gradient_accumulation_steps = launched_steps
+    # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
+    accelerator.gradient_accumulation_steps = 1
+    logger.info(describe_launch(args, accelerator))
+    return accelerator
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """The trackers that `--report_to` names: one, several with commas between them, `all` that are installed, or `none`.
+
+    Raises:
+        ValueError: One is unknown or not installed: Accelerate would leave it out without a word.
+    """
+    names = [name.strip().lower() for name in report_to.split(",")]
+    if names == ["none"]:
+        return []
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if names == ["all"] and available:
+        return available
+    for name in names:
+        if name not in available:
+            is_known = name in LoggerType.list() and name != "all"
+            cure = f"`pip install {name}`, or choose" if is_known else "choose"
+            raise ValueError(
+                f"`--report_to` {report_to!r} asks for {name!r}, which is {'not installed' if is_known else 'no tracker'}; "
+                f"{cure} from {', '.join([*available, 'none'])}."
+            )
+    return names
+
+
+def describe_launch(args: argparse.Namespace, accelerator: Accelerator) -> str:
+    """One line: how many processes, on which device, at which precision, and the global batch."""
+    num_processes, num_accumulated = accelerator.num_processes, getattr(args, "gradient_accumulation_steps", 1)
+    device = accelerator.device.type
+    if device == "cuda":
+        device += f" ({torch.cuda.get_device_name(accelerator.device)})"
+    return (
+        f"{num_processes} process{'es' if num_processes > 1 else ''} on {device}, mixed precision {args.mixed_precision}, "
+        f"global batch {num_processes * args.train_batch_size * num_accumulated} = {num_processes} x "
+        f"{args.train_batch_size} x {num_accumulated} (processes, batch of each, accumulated)"
+    )
+
+
+def hyperparameters(args: argparse.Namespace, accelerator: Accelerator, **parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tracker is to know of a run: names and plain values.
+
+    Args:
+        args (`argparse.Namespace`): Of the script, after `build_accelerator`.
+        accelerator (`Accelerator`): Of the run.
+        parts: What else, such as the model's config; its names get the part's name in front: `transformer.num_layers`.
+    """
+    values = vars(args) | {"num_processes": accelerator.num_processes, "device": accelerator.device.type}
+    values |= {f"{part}.{name}": value for part, config in parts.items() for name, value in config.items()}
+    return {
+        name: value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, default=str)
+        for name, value in values.items()
+    }
 
 
 def leave_out_planned_attention(transformer_config) -> None:

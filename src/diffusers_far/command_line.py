@@ -1,0 +1,136 @@
+"""What the scripts share on the command line: help with defaults, a log that stays readable, progress, one process."""
+
+import argparse
+import copy
+import logging
+import os
+import sys
+import time
+
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger(__name__)
+
+# What launchers tell a process of how many there are: torchrun, which Accelerate calls, and MPI.
+NUM_PROCESSES_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the description as it is written, and says the default of each flag that has one."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        default = action.default
+        says_nothing = default is None or default is False or default in ("", argparse.SUPPRESS)
+        if action.option_strings and action.help is not argparse.SUPPRESS and not says_nothing:
+            action, text = copy.copy(action), action.help or ""
+            if isinstance(default, (list, tuple)):
+                action.default = " ".join(str(each) for each in default)
+            if "default:" not in text.lower():
+                action.help = f"{text} (default: %(default)s)".strip()
+        super().add_argument(action)
+
+
+def set_up_logging(script: str) -> None:
+    """Let the log hold what `script` (its `__name__`) and this package tell, and of other libraries only warnings: some
+    write a line for each file. Where stderr is no terminal, their progress bars are left out too."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    for name in (script, __package__):
+        logging.getLogger(name).setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        # Only here: a script that shows its help should not wait for them.
+        from datasets import disable_progress_bars as disable_datasets_bars
+        from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+        from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
+
+        disable_datasets_bars()
+        disable_diffusers_bars()
+        disable_hub_bars()
+
+
+class Progress:
+    """How far a run is: a bar where stderr is a terminal, elsewhere a line of the log now and then, after the first step
+    and after the last.
+
+    Args:
+        total (`int`): Steps of the whole run.
+        first (`int`): Steps that were done before this launch.
+        unit (`str`): What a step is called.
+        seconds_between_lines (`float`): Where there is no bar.
+        max_hours (`float`, *optional*): After which this launch stops, for the time that is left.
+        is_silent (`bool`): Neither bar nor lines, as for all processes but one.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        first: int = 0,
+        *,
+        unit: str = "step",
+        seconds_between_lines: float = 30.0,
+        max_hours: float | None = None,
+        is_silent: bool = False,
+    ) -> None:
+        # `None`: no bar where stderr is no terminal.
+        self._bar = tqdm(total=total, initial=first, unit=unit, disable=True if is_silent else None)
+        self._writes_lines = self._bar.disable and not is_silent
+        self._total, self._first, self._done, self._unit = total, first, first, unit
+        self._seconds_between_lines, self._max_hours = seconds_between_lines, max_hours
+        self._start_time = self._last_time = time.perf_counter()
+        self._last_line_time = -float("inf")
+        self._figures: dict[str, list[float]] = {}
+        self.seconds_of_last_step = 0.0
+
+    def update(self, count: int = 1, **figures: float) -> None:
+        """`count` more steps are done. Lines hold the means of `figures` since the line before, the bar their last values."""
+        now = time.perf_counter()
+        self.seconds_of_last_step, self._last_time = (now - self._last_time) / count, now
+        self._done += count
+        if not self._writes_lines:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+            self._bar.update(count)
+            return
+        for name, value in figures.items():
+            self._figures.setdefault(name, []).append(value)
+        if now - self._last_line_time >= self._seconds_between_lines or self._done >= self._total:
+            logger.info(self._line(now - self._start_time))
+            self._last_line_time = now
+            self._figures.clear()
+
+    def _line(self, elapsed: float) -> str:
+        seconds_per_step = elapsed / (self._done - self._first)
+        left = seconds_per_step * (self._total - self._done)
+        if self._max_hours is not None:
+            left = min(left, max(0.0, self._max_hours * 3600 - elapsed))
+        means = {name.replace("_", " "): sum(values) / len(values) for name, values in self._figures.items()}
+        parts = [f"{name} {mean:.4g}" for name, mean in means.items()]
+        parts += [f"{seconds_per_step:.3g} s per {self._unit}", f"{in_hours(left)} left"]
+        return f"{self._unit} {self._done} of {self._total}: {', '.join(parts)}"
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def in_hours(seconds: float) -> str:
+    """A duration to be read, such as `2 h 05 min` or `40 s`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+def require_one_process(what: str) -> None:
+    """Refuse a launcher that started several processes, each of which would do the whole work and write over the others.
+
+    Args:
+        what (`str`): Is run by one process, such as the script's name.
+
+    Raises:
+        ValueError: There are several.
+    """
+    for variable in NUM_PROCESSES_VARIABLES:
+        number = os.environ.get(variable, "1")
+        if number.isdecimal() and int(number) > 1:
+            raise ValueError(
+                f"{what} was launched as {number} processes (`{variable}`), but it runs as one; start it with `python`."
+            )
