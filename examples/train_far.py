@@ -26,8 +26,10 @@ from diffusers.training_utils import EMAModel
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.evaluation.media import contact_sheet, write_mp4
+from diffusers_far.models.cache_options import CacheOptions
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.presets import PRESETS, preset_config
+from diffusers_far.pipelines.inputs import check_count
 from diffusers_far.pipelines.model_card import model_card
 from diffusers_far.training.arguments import (
     RUN_IDENTITY,
@@ -68,6 +70,7 @@ from diffusers_far.training.step_cost import describe_step_cost
 logger = get_logger(__name__)
 
 DEFAULT_FPS = 8  # of the videos that are written, where the pipeline has none
+DEFAULT_INFERENCE_STEPS = 20  # of a new pipeline
 SAMPLE = "sample.mp4"
 
 
@@ -81,12 +84,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", help="Pipeline or transformer to start from instead.")
     parser.add_argument("--fps", type=float, help="Frames per second of the clips; goes into the pipeline.")
     parser.add_argument("--action_names", nargs="*", help="Names of the actions; go into the pipeline.")
+    parser.add_argument(
+        "--num_inference_steps",
+        type=int,
+        help="Steps of a frame where a call does not say; goes into the pipeline. If left out, those of the pipeline that "
+        f"training starts from, else those that are measured, else {DEFAULT_INFERENCE_STEPS}.",
+    )
+    parser.add_argument(
+        "--short_cache",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="How a call caches that does not say: exact, rolling or a number of frames; goes into the pipeline. If left "
+        "out, as the pipeline that training starts from, else exact.",
+    )
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
     parser.add_argument("--use_ema", action="store_true", help="Average the weights; the pipeline gets the average.")
     parser.add_argument("--ema_decay", type=float, default=0.9999)
     parser.add_argument("--compile", action="store_true", help="Compile the blocks with `torch.compile`.")
-    parser.add_argument("--dry_run", action="store_true", help="Two steps on the longest clips; print their cost.")
     add_checkpoint_arguments(parser)
     add_validation_arguments(parser)
     add_hub_arguments(parser)
@@ -126,9 +140,17 @@ def build_pipeline(
     """The pipeline of the objective, with the settings of the one that training starts from."""
     height, width = (size * spatial_compression(vae) for size in latent_shape[1:])
     settings = pipeline_settings(args.pretrained_model_name_or_path, transformer.config.num_actions)
-    settings |= {name: getattr(args, name) for name in ("fps", "action_names") if getattr(args, name) is not None}
+    # A new pipeline makes frames as they were measured.
+    settings.setdefault("num_inference_steps", args.num_validation_inference_steps or DEFAULT_INFERENCE_STEPS)
+    own = ("fps", "action_names", "num_inference_steps", "short_cache")
+    settings |= {name: getattr(args, name) for name in own if getattr(args, name) is not None}
+    check_count("num_inference_steps", settings["num_inference_steps"])
+    config = transformer.config
+    CacheOptions(settings.get("short_cache") or "exact").check(config.short_window, config.long_patch_size is not None)
     pipeline_class = FARPipeline
     if args.objective == "video_dit":
+        if args.short_cache not in (None, "exact"):
+            raise ValueError(f"`--short_cache` is {args.short_cache!r}, but a video_dit has no cache; leave it out.")
         pipeline_class = VideoDiTPipeline
         settings.pop("short_cache", None)  # there is no cache
         settings["context_mode"] = "clean" if args.clean_prefix_ratio else "noised"
@@ -141,7 +163,7 @@ def log_measurement(
     args: argparse.Namespace, accelerator: Accelerator, pipeline: FARPipeline, measurement: Measurement, step: int
 ) -> None:
     """The figures to the log and the trackers, the predicted videos to the trackers that take images and to a file."""
-    logger.info(f"step {step}: {describe_metrics(measurement.metrics)}")
+    logger.info(f"step {step}, held out:\n{describe_metrics(measurement.metrics)}")
     accelerator.log({f"validation/{name}": value for name, value in measurement.metrics.items()}, step=step)
     if measurement.predicted is None:
         return

@@ -91,7 +91,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_checkpoint_arguments(parser)
     add_validation_arguments(parser)
     add_hub_arguments(parser)
-    parser.add_argument("--dry_run", action="store_true", help="Two steps on the longest clips; print their cost.")
     # `num_frames`: as many as the pipeline was trained on.
     parser.set_defaults(num_frames=None, train_batch_size=8, max_train_steps=1000, lr_warmup_steps=50)
     args = parser.parse_args(arguments)
@@ -199,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
         with evaluated(transformer), accelerator.autocast():
             measurement = measure(args, pipeline, validation_latents)
         accelerator.log({f"validation/{name}": value for name, value in measurement.metrics.items()}, step=step)
-        logger.info(f"step {step}: {describe_metrics(measurement.metrics)}")
+        logger.info(f"step {step}, held out:\n{describe_metrics(measurement.metrics)}")
         return measurement
 
     # 5. Train; without the adapter the transformer is what it was before the first step, whether the run is resumed or not

@@ -38,6 +38,7 @@ from diffusers_far.training.run import (
     run_identity,
     seed_step,
 )
+from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
 from diffusers_far.training.token_clips import check_codes, measure_tokens, token_loss
 
 
@@ -87,7 +88,7 @@ def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) ->
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging(__name__)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
     accelerator = build_accelerator(args)
     set_seed(args.seed)
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
         first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
     if ema is not None:
         ema.to(accelerator.device)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not args.dry_run:
         output_dir.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers("train_token_ar", hyperparameters(args, accelerator, model=config_arguments))
     logger.info(
@@ -160,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
                 batch_size=args.train_batch_size,
             )
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
-        logger.info(f"step {step}: {describe_metrics(metrics)}")
+        logger.info(f"step {step}, held out:\n{describe_metrics(metrics)}")
 
     # 4. Train
     token_ar.train()
@@ -207,6 +208,13 @@ def main(args: argparse.Namespace) -> None:
         }
         accelerator.log(scalars, step=finished)
         progress.update(loss=step_loss, learning_rate=scalars["train/learning_rate"])
+        if args.dry_run and finished == min(DRY_RUN_STEPS, args.max_train_steps):
+            cost = (token_ar, progress.seconds_of_last_step, f"{batches.clips_per_step} clips")
+            accelerator.print(
+                f"{args.num_frames * config.tokens_per_frame} tokens per clip of {args.num_frames} frames"
+            )
+            accelerator.print(describe_cost(args, accelerator.device, *cost))
+            return
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if finished % args.validation_steps == 0 and finished < args.max_train_steps:

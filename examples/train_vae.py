@@ -20,11 +20,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.data.frames import evenly_spaced
+from diffusers_far.evaluation.media import contact_sheet
 from diffusers_far.models.lpips import load_lpips
 from diffusers_far.training.arguments import (
     add_log_arguments,
@@ -32,6 +32,7 @@ from diffusers_far.training.arguments import (
     add_streaming_arguments,
 )
 from diffusers_far.training.autoencoder import (
+    PATCH,
     Autoencoding,
     decoder_last_layer,
     measure_reconstruction,
@@ -49,11 +50,13 @@ from diffusers_far.training.discriminator import (
 from diffusers_far.training.frame_batches import open_frames, open_validation_frames
 from diffusers_far.training.order import step_generator
 from diffusers_far.training.run import build_accelerator, hyperparameters, is_out_of_time
+from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
 
 
 logger = get_logger(__name__)
 
 RESTART_STREAM = 1  # beside the stream of the latents' noise
+MIN_SHOWN_HEIGHT = 192  # pixels of an image on a sheet
 VAE_CLASSES = ("AutoencoderDC", "AutoencoderKL", "VQModel")
 
 # What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
@@ -76,6 +79,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     parser.add_argument("--max_train_steps", type=int, default=10_000)
     parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
+    parser.add_argument("--dry_run", action="store_true", help="Two steps; print what the run will cost.")
     parser.add_argument("--train_batch_size", type=int, default=32, help="Frames per step and process.")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--lr_scheduler", default="cosine", help="Name known to `diffusers.optimization`.")
@@ -128,19 +132,27 @@ def build_vae(config_file: str) -> torch.nn.Module:
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
+def describe_reconstruction(metrics: dict[str, float]) -> str:
+    """One line for the log: the figures, and where the worst patch is."""
+    figures = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("worst_patch")]
+    return (
+        f"{', '.join(figures)}; worst {PATCH}x{PATCH} patch {metrics['worst_patch_psnr']:.4g} dB, at row "
+        f"{metrics['worst_patch_top']}, column {metrics['worst_patch_left']} of the frame on the right of the sheet"
+    )
+
+
 def save_sample_grid(vae: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
-    """Truth above reconstruction, a column per image; `images` uint8 (B, 3, height, width)."""
+    """Truth above reconstruction, a column per image, small ones enlarged; `images` uint8 (B, 3, height, width)."""
     with torch.no_grad():
         decoded = vae(images.to(vae.device, vae.dtype) / 127.5 - 1).sample
-    decoded = ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    rows = [batch.permute(2, 0, 3, 1).flatten(1, 2) for batch in (images, decoded)]  # (height, B * width, 3)
+    decoded = (decoded.float().cpu() / 2 + 0.5).clamp(0, 1)
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(torch.cat(rows).numpy()).save(path)
+    contact_sheet([images / 255, decoded], scale=max(1, math.ceil(MIN_SHOWN_HEIGHT / images.shape[2]))).save(path)
 
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging(__name__)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
     accelerator = build_accelerator(args)
     set_seed(args.seed)
@@ -193,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
     first_step = 0
     if checkpoint is not None:
         first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not args.dry_run:
         output_dir.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers("train_vae", hyperparameters(args, accelerator, vae=identity["vae_config"]))
     loaded = train_frames.load(first_step, args.max_train_steps, args.dataloader_num_workers)
@@ -206,11 +218,12 @@ def main(args: argparse.Namespace) -> None:
         metrics = measure_reconstruction(vae, validation_loader)
         if isinstance(vae, diffusers.VQModel):
             metrics |= measure_codebook(vae, validation_loader)
-        samples = torch.stack([validation_frames[i] for i in evenly_spaced(len(validation_frames), 12)])
+        shown = [*evenly_spaced(len(validation_frames), 12), metrics["worst_patch_image"]]
+        samples = torch.stack([validation_frames[i] for i in shown])
         save_sample_grid(vae, samples, output_dir / "samples" / f"step-{step:06d}.png")
         ema.restore(vae.parameters())
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
-        logger.info(f"step {step}: held-out " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        logger.info(f"step {step}: held-out {describe_reconstruction(metrics)}")
 
     # 4. Train
     autoencoding.train()
@@ -225,7 +238,8 @@ def main(args: argparse.Namespace) -> None:
     for step, frames in zip(range(first_step, args.max_train_steps), loaded):
         target = (frames.to(accelerator.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         generator = step_generator(args.seed, step, accelerator.process_index)
-        gan_is_on = args.disc_start is not None and step >= args.disc_start
+        # A dry run tells what the dearest steps cost.
+        gan_is_on = args.disc_start is not None and (step >= args.disc_start or args.dry_run)
 
         reconstruction = autoencoding(target, generator)
         reconstructed = reconstruction.images.float()
@@ -277,6 +291,12 @@ def main(args: argparse.Namespace) -> None:
                 scalars["train/restarted_codes"] = num_restarted
             accelerator.log(scalars, step=finished)
         progress.update(loss=loss.item(), learning_rate=lr_scheduler.get_last_lr()[0])
+        if args.dry_run and finished == min(DRY_RUN_STEPS, args.max_train_steps):
+            batch = (
+                f"{args.train_batch_size * accelerator.num_processes} frames{', with the GAN' if gan_is_on else ''}"
+            )
+            accelerator.print(describe_cost(args, accelerator.device, vae, progress.seconds_of_last_step, batch))
+            return
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if accelerator.is_main_process and finished % args.validation_steps == 0 and finished < args.max_train_steps:

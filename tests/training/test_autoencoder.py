@@ -104,6 +104,26 @@ def test_psnr_is_the_mean_over_images():
     assert measure_reconstruction(OffByOne(), [batch])["psnr"] == pytest.approx((20 + 40) / 2, abs=1e-3)
 
 
+def test_a_small_thing_that_is_lost_shows_in_the_worst_patch_and_its_place():
+    class LosesASpot(torch.nn.Module):
+        config = type("Config", (), {"scaling_factor": 1.0})
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def encode(self, images):
+            return type("Encoded", (), {"latent": images})
+
+        def decode(self, latents):
+            return type("Decoded", (), {"sample": latents.clamp(max=0)})
+
+    batches = torch.full((2, 3, 3, 64, 64), 100, dtype=torch.uint8)
+    batches[1, 0, :, 30:38, 17:25] = 255
+    metrics = measure_reconstruction(LosesASpot(), batches)
+    assert metrics["psnr"] > 80 and metrics["worst_patch_psnr"] == pytest.approx(6.02, abs=0.01)
+    assert [metrics[f"worst_patch_{place}"] for place in ("image", "top", "left")] == [3, 30, 17]
+    tiny = measure_reconstruction(LosesASpot(), [torch.zeros(1, 3, 11, 12, dtype=torch.uint8)])
+    assert tiny["worst_patch_psnr"] == 100
+
+
 @pytest.mark.parametrize("build", [tiny_dc, tiny_kl])
 def test_scaling_factor_brings_latents_to_unit_variance(build):
     vae = build()

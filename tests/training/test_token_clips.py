@@ -1,14 +1,17 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_vq
 
 from diffusers_far import TokenARConfig, TokenARForVideo
+from diffusers_far.data.latents import LatentClip
 from diffusers_far.models.codec import decode_codes
 from diffusers_far.training.clips import ClipBatch
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
-from diffusers_far.training.token_clips import continue_clips, token_conditions, token_loss
+from diffusers_far.training.token_clips import continue_clips, measure_tokens, token_conditions, token_loss
+from diffusers_far.training.validation import psnr_per_horizon
 
 
 DECODER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -63,3 +66,22 @@ def test_clips_are_continued_at_true_actions_the_same_every_time_against_decoded
     torch.testing.assert_close(truth[1], decode_codes(vq, clips.latents[1, 2:, 0]))
     again, _ = continue_clips(model, vq, clips, 2)
     assert torch.equal(generated, again)
+
+
+def test_repeating_the_last_frame_is_measured_beside_the_model(clips):
+    class Codes:
+        num_frames, latent_shape = np.array([4, 4]), (1, 2, 3)
+
+        def clip(self, trajectory, start, length, interval=1):
+            return LatentClip(clips.latents[trajectory], clips.actions[trajectory], None)
+
+    vq = tiny_vq()
+    sizes = {"num_frames": 4, "num_clips": 2, "num_videos": 2, "num_new_frames": 2, "batch_size": 2}
+    metrics = measure_tokens(tiny_token_ar(), vq, Codes(), **sizes)
+    repeated, truth = (
+        decode_codes(vq, clips.latents[:, 1, 0]),
+        [decode_codes(vq, clips.latents[:, 2 + i, 0]) for i in (0, 1)],
+    )
+    expected = psnr_per_horizon(repeated[:, None], torch.stack(truth, dim=1))
+    assert [metrics[f"repeated_psnr_of_frame_{horizon}"] for horizon in (1, 2)] == pytest.approx(expected)
+    assert {"loss", "psnr", "psnr_of_frame_2"} <= metrics.keys()

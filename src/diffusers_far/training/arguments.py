@@ -80,6 +80,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     """Length of the run, batches, optimizer and schedule."""
     parser.add_argument("--max_train_steps", type=int, default=10_000)
     parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
+    parser.add_argument("--dry_run", action="store_true", help="Two steps; print what the run will cost.")
     parser.add_argument("--train_batch_size", type=int, default=16, help="Clips per process and pass.")
     parser.add_argument(
         "--gradient_accumulation_steps", type=int, help="Passes of a step; if left out, the launcher's, else 1."
@@ -135,7 +136,14 @@ def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_validation_clips", type=int, default=64, help="Clips of the held-out loss.")
     parser.add_argument("--num_validation_videos", type=int, default=8, help="Clips that are continued; 0: none.")
     parser.add_argument("--num_validation_frames", type=int, default=8, help="Frames that are predicted in each.")
-    parser.add_argument("--num_validation_inference_steps", type=int, default=20)
+    parser.add_argument(
+        "--num_validation_inference_steps", type=int, help="Steps of each; if left out, as many as the pipeline takes."
+    )
+    parser.add_argument(
+        "--validation_dataset_name",
+        help="With --latents_dir: the dataset that the latents are of. Its held-out frames are encoded anew, and then what "
+        "the VAE loses is measured too.",
+    )
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:

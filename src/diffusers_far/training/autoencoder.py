@@ -1,5 +1,6 @@
 """What an autoencoder is trained on and measured by; the loop is in `examples/train_vae.py`."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from ..models.codec import encode_images
+
+
+PATCH = 8  # side, in pixels, of the square whose reconstruction is worst
 
 
 @dataclass(frozen=True)
@@ -79,22 +83,42 @@ def reconstruction_loss(images: torch.Tensor, target: torch.Tensor, mse_weight: 
 
 @torch.no_grad()
 def measure_reconstruction(vae: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-    """PSNR (dB, mean over images of each image's own) and SSIM of a VAE's reconstructions.
+    """How well a VAE reconstructs images, and where worst: a small thing that is lost hardly changes the PSNR of its image.
 
     Args:
         vae (`nn.Module`): Any autoencoder that `encode_images` knows.
         batches (iterable of `torch.Tensor` of shape `(B, 3, height, width)`): uint8.
+
+    Returns:
+        `psnr` (dB, mean over images of each image's own), `ssim`; `worst_patch_psnr` (dB) of the worst square of `PATCH`
+        pixels in all images, wherever it lies, and its place: `worst_patch_image` (counted from 0 over all batches),
+        `worst_patch_top` and `worst_patch_left` (pixels).
     """
     # One process may measure alone, so the metrics must not wait for the others.
     psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), sync_on_compute=False).to(vae.device)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0, sync_on_compute=False).to(vae.device)
+    worst, num_images = (-1.0, 0, 0, 0), 0  # squared error, image, top, left
     for batch in batches:
         target = batch.to(vae.device) / 255
         images = vae.decode(encode_images(vae, (target * 2 - 1).to(vae.dtype))).sample
         images = (images.float() / 2 + 0.5).clamp(0, 1)
         psnr.update(images, target)
         ssim.update(images, target)
-    return {"psnr": psnr.compute().item(), "ssim": ssim.compute().item()}
+        squared_error = (images - target).square().mean(dim=1)
+        errors = F.avg_pool2d(squared_error, (min(PATCH, batch.shape[2]), min(PATCH, batch.shape[3])), stride=1)
+        place = torch.unravel_index(errors.argmax(), errors.shape)
+        image, top, left = (index.item() for index in place)
+        worst = max(worst, (errors[place].item(), num_images + image, top, left))
+        num_images += len(batch)
+    error, image, top, left = worst
+    return {
+        "psnr": psnr.compute().item(),
+        "ssim": ssim.compute().item(),
+        "worst_patch_psnr": -10 * math.log10(max(error, 1e-10)),
+        "worst_patch_image": image,
+        "worst_patch_top": top,
+        "worst_patch_left": left,
+    }
 
 
 @torch.no_grad()

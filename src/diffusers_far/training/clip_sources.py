@@ -43,6 +43,9 @@ def open_validation_clips(args: argparse.Namespace, vae: torch.nn.Module) -> Lat
     Raises:
         ValueError: As [`open_clips`].
     """
+    if args.validation_dataset_name is not None:
+        trajectories = loading.load_split(args.validation_dataset_name, args.validation_split)
+        return EncodedDataset(trajectories, vae, combine_actions=action_combiner(args))
     if not has_split(args, args.validation_split):
         return None
     if not args.streaming:

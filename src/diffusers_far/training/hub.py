@@ -26,6 +26,8 @@ REPORTED = {
     "loss": "held-out loss",
     "psnr_of_frame_1": "PSNR of the first predicted frame, dB",
     "psnr": "PSNR, mean of the predicted frames, dB",
+    "repeated_psnr": "the same of repeating the last frame, dB",
+    "vae_psnr": "the VAE's reconstruction against the true frames, dB",
 }
 
 

@@ -7,9 +7,13 @@ import time
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from transformers import PreTrainedModel
 
 from .clips import StepBatches, encode_batches
 from .run import accumulate_gradients
+
+
+DRY_RUN_STEPS = 2  # the first warms up, the last is timed
 
 
 def describe_step_cost(
@@ -30,11 +34,11 @@ def describe_step_cost(
         batches ([`StepBatches`]): Of the training.
 
     Returns:
-        `str`: Tokens of a clip, parameters, GiB of memory at the peak and seconds of a step, to be read.
+        `str`: Tokens of a clip and what `describe_cost` says, to be read.
     """
     transformer = accelerator.unwrap_model(model)
-    loaded = encode_batches(batches.longest.load(0, 2), vae)
-    for _ in range(2):
+    loaded = encode_batches(batches.longest.load(0, DRY_RUN_STEPS), vae)
+    for _ in range(DRY_RUN_STEPS):
         start_time = time.perf_counter()
         accumulate_gradients(
             accelerator,
@@ -50,15 +54,37 @@ def describe_step_cost(
             torch.accelerator.synchronize()
         seconds = time.perf_counter() - start_time
     plan = transformer.context_plan(args.num_frames, *batches.latent_shape[1:])
+    tokens = f"{plan.num_tokens} tokens per clip of {args.num_frames} frames, {plan.num_long_tokens} of them long"
+    if args.teacher_forcing:
+        tokens += f"; {plan.num_tokens + plan.num_short_tokens} with the noisy twins of teacher forcing"
+    cost = describe_cost(args, accelerator.device, transformer, seconds, f"{batches.clips_per_step} clips")
+    return f"{tokens}\n{cost}"
+
+
+def describe_cost(
+    args: argparse.Namespace, device: torch.device, model: ModelMixin | PreTrainedModel, seconds: float, batch: str
+) -> str:
+    """What a run costs that takes `seconds` for each step, to be read.
+
+    Args:
+        args (`argparse.Namespace`): Of a training script.
+        device (`torch.device`): That the steps ran on.
+        model: That is trained, not wrapped.
+        seconds (`float`): Of a step that was timed.
+        batch (`str`): What a step takes, on all processes, such as `"16 clips"`.
+
+    Returns:
+        `str`: Parameters; GiB of memory at the peak, seconds of a step; hours of the run.
+    """
     return (
-        f"{plan.num_tokens} tokens per clip of {args.num_frames} frames, {plan.num_long_tokens} of them long\n"
-        f"{_describe_parameters(transformer)}\n"
-        f"{_peak_memory(accelerator.device):.2f} GiB of memory at the peak, {seconds:.2f} s per step of "
-        f"{batches.clips_per_step} clips"
+        f"{_describe_parameters(model)}\n"
+        f"{_peak_memory(device):.2f} GiB of memory at the peak, {seconds:.3f} s per step of {batch}\n"
+        f"{seconds * args.max_train_steps / 3600:.2f} hours for --max_train_steps {args.max_train_steps}, if all are like "
+        "it; measuring and saving come on top"
     )
 
 
-def _describe_parameters(model: ModelMixin) -> str:
+def _describe_parameters(model: ModelMixin | PreTrainedModel) -> str:
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     part = "" if trained == total else f", {trained / 1e6:.2f} M of them trained"
     return f"{total / 1e6:.2f} M parameters{part}"

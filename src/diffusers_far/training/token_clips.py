@@ -5,7 +5,6 @@ Its clips are those of a FAR training, with the codes of a VQ autoencoder as lat
 B batch, F frames, H/W codes along a frame's sides, T = H * W codes per frame; h/w pixels.
 """
 
-import numpy as np
 import torch
 
 from ..data.latents import LatentDataset
@@ -15,7 +14,7 @@ from ..models.token_ar import TokenARConfig, TokenARForVideo
 from .clips import ClipBatch
 from .objective import ObjectiveDraw
 from .order import step_generator
-from .validation import psnr_per_horizon, validation_clips
+from .validation import psnr_metrics, validation_clips
 
 
 def check_codes(codes: LatentDataset, vq: torch.nn.Module) -> None:
@@ -76,7 +75,8 @@ def measure_tokens(
         batch_size (`int`): Clips that go through the model at once for the loss.
 
     Returns:
-        `loss`, nats per code; `psnr` and `psnr_of_frame_...`, dB, where videos were continued.
+        `loss`, nats per code; where videos were continued `psnr` and `psnr_of_frame_...`, dB, and `repeated_psnr...` of the
+        last context frame shown again.
     """
     clips = validation_clips(codes, num_clips, num_frames).to(model.device)
     total = 0.0
@@ -88,9 +88,10 @@ def measure_tokens(
     if not num_videos or num_new_frames >= num_frames:
         return metrics
     clips = validation_clips(codes, num_videos, num_frames).to(model.device)
-    psnr = psnr_per_horizon(*continue_clips(model, vq, clips, num_new_frames))
-    metrics |= {f"psnr_of_frame_{horizon}": value for horizon, value in enumerate(psnr, start=1)}
-    return metrics | {"psnr": np.mean(psnr).item()}
+    generated, true = continue_clips(model, vq, clips, num_new_frames)
+    last_context_frame = decode_codes(vq, clips.latents[:, num_frames - num_new_frames - 1, 0]).float().cpu()
+    metrics |= psnr_metrics("psnr", generated, true)
+    return metrics | psnr_metrics("repeated_psnr", last_context_frame[:, None], true)
 
 
 @torch.no_grad()

@@ -86,6 +86,13 @@ def rollout(
     return predicted.float().cpu(), truth.float().cpu()
 
 
+def psnr_metrics(name: str, predicted: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """`psnr_per_horizon` as metrics: `{name}_of_frame_1` and so on, and their mean as `name`."""
+    values = psnr_per_horizon(predicted, truth)
+    metrics = {f"{name}_of_frame_{horizon}": value for horizon, value in enumerate(values, start=1)}
+    return metrics | {name: np.mean(values).item()}
+
+
 def psnr_per_horizon(predicted: torch.Tensor, truth: torch.Tensor) -> list[float]:
     """PSNR in dB of the first, second, ... predicted frame: each video's own, then the mean over videos.
 
