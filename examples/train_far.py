@@ -47,7 +47,7 @@ from diffusers_far.training.arguments import (
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clip_sources import open_clips, open_validation_clips
 from diffusers_far.training.clips import encode_batches
-from diffusers_far.training.hub import open_repo, push_folder, results_section, write_card
+from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
 from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
 from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import (
@@ -195,7 +195,8 @@ def save_result(
     if measurement is not None and measurement.predicted is not None:
         sample = SAMPLE
         write_video(pipeline, measurement, output_dir / sample)
-    card = model_card(pipeline, repo_id or output_dir.resolve().name, facts)
+    metadata = known_metadata(args, relation="finetune")
+    card = model_card(pipeline, repo_id or output_dir.resolve().name, facts, metadata)
     metrics = None if measurement is None else measurement.metrics
     write_card(output_dir, f"{card}\n{results_section(None, metrics, sample)}")
     pipeline.save_pretrained(output_dir)

@@ -38,7 +38,7 @@ from diffusers_far.training.arguments import (
 from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clip_sources import open_clips, open_validation_clips
 from diffusers_far.training.clips import encode_batches
-from diffusers_far.training.hub import open_repo, push_folder, results_section, write_card
+from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
 from diffusers_far.training.lora import (
     LAYER_GROUPS,
     add_lora,
@@ -115,7 +115,8 @@ def save_result(
         sample = SAMPLE
         video = side_by_side(after.truth, after.predicted)
         write_mp4(output_dir / sample, video, fps=pipeline.config.fps or DEFAULT_FPS, scale=2)
-    card = lora_card(pipeline, repo_id or output_dir.resolve().name, args.pretrained_model_name_or_path, facts)
+    name, start = repo_id or output_dir.resolve().name, args.pretrained_model_name_or_path
+    card = lora_card(pipeline, name, start, facts, known_metadata(args, relation="adapter"))
     metrics = [None if measured is None else measured.metrics for measured in (before, after)]
     write_card(output_dir, f"{card}\n{results_section(*metrics, sample)}")
     logger.info(f"Saved the adapter to {output_dir}")

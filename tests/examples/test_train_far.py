@@ -182,6 +182,19 @@ def test_a_run_leaves_a_pipeline_that_generates(workplace, trained):
         assert torch.equal(parameter, average)
 
 
+def test_a_new_pipeline_makes_frames_as_they_were_measured(trained):
+    assert FARPipeline.from_pretrained(trained).default_inference_steps == 2
+
+
+def test_what_accelerate_launch_was_told_holds_in_a_script_that_is_not_told(workplace):
+    launcher = (*ACCELERATE, "--mixed_precision", "bf16")
+    result = train(workplace, "told", "--max_train_steps", "1", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "1 process on cpu, mixed precision bf16, global batch 4 = 1 x 4 x 1" in result.stderr
+    run = json.loads((workplace / "told" / "checkpoint-1" / "run.json").read_text())
+    assert run["identity"]["mixed_precision"] == "bf16" and run["identity"]["gradient_accumulation_steps"] == 1
+
+
 def test_a_run_logs_every_step_and_validates(trained):
     assert list(scalar_curve(trained, "train/loss")) == list(range(1, 10))
     assert list(scalar_curve(trained, "validation/loss_at_500")) == [9]
@@ -250,7 +263,7 @@ def test_a_dry_run_prints_the_cost_and_leaves_nothing(workplace):
     result = train(workplace, "dry", "--dry_run")
     assert result.returncode == 0, result.stderr
     assert "17 tokens per clip of 8 frames, 5 of them long" in result.stdout
-    assert "s per step of 4 clips" in result.stdout
+    assert "s per step of 4 clips" in result.stdout and "hours for --max_train_steps 9" in result.stdout
     assert not (workplace / "dry").exists()
 
 

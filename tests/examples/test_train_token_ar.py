@@ -111,6 +111,13 @@ def trained(workplace) -> Path:
     return workplace / "straight"
 
 
+def test_a_dry_run_prints_the_cost_and_leaves_nothing(workplace):
+    result = train(workplace, "dry", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert "24 tokens per clip of 4 frames\n" in result.stdout and "s per step of 4 clips\n" in result.stdout
+    assert "hours for --max_train_steps 6" in result.stdout and not (workplace / "dry").exists()
+
+
 def test_a_run_leaves_a_model_with_averaged_weights_that_generates_and_its_vq(workplace, trained):
     model = AutoModel.from_pretrained(trained)
     assert type(model) is TokenARForVideo

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -101,6 +102,40 @@ def test_a_run_leaves_a_vae_whose_latents_have_unit_variance(workplace, trained)
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     assert len(list((trained / "samples").glob("*.png"))) == 2
     assert list((trained / "logs").rglob("events*"))
+    (known,) = (trained / "logs").rglob("hparams.yml")
+    assert "latent_noise: 0.1" in known.read_text() and "vae.latent_channels: 4" in known.read_text()
+
+
+def test_a_log_that_goes_to_a_file_has_lines_and_no_bar(workplace):
+    result = train(workplace, "lines", "--checkpointing_steps", "3")
+    assert result.returncode == 0, result.stderr
+    assert "\r" not in result.stderr and "it/s" not in result.stderr
+    assert "1 process on cpu, mixed precision no, global batch 4 = 1 x 4 x 1" in result.stderr
+    assert re.search(r"step 8 of 8: loss [\d.]+, learning rate [\d.e-]+, [\d.]+ s per step, 0 s left", result.stderr)
+    saved = [line for line in result.stderr.splitlines() if "aved" in line and "checkpoint-3" in line]
+    assert len(saved) == 1 and "Saved" in saved[0]
+    assert re.search(r"step 8: held-out psnr .* worst 8x8 patch [\d.]+ dB, at row \d+, column \d+", result.stderr)
+
+
+def test_a_dry_run_prints_the_cost_with_the_gan_and_leaves_nothing(workplace):
+    gan = ("--disc_start", "6", "--disc_channels", "8", "--disc_layers", "1")
+    result = train(workplace, "dry", "--dry_run", *gan)
+    assert result.returncode == 0, result.stderr
+    assert "s per step of 4 frames, with the GAN\n" in result.stdout
+    assert "hours for --max_train_steps 8" in result.stdout and not (workplace / "dry").exists()
+
+
+def test_a_run_out_of_time_stops_with_a_checkpoint_and_a_vae(workplace):
+    result = train(workplace, "timed", "--max_train_hours", "0")
+    assert result.returncode == 0, result.stderr
+    assert (workplace / "timed" / "checkpoint-1").is_dir()
+    assert AutoencoderDC.from_pretrained(workplace / "timed").config.scaling_factor != 1
+
+
+def test_a_tracker_that_is_not_installed_stops_the_run_before_it_starts(workplace):
+    result = train(workplace, "untracked", "--report_to", "tensorboard,dvclive")
+    assert result.returncode != 0 and not (workplace / "untracked").exists()
+    assert "asks for 'dvclive', which is not installed" in result.stderr
 
 
 def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(workplace, trained):
@@ -160,7 +195,7 @@ def test_a_resumed_vq_restarts_the_codes_that_an_uninterrupted_one_restarts(work
 
 def scalar(output_dir: Path, name: str) -> float:
     """The last logged value."""
-    (path,) = output_dir.rglob("events*")
+    (path,) = (output_dir / "logs" / "train_vae").glob("events*")
     return EventAccumulator(str(path)).Reload().Scalars(name)[-1].value
 
 

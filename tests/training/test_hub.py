@@ -1,7 +1,63 @@
-import pytest
-from local_hub import run_python
+import argparse
 
-from diffusers_far.training.hub import is_unedited, results_section, signed, write_card
+import pytest
+from huggingface_hub import ModelCard
+from local_hub import run_python
+from tiny_models import tiny_pipeline
+
+from diffusers_far.pipelines.model_card import model_card
+from diffusers_far.training.arguments import add_data_arguments, add_hub_arguments
+from diffusers_far.training.hub import is_unedited, known_metadata, results_section, signed, write_card
+from diffusers_far.training.lora import add_lora, lora_card
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    add_hub_arguments(parser)
+    parser.add_argument("--pretrained_model_name_or_path")
+    return parser.parse_args(["--output_dir", "run", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments, known",
+    [
+        ("", {}),
+        ("--license mit", {"license": "mit"}),
+        ("--dataset_name org/mazes", {"datasets": ["org/mazes"]}),
+        ("--dataset_name .", {}),
+        ("--dataset_name . --dataset_ids org/mazes org/walks", {"datasets": ["org/mazes", "org/walks"]}),
+        ("--latents_dir . --dataset_ids org/mazes", {"datasets": ["org/mazes"]}),
+        ("--pretrained_model_name_or_path .", {}),
+        ("--pretrained_model_name_or_path org/far", {"base_model": "org/far", "base_model_relation": "finetune"}),
+        (
+            "--pretrained_model_name_or_path . --base_model_id org/far",
+            {"base_model": "org/far", "base_model_relation": "finetune"},
+        ),
+    ],
+)
+def test_a_card_tells_the_hub_what_was_said_or_has_an_id_and_invents_nothing(arguments, known):
+    assert known_metadata(parse(*arguments.split()), relation="finetune") == known
+    card = ModelCard(model_card(tiny_pipeline(), "me/far", {}, known)).data.to_dict()
+    assert card.items() >= {**known, "library_name": "diffusers", "pipeline_tag": "video-to-video"}.items()
+    assert "arxiv:2503.19325" in card["tags"]
+    assert {"license", "datasets", "base_model"} & card.keys() == {"license", "datasets", "base_model"} & known.keys()
+
+
+def test_the_card_of_an_adapter_has_the_same_beside_its_own():
+    pipe = tiny_pipeline()
+    add_lora(pipe.transformer, rank=2, alpha=2.0, dropout=0.0, targets=["to_q"])
+    card = ModelCard(lora_card(pipe, "me/doom", ".", {}, {"license": "mit", "base_model": "org/far"})).data.to_dict()
+    assert card["license"] == "mit" and card["base_model"] == "org/far" and card["pipeline_tag"] == "video-to-video"
+    assert {"lora", "arxiv:2503.19325"} <= set(card["tags"])
+
+
+@pytest.mark.parametrize("wrong", ["--license Apache 2.0", "--dataset_ids a/b/c", "--base_model_id ../far"])
+def test_a_licence_or_an_id_that_the_hub_does_not_know_stops_the_run_before_it_starts(wrong, capsys):
+    flag, value = wrong.split(maxsplit=1)
+    with pytest.raises(SystemExit):
+        parse(flag, value)
+    assert "the Hub, such as" in capsys.readouterr().err
 
 
 def test_a_signed_card_is_known_as_unedited_until_a_letter_changes():

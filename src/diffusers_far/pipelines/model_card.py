@@ -1,6 +1,6 @@
 """The README of a saved pipeline: what the model is, how to use it and what it was trained on, told by its config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,13 +70,24 @@ WHOLE_CLIP = "A video diffusion transformer: it {task}, all new frames at once. 
 CONTEXT_FRAMES, NEW_FRAMES = 4, 8  # of the usage example
 
 
-def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, Any] | None = None) -> str:
+# What the Hub lists every card of ours under: its task, and the paper.
+PIPELINE_TAG = "video-to-video"
+TAGS = ("diffusers-far", "video-prediction", "arxiv:2503.19325")
+
+
+def model_card(
+    pipe: DiffusionPipeline,
+    name: str,
+    training_facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
     """The model card of a [`FARPipeline`].
 
     Args:
         pipe ([`FARPipeline`]).
         name (`str`): The repo or folder that it will be loaded from.
         training_facts (`dict`, *optional*): What it was trained on and how, one line each, such as `{"Data": "..."}`.
+        metadata (`dict`, *optional*): What the Hub is to know besides, such as `license`, `datasets` and `base_model`.
 
     Returns:
         Markdown with the Hub's metadata in front.
@@ -100,9 +111,8 @@ def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, 
     }
     training = {"Longest clip": f"{config.trained_frames} frames" if config.trained_frames else "not recorded"}
     training.update(training_facts or {"Data": "not recorded"})
-    tags = ["diffusers-far", "video-prediction"] + (["world-model"] if pipe.transformer.takes_actions else [])
     return CARD.format(
-        metadata=ModelCardData(library_name="diffusers", tags=tags).to_yaml(),
+        metadata=card_metadata(pipe.transformer, **(metadata or {})),
         title=name.split("/")[-1],
         kind=(FRAME_CAUSAL if config.frame_causal else WHOLE_CLIP).format(task=task),
         facts="\n".join(f"| {fact} | {text} |" for fact, text in facts.items() if text),
@@ -110,6 +120,12 @@ def model_card(pipe: DiffusionPipeline, name: str, training_facts: Mapping[str, 
         custom_loading=CUSTOM_LOADING.format(name=name),
         training="\n".join(f"- {fact}: {text}" for fact, text in training.items()),
     )
+
+
+def card_metadata(transformer: torch.nn.Module, *, tags: Sequence[str] = (), **metadata: Any) -> str:
+    """What stands in front of a card, as YAML: what every card of ours has, `tags` beside its own, and `metadata`."""
+    tags = [*TAGS, *tags] + (["world-model"] if transformer.takes_actions else [])
+    return ModelCardData(library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=tags, **metadata).to_yaml()
 
 
 def usage_example(pipe: DiffusionPipeline, name: str) -> str:

@@ -4,9 +4,11 @@ A script whose defaults differ says so with `parser.set_defaults`.
 """
 
 import argparse
+import re
 from collections.abc import Iterable
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..data.actions import COMBINATION_RULES, ActionCombiner
 from .objective import OBJECTIVES, TrainingObjective
@@ -152,6 +154,37 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hub_model_id", help="Repo to upload to; the name of --output_dir in your namespace if left out."
     )
+
+    parser.add_argument(
+        "--license", type=license_id, help="Of the result, as the Hub calls it: apache-2.0. For the card."
+    )
+    parser.add_argument(
+        "--dataset_ids",
+        type=hub_id,
+        nargs="+",
+        help="Ids on the Hub of what is trained on, for the card; folders have none.",
+    )
+    parser.add_argument(
+        "--base_model_id",
+        type=hub_id,
+        help="Id on the Hub of what training starts from, for the card, if that is a folder.",
+    )
+
+
+def license_id(text: str) -> str:
+    """An argument type: a licence as the Hub writes it."""
+    if not re.fullmatch(r"[a-z0-9.\-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no identifier of the Hub, such as apache-2.0")
+    return text
+
+
+def hub_id(text: str) -> str:
+    """An argument type: a repo on the Hub."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no id of a repo on the Hub, such as org/mazes") from error
+    return text
 
 
 def action_combiner(args: argparse.Namespace) -> ActionCombiner | None:

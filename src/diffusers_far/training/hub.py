@@ -1,9 +1,11 @@
 """The card of a finished run, and the way of its folder to the Hub."""
 
+import argparse
 import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import create_repo, upload_folder
@@ -29,6 +31,30 @@ REPORTED = {
     "repeated_psnr": "the same of repeating the last frame, dB",
     "vae_psnr": "the VAE's reconstruction against the true frames, dB",
 }
+
+
+def known_metadata(args: argparse.Namespace, *, relation: str) -> dict[str, Any]:
+    """What a run's card tells the Hub of licence, data sets and base model: what was said, or is named by its id on the
+    Hub, and nothing that is not known.
+
+    Args:
+        args (`argparse.Namespace`): Of a script, with `add_hub_arguments`.
+        relation (`str`): Of the result to the model that training starts from: `"finetune"` or `"adapter"`.
+    """
+
+    def on_hub(name: str | None) -> str | None:
+        # The name of a folder would link to whatever repo is called so.
+        return None if name is None or Path(name).exists() else name
+
+    dataset, start = on_hub(args.dataset_name), on_hub(args.pretrained_model_name_or_path)
+    base_model = args.base_model_id or start
+    known = {
+        "license": args.license,
+        "datasets": args.dataset_ids or ([dataset] if dataset else None),
+        "base_model": base_model,
+        "base_model_relation": relation if base_model else None,
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def results_section(

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import ModelCardData
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ..models.loading import name_some
-from ..pipelines.model_card import usage_example
+from ..pipelines.model_card import card_metadata, usage_example
 
 
 LAYER_GROUPS = {
@@ -142,7 +142,9 @@ def save_lora(pipeline, folder: str | Path) -> None:
     )
 
 
-def lora_card(pipeline, name: str, base_model: str, facts: Mapping[str, str]) -> str:
+def lora_card(
+    pipeline, name: str, base_model: str, facts: Mapping[str, str], metadata: Mapping[str, Any] | None = None
+) -> str:
     """The card of an adapter.
 
     Args:
@@ -150,21 +152,21 @@ def lora_card(pipeline, name: str, base_model: str, facts: Mapping[str, str]) ->
         name (`str`): The repo or folder that the adapter will be loaded from.
         base_model (`str`): Where the pipeline came from: a folder, of which only the name is told, or a repo on the Hub.
         facts (`dict`): What the adapter was trained on and how, one line each.
+        metadata (`dict`, *optional*): What the Hub is to know besides, such as `license` and `datasets`.
 
     Returns:
         Markdown with the Hub's metadata in front.
     """
     is_folder = Path(base_model).exists()
     base = Path(base_model).resolve().name if is_folder else base_model
-    tags = ["diffusers-far", "lora", "video-prediction"]
-    tags += ["world-model"] if pipeline.transformer.takes_actions else []
     # A folder's name in the metadata would link to whatever repo on the Hub is called so.
     known_base = {} if is_folder else {"base_model": base, "base_model_relation": "adapter"}
+    known = {**known_base, **(metadata or {})}
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in pipeline.transformer.parameters()]
     loading = f'pipe = FARPipeline.from_pretrained("{base}")'
     usage = usage_example(pipeline, base).replace(loading, f'{loading}\npipe.load_lora_weights("{name}")')
     return CARD.format(
-        metadata=ModelCardData(library_name="diffusers", tags=tags, **known_base).to_yaml(),
+        metadata=card_metadata(pipeline.transformer, tags=["lora"], **known),
         title=name.split("/")[-1],
         base=f"`{base}`" if is_folder else f"[{base}](https://huggingface.co/{base})",
         num_trained=sum(size for size, is_trained in parameters if is_trained),
