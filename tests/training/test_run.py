@@ -43,7 +43,7 @@ def launched(monkeypatch, tmp_path):
         for name, value in dict(environment).items():
             monkeypatch.setenv(name, value)
         defaults = {"gradient_accumulation_steps": None, "mixed_precision": None, "report_to": "none"}
-        args = argparse.Namespace(output_dir=str(tmp_path), train_batch_size=4, **{**defaults, **flags})
+        args = argparse.Namespace(output_dir=str(tmp_path), **{**defaults, "train_batch_size": 4, **flags})
         return build_accelerator(args), args
 
     yield launch
@@ -66,6 +66,12 @@ def test_what_a_script_is_told_goes_before_what_the_launcher_was_told(launched):
 def test_told_nothing_a_run_is_of_float32_without_accumulation(launched):
     accelerator, args = launched()
     assert accelerator.mixed_precision == args.mixed_precision == "no" and args.gradient_accumulation_steps == 1
+
+
+@pytest.mark.parametrize("wrong", [{"gradient_accumulation_steps": 0}, {"train_batch_size": 0}])
+def test_a_batch_of_nothing_is_refused(launched, wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is 0"):
+        launched(**wrong)
 
 
 def test_a_loss_is_not_divided_again_by_what_the_launcher_accumulates(launched):

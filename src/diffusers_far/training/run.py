@@ -20,6 +20,7 @@ from accelerate.utils import LoggerType, ProjectConfiguration, parse_flag_from_e
 
 from ..data.encoded import EncodedDataset
 from ..data.latents import LatentDataset
+from ..pipelines.inputs import check_count
 from .arguments import STREAM_IDENTITY
 from .clips import ClipBatch, TrainingBatches, clip_loss
 from .objective import ObjectiveDraw, TrainingObjective
@@ -81,6 +82,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             )
     elif args.gradient_accumulation_steps is None:
         args.gradient_accumulation_steps = launched_steps
+    for name in ("train_batch_size", "gradient_accumulation_steps"):
+        check_count(name, getattr(args, name, 1))
     # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
     accelerator.gradient_accumulation_steps = 1
     logger.info(describe_launch(args, accelerator))
