@@ -208,7 +208,9 @@ def main(args: argparse.Namespace) -> None:
         }
         accelerator.log(scalars, step=finished)
         progress.update(loss=step_loss, learning_rate=scalars["train/learning_rate"])
-        if args.dry_run and finished == min(DRY_RUN_STEPS, args.max_train_steps):
+        if args.dry_run:
+            if finished < min(DRY_RUN_STEPS, args.max_train_steps):
+                continue
             cost = (token_ar, progress.seconds_of_last_step, f"{batches.clips_per_step} clips")
             accelerator.print(
                 f"{args.num_frames * config.tokens_per_frame} tokens per clip of {args.num_frames} frames"

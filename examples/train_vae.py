@@ -291,7 +291,9 @@ def main(args: argparse.Namespace) -> None:
                 scalars["train/restarted_codes"] = num_restarted
             accelerator.log(scalars, step=finished)
         progress.update(loss=loss.item(), learning_rate=lr_scheduler.get_last_lr()[0])
-        if args.dry_run and finished == min(DRY_RUN_STEPS, args.max_train_steps):
+        if args.dry_run:
+            if finished < min(DRY_RUN_STEPS, args.max_train_steps):
+                continue
             batch = (
                 f"{args.train_batch_size * accelerator.num_processes} frames{', with the GAN' if gan_is_on else ''}"
             )
