@@ -119,20 +119,20 @@ def test_durations_are_read_in_hours_and_minutes():
     assert [in_hours(seconds) for seconds in (4, 90, 3600, 9300)] == ["4 s", "2 min", "1 h 00 min", "2 h 35 min"]
 
 
-def test_the_log_holds_what_the_script_and_the_package_say_and_no_lines_of_libraries(caplog):
+def test_the_log_holds_what_the_script_and_the_package_say_and_no_lines_of_libraries(monkeypatch, capsys):
     root = logging.getLogger()
-    before = {name: logging.getLogger(name).level for name in ("a_script", "diffusers_far", "root")}
-    level = root.level
+    monkeypatch.setattr(root, "handlers", [])  # as at the start of a script
+    loggers = [root, *map(logging.getLogger, ("a_script", "diffusers_far"))]
+    levels = [each.level for each in loggers]
     try:
-        root.setLevel(logging.WARNING)
         set_up_logging("a_script")
         for name in ("a_script", "diffusers_far.training.run", "accelerate.checkpointing", "httpx"):
-            logging.getLogger(name).info(name)
+            logging.getLogger(name).info(f"said by {name}")
     finally:
-        root.setLevel(level)
-        for name, old in before.items():
-            logging.getLogger(name).setLevel(old)
-    assert caplog.messages == ["a_script", "diffusers_far.training.run"]
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
+    said = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["said by a_script", "said by diffusers_far.training.run"]
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
