@@ -10,7 +10,6 @@ The codes come from `cache_latents.py` with a `VQModel`. The result in `--output
 import argparse
 import json
 import logging
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,15 +25,16 @@ from tqdm.auto import tqdm
 from diffusers_far import TokenARConfig, TokenARForVideo
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.training.arguments import add_checkpoint_arguments, add_optimization_arguments, build_optimizer
-from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clips import TrainingBatches
+from diffusers_far.training.launch import Launch, launched, leave_signals_to_parent
 from diffusers_far.training.measurement import describe_metrics
 from diffusers_far.training.objective import TrainingObjective
 from diffusers_far.training.run import (
     build_accelerator,
     evaluated,
-    is_out_of_time,
     require_finite,
+    require_finite_metrics,
     run_identity,
     seed_step,
 )
@@ -85,7 +85,8 @@ def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) ->
     } | json.loads(Path(args.model_config).read_text())
 
 
-def main(args: argparse.Namespace) -> None:
+@launched
+def main(args: argparse.Namespace, launch: Launch) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
@@ -124,8 +125,8 @@ def main(args: argparse.Namespace) -> None:
     )
     model, optimizer = accelerator.prepare(token_ar, optimizer)
     ema = EMAModel(token_ar.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
-    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
-    accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
+    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
+    checkpoint_states(accelerator, lr_scheduler=lr_scheduler, ema=ema)
 
     # 3. Start or resume
     identity = run_identity(args, IDENTITY, codes, accelerator.num_processes, model=config_arguments)
@@ -142,9 +143,9 @@ def main(args: argparse.Namespace) -> None:
         f"are long enough for {args.num_frames} frames of {config.tokens_per_frame} codes; from step {first_step}"
     )
 
-    def validate(step: int) -> None:
+    def validate(step: int) -> dict[str, float]:
         if validation_codes is None or not accelerator.is_main_process:
-            return
+            return {}
         with evaluated(token_ar, ema):
             metrics = measure_tokens(
                 token_ar,
@@ -158,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
             )
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
         logger.info(f"step {step}: {describe_metrics(metrics)}")
+        return metrics
 
     # 4. Train
     token_ar.train()
@@ -167,10 +169,12 @@ def main(args: argparse.Namespace) -> None:
         batch_size=None,
         sampler=range(first_step * num_accumulated, args.max_train_steps * num_accumulated),
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_parent,
     )
+    launch.begin()  # before processes that load data begin, so that they die of no signal
     loaded = iter(loader)
     progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not accelerator.is_main_process)
-    start_time, finished = time.perf_counter(), first_step
+    finished = first_step
     for step in range(first_step, args.max_train_steps):
         seed_step(args.seed, step, accelerator.process_index)
         step_loss = torch.zeros((), device=accelerator.device)
@@ -182,8 +186,8 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.backward(loss)
             step_loss += loss.detach()
         step_loss = accelerator.reduce(step_loss, reduction="mean").item()
-        require_finite(step_loss, step, args.output_dir)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        require_finite(accelerator, step, output_dir, loss=step_loss, gradient_norm=gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
         lr_scheduler.step()
@@ -199,19 +203,19 @@ def main(args: argparse.Namespace) -> None:
         accelerator.log(scalars, step=finished)
         progress.set_postfix(loss=f"{step_loss:.4f}", refresh=False)
         progress.update()
+        if launch.must_stop(accelerator, finished):
+            break
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if finished % args.validation_steps == 0 and finished < args.max_train_steps:
             validate(finished)
-        if is_out_of_time(accelerator, args.max_train_hours, start_time):
-            logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
-            break
     progress.close()
 
     # 5. Save
-    save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-    validate(finished)
-    if accelerator.is_main_process:
+    if finished > first_step:
+        save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+    if accelerator.is_main_process and not launch.is_interrupted:
+        require_finite_metrics(validate(finished), finished, output_dir)
         with evaluated(token_ar, ema):
             token_ar.save_pretrained(output_dir)
         vq.save_pretrained(output_dir / "vq")

@@ -11,6 +11,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..files import written_whole
+
 
 FRAME_NAME = "frame_{:05d}.png"
 WRITTEN_SUFFIXES = (".mp4", ".gif", ".webp")
@@ -32,7 +34,8 @@ def write_mp4(path: str | Path, video: torch.Tensor, fps: float, scale: int = 1)
         fps (`float`): Frames per second.
         scale (`int`): Repeats pixels, for small frames.
     """
-    encode_mp4(path, repeat_pixels(to_uint8(video), scale), fps)
+    with written_whole(path) as unfinished:
+        encode_mp4(unfinished, repeat_pixels(to_uint8(video), scale), fps)
 
 
 def repeat_pixels(frames: np.ndarray, scale: int) -> np.ndarray:
