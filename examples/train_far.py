@@ -44,10 +44,11 @@ from diffusers_far.training.arguments import (
     require_one_source,
     training_objective,
 )
-from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clip_sources import open_clips, open_validation_clips
 from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
+from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
 from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import (
@@ -56,9 +57,9 @@ from diffusers_far.training.run import (
     check_data,
     evaluated,
     hyperparameters,
-    is_out_of_time,
     leave_out_planned_attention,
     require_finite,
+    require_finite_metrics,
     run_identity,
     seed_step,
     training_batches,
@@ -206,7 +207,8 @@ def save_result(
         logger.info(f"Pushed to {url}")
 
 
-def main(args: argparse.Namespace) -> None:
+@launched
+def main(args: argparse.Namespace, launch: Launch) -> None:
     set_up_logging(__name__)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
@@ -239,8 +241,8 @@ def main(args: argparse.Namespace) -> None:
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
-    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
-    accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
+    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
+    checkpoint_states(accelerator, lr_scheduler=lr_scheduler, ema=ema)
 
     if args.dry_run:
         accelerator.print(describe_step_cost(args, accelerator, model, vae, optimizer, batches))
@@ -280,6 +282,7 @@ def main(args: argparse.Namespace) -> None:
     # 5. Train
     transformer.train()
     num_accumulated = args.gradient_accumulation_steps
+    launch.begin()  # before processes that load data begin, so that they die of no signal
     loaded = encode_batches(batches.load(first_step, args.max_train_steps, args.dataloader_num_workers), vae)
     progress = Progress(
         args.max_train_steps,
@@ -288,8 +291,7 @@ def main(args: argparse.Namespace) -> None:
         max_hours=args.max_train_hours,
         is_silent=not accelerator.is_main_process,
     )
-    start_time, training_seconds, num_trained_frames, finished = time.perf_counter(), 0.0, 0, first_step
-    measurement = None
+    training_seconds, num_trained_frames, finished, measurement = 0.0, 0, first_step, None
     for step in range(first_step, args.max_train_steps):
         step_start_time = time.perf_counter()
         seed_step(args.seed, step, accelerator.process_index)
@@ -301,8 +303,15 @@ def main(args: argparse.Namespace) -> None:
             num_accumulated=num_accumulated,
             teacher_forcing=args.teacher_forcing,
         )
-        require_finite(outcome.loss, step, args.output_dir)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        require_finite(
+            accelerator,
+            step,
+            output_dir,
+            loss=outcome.loss,
+            gradient_norm=gradient_norm,
+            faulty_clips=outcome.faulty_clips,
+        )
         optimizer.step()
         optimizer.zero_grad()
         lr_scheduler.step()
@@ -323,18 +332,22 @@ def main(args: argparse.Namespace) -> None:
         progress.update(
             loss=outcome.loss, learning_rate=scalars["train/learning_rate"], frames_per_second=frames_per_second
         )
+        measurement = None
+        if launch.must_stop(accelerator, finished):
+            break
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-        measurement = measure_held_out(finished) if finished % args.validation_steps == 0 else None
-        if is_out_of_time(accelerator, args.max_train_hours, start_time):
-            logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
-            break
+        if finished % args.validation_steps == 0:
+            measurement = measure_held_out(finished)
     progress.close()
 
     # 6. Save
-    save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-    if accelerator.is_main_process:
+    if finished > first_step:
+        save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+    if accelerator.is_main_process and not launch.is_interrupted:
         measurement = measurement or measure_held_out(finished)
+        if measurement is not None:
+            require_finite_metrics(measurement.metrics, finished, output_dir)
         transformer.register_to_config(condition_dropout=args.condition_dropout)
         facts = training_facts(args, args.latents_dir or args.dataset_name, finished, objective)
         facts["EMA"] = str(args.ema_decay) if args.use_ema else "none"

@@ -10,7 +10,6 @@ checkpoints and logs.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
@@ -35,10 +34,11 @@ from diffusers_far.training.arguments import (
     require_one_source,
     training_objective,
 )
-from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clip_sources import open_clips, open_validation_clips
 from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
+from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.lora import (
     LAYER_GROUPS,
     add_lora,
@@ -54,9 +54,9 @@ from diffusers_far.training.run import (
     check_data,
     evaluated,
     hyperparameters,
-    is_out_of_time,
     leave_out_planned_attention,
     require_finite,
+    require_finite_metrics,
     run_identity,
     seed_step,
     training_batches,
@@ -125,7 +125,8 @@ def save_result(
         logger.info(f"Pushed to {url}")
 
 
-def main(args: argparse.Namespace) -> None:
+@launched
+def main(args: argparse.Namespace, launch: Launch) -> None:
     set_up_logging(__name__)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
@@ -163,8 +164,8 @@ def main(args: argparse.Namespace) -> None:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
-    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
-    accelerator.register_for_checkpointing(lr_scheduler)
+    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
+    checkpoint_states(accelerator, lr_scheduler=lr_scheduler)
 
     if args.dry_run:
         accelerator.print(describe_step_cost(args, accelerator, model, pipeline.vae, optimizer, batches))
@@ -205,9 +206,12 @@ def main(args: argparse.Namespace) -> None:
     # 5. Train; without the adapter the transformer is what it was before the first step, whether the run is resumed or not
     transformer.disable_adapters()
     before = measure_held_out(step=0)
+    if before is not None:
+        require_finite_metrics(before.metrics, 0, output_dir)
     transformer.enable_adapters()
     transformer.train()
     num_accumulated = args.gradient_accumulation_steps
+    launch.begin()  # before processes that load data begin, so that they die of no signal
     loaded = encode_batches(batches.load(first_step, args.max_train_steps, args.dataloader_num_workers), pipeline.vae)
     progress = Progress(
         args.max_train_steps,
@@ -216,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
         max_hours=args.max_train_hours,
         is_silent=not accelerator.is_main_process,
     )
-    start_time, finished = time.perf_counter(), first_step
+    finished = first_step
     for step in range(first_step, args.max_train_steps):
         seed_step(args.seed, step, accelerator.process_index)
         outcome = accumulate_gradients(
@@ -227,8 +231,15 @@ def main(args: argparse.Namespace) -> None:
             num_accumulated=num_accumulated,
             teacher_forcing=args.teacher_forcing,
         )
-        require_finite(outcome.loss, step, args.output_dir)
         gradient_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        require_finite(
+            accelerator,
+            step,
+            output_dir,
+            loss=outcome.loss,
+            gradient_norm=gradient_norm,
+            faulty_clips=outcome.faulty_clips,
+        )
         optimizer.step()
         optimizer.zero_grad()
         lr_scheduler.step()
@@ -241,19 +252,21 @@ def main(args: argparse.Namespace) -> None:
         }
         accelerator.log(scalars, step=finished)
         progress.update(loss=outcome.loss, learning_rate=scalars["train/learning_rate"])
+        if launch.must_stop(accelerator, finished):
+            break
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if finished % args.validation_steps == 0 and finished < args.max_train_steps:
             measure_held_out(finished)
-        if is_out_of_time(accelerator, args.max_train_hours, start_time):
-            logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
-            break
     progress.close()
 
     # 6. Save
-    save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-    after = measure_held_out(finished)
-    if accelerator.is_main_process:
+    if finished > first_step:
+        save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+    if accelerator.is_main_process and not launch.is_interrupted:
+        after = measure_held_out(finished)
+        if after is not None:
+            require_finite_metrics(after.metrics, finished, output_dir)
         facts = training_facts(args, args.latents_dir or args.dataset_name, finished, objective) | {
             "Base model": f"weights {base_model[:16]} (SHA-256)",
             "Adapter": f"rank {args.rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}, {', '.join(targets)}",

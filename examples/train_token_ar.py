@@ -9,7 +9,6 @@ The codes come from `cache_latents.py` with a `VQModel`. The result in `--output
 
 import argparse
 import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,16 +24,17 @@ from diffusers_far import TokenARConfig, TokenARForVideo
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.training.arguments import add_checkpoint_arguments, add_optimization_arguments, build_optimizer
-from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clips import TrainingBatches
+from diffusers_far.training.launch import Launch, launched, leave_signals_to_parent
 from diffusers_far.training.measurement import describe_metrics
 from diffusers_far.training.objective import TrainingObjective
 from diffusers_far.training.run import (
     build_accelerator,
     evaluated,
     hyperparameters,
-    is_out_of_time,
     require_finite,
+    require_finite_metrics,
     run_identity,
     seed_step,
 )
@@ -86,7 +86,8 @@ def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) ->
     } | json.loads(Path(args.model_config).read_text())
 
 
-def main(args: argparse.Namespace) -> None:
+@launched
+def main(args: argparse.Namespace, launch: Launch) -> None:
     set_up_logging(__name__)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
@@ -128,8 +129,8 @@ def main(args: argparse.Namespace) -> None:
     )
     model, optimizer = accelerator.prepare(token_ar, optimizer)
     ema = EMAModel(token_ar.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
-    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
-    accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
+    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
+    checkpoint_states(accelerator, lr_scheduler=lr_scheduler, ema=ema)
 
     # 3. Start or resume
     identity = run_identity(args, IDENTITY, codes, accelerator.num_processes, model=config_arguments)
@@ -146,9 +147,9 @@ def main(args: argparse.Namespace) -> None:
         f"are long enough for {args.num_frames} frames of {config.tokens_per_frame} codes; from step {first_step}"
     )
 
-    def validate(step: int) -> None:
+    def validate(step: int) -> dict[str, float]:
         if validation_codes is None or not accelerator.is_main_process:
-            return
+            return {}
         with evaluated(token_ar, ema):
             metrics = measure_tokens(
                 token_ar,
@@ -162,6 +163,7 @@ def main(args: argparse.Namespace) -> None:
             )
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
         logger.info(f"step {step}, held out:\n{describe_metrics(metrics)}")
+        return metrics
 
     # 4. Train
     token_ar.train()
@@ -171,7 +173,9 @@ def main(args: argparse.Namespace) -> None:
         batch_size=None,
         sampler=range(first_step * num_accumulated, args.max_train_steps * num_accumulated),
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_parent,
     )
+    launch.begin()  # before processes that load data begin, so that they die of no signal
     loaded = iter(loader)
     progress = Progress(
         args.max_train_steps,
@@ -180,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
         max_hours=args.max_train_hours,
         is_silent=not accelerator.is_main_process,
     )
-    start_time, finished = time.perf_counter(), first_step
+    finished = first_step
     for step in range(first_step, args.max_train_steps):
         seed_step(args.seed, step, accelerator.process_index)
         step_loss = torch.zeros((), device=accelerator.device)
@@ -192,8 +196,8 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.backward(loss)
             step_loss += loss.detach()
         step_loss = accelerator.reduce(step_loss, reduction="mean").item()
-        require_finite(step_loss, step, args.output_dir)
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        require_finite(accelerator, step, output_dir, loss=step_loss, gradient_norm=gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
         lr_scheduler.step()
@@ -217,19 +221,19 @@ def main(args: argparse.Namespace) -> None:
             )
             accelerator.print(describe_cost(args, accelerator.device, *cost))
             return
+        if launch.must_stop(accelerator, finished):
+            break
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if finished % args.validation_steps == 0 and finished < args.max_train_steps:
             validate(finished)
-        if is_out_of_time(accelerator, args.max_train_hours, start_time):
-            logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
-            break
     progress.close()
 
     # 5. Save
-    save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-    validate(finished)
-    if accelerator.is_main_process:
+    if finished > first_step:
+        save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+    if accelerator.is_main_process and not launch.is_interrupted:
+        require_finite_metrics(validate(finished), finished, output_dir)
         with evaluated(token_ar, ema):
             token_ar.save_pretrained(output_dir)
         vq.save_pretrained(output_dir / "vq")

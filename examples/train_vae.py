@@ -20,11 +20,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Subset
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.data.frames import evenly_spaced
 from diffusers_far.evaluation.media import contact_sheet
+from diffusers_far.files import written_whole
 from diffusers_far.models.lpips import load_lpips
 from diffusers_far.training.arguments import (
     add_log_arguments,
@@ -39,7 +41,7 @@ from diffusers_far.training.autoencoder import (
     measure_scaling_factor,
     reconstruction_loss,
 )
-from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.codebook import CodebookRestart, measure_codebook
 from diffusers_far.training.discriminator import (
     PatchDiscriminator,
@@ -48,8 +50,9 @@ from diffusers_far.training.discriminator import (
     hinge_generator_loss,
 )
 from diffusers_far.training.frame_batches import open_frames, open_validation_frames
+from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.order import step_generator
-from diffusers_far.training.run import build_accelerator, hyperparameters, is_out_of_time
+from diffusers_far.training.run import build_accelerator, hyperparameters, require_finite, require_finite_metrics
 from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
 
 
@@ -147,10 +150,13 @@ def save_sample_grid(vae: torch.nn.Module, images: torch.Tensor, path: Path) -> 
         decoded = vae(images.to(vae.device, vae.dtype) / 127.5 - 1).sample
     decoded = (decoded.float().cpu() / 2 + 0.5).clamp(0, 1)
     path.parent.mkdir(exist_ok=True)
-    contact_sheet([images / 255, decoded], scale=max(1, math.ceil(MIN_SHOWN_HEIGHT / images.shape[2]))).save(path)
+    with written_whole(path) as unfinished:
+        sheet = contact_sheet([images / 255, decoded], scale=max(1, math.ceil(MIN_SHOWN_HEIGHT / images.shape[2])))
+        sheet.save(unfinished)
 
 
-def main(args: argparse.Namespace) -> None:
+@launched
+def main(args: argparse.Namespace, launch: Launch) -> None:
     set_up_logging(__name__)
     checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
@@ -181,12 +187,11 @@ def main(args: argparse.Namespace) -> None:
         num_training_steps=args.max_train_steps,
     )
     autoencoding, optimizer = accelerator.prepare(Autoencoding(vae, args.latent_noise), optimizer)
-    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate only saves it.
-    accelerator.register_for_checkpointing(ema, lr_scheduler)
     restart = None
     if isinstance(vae, diffusers.VQModel) and args.idle_steps_to_restart:
         restart = CodebookRestart(vae, args.idle_steps_to_restart)
-        accelerator.register_for_checkpointing(restart)
+    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
+    checkpoint_states(accelerator, ema=ema, lr_scheduler=lr_scheduler, codebook_restart=restart)
     if args.disc_start is not None:
         discriminator = PatchDiscriminator(3, args.disc_channels, args.disc_layers)
         disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.learning_rate, betas=(0.5, 0.9))
@@ -208,11 +213,12 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process and not args.dry_run:
         output_dir.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers("train_vae", hyperparameters(args, accelerator, vae=identity["vae_config"]))
+    launch.begin()  # before processes that load data begin, so that they die of no signal
     loaded = train_frames.load(first_step, args.max_train_steps, args.dataloader_num_workers)
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
     logger.info(f"{num_parameters / 1e6:.2f} M parameters, {train_frames.extent}, from step {first_step}")
 
-    def validate(step: int) -> None:
+    def validate(step: int) -> dict[str, float]:
         ema.store(vae.parameters())
         ema.copy_to(vae.parameters())
         metrics = measure_reconstruction(vae, validation_loader)
@@ -224,6 +230,7 @@ def main(args: argparse.Namespace) -> None:
         ema.restore(vae.parameters())
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
         logger.info(f"step {step}: held-out {describe_reconstruction(metrics)}")
+        return metrics
 
     # 4. Train
     autoencoding.train()
@@ -234,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
         max_hours=args.max_train_hours,
         is_silent=not accelerator.is_main_process,
     )
-    start_time, finished = time.perf_counter(), first_step
+    finished = first_step
     for step, frames in zip(range(first_step, args.max_train_steps), loaded):
         target = (frames.to(accelerator.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         generator = step_generator(args.seed, step, accelerator.process_index)
@@ -256,13 +263,9 @@ def main(args: argparse.Namespace) -> None:
             losses["generator"] = hinge_generator_loss(accelerator.unwrap_model(discriminator)(reconstructed))
             weight = 1.0 if args.disc_fixed_weight else adaptive_weight(loss, losses["generator"], last_layer)
             loss = loss + args.disc_weight * weight * losses["generator"]
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(
-                f"The loss is {loss.item()} at step {step}. The last checkpoint in {args.output_dir!r} is intact: "
-                "lower `--learning_rate` or `--max_grad_norm` and resume from it with `--allow_changed_run`."
-            )
         accelerator.backward(loss)
         gradient_norm = accelerator.clip_grad_norm_(autoencoding.parameters(), args.max_grad_norm)
+        require_finite(accelerator, step, output_dir, loss=loss.item(), gradient_norm=gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
         lr_scheduler.step()
@@ -277,6 +280,10 @@ def main(args: argparse.Namespace) -> None:
             real_logits, fake_logits = discriminator(torch.cat([target, reconstructed.detach()])).chunk(2)
             losses["discriminator"] = hinge_discriminator_loss(real_logits, fake_logits)
             accelerator.backward(losses["discriminator"])
+            accelerator.unscale_gradients(disc_optimizer)
+            disc_norm = get_total_norm([p.grad for p in discriminator.parameters() if p.grad is not None])
+            disc_loss = losses["discriminator"].item()
+            require_finite(accelerator, step, output_dir, loss=disc_loss, gradient_norm=disc_norm)
             disc_optimizer.step()
 
         finished = step + 1
@@ -299,19 +306,19 @@ def main(args: argparse.Namespace) -> None:
             )
             accelerator.print(describe_cost(args, accelerator.device, vae, progress.seconds_of_last_step, batch))
             return
+        if launch.must_stop(accelerator, finished):
+            break
         if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
             save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
         if accelerator.is_main_process and finished % args.validation_steps == 0 and finished < args.max_train_steps:
             validate(finished)
-        if is_out_of_time(accelerator, args.max_train_hours, start_time):
-            logger.info(f"Stopped after step {finished}: --max_train_hours {args.max_train_hours} are over.")
-            break
     progress.close()
 
     # 5. Save
-    save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-    if accelerator.is_main_process:
-        validate(finished)
+    if finished > first_step:
+        save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
+    if accelerator.is_main_process and not launch.is_interrupted:
+        require_finite_metrics(validate(finished), finished, output_dir)
         ema.copy_to(vae.parameters())
         sample = Subset(train_frames.sample, evenly_spaced(len(train_frames.sample), 2048))
         scaling_factor = measure_scaling_factor(vae, DataLoader(sample, args.train_batch_size))

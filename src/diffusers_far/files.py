@@ -33,7 +33,9 @@ def written_whole(path: str | os.PathLike, *, overwrite: bool = True) -> Iterato
     path = Path(path)
     _require_free(path, overwrite)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{str(path)!r} cannot be written: {str(path.parent)!r} is no folder; create it first.")
+        raise FileNotFoundError(
+            f"{str(path)!r} cannot be written: {str(path.parent)!r} is no folder; create it first."
+        )
     unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
     try:
         yield unfinished

@@ -134,6 +134,16 @@ def test_scaling_factor_brings_latents_to_unit_variance(build):
     assert (latents * factor).std().item() == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.parametrize("bias", [0.0, float("nan")])
+def test_latents_that_cannot_be_scaled_are_refused(bias):
+    vae = tiny_dc()
+    with torch.no_grad():
+        for parameter in vae.encoder.parameters():
+            parameter.fill_(bias)
+    with pytest.raises(RuntimeError, match="cannot be scaled to 1"):
+        measure_scaling_factor(vae, torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("build", [tiny_dc, tiny_kl])
 def test_the_last_layer_makes_the_pixels(build):
     vae = build()

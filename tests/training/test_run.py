@@ -1,5 +1,7 @@
 import argparse
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,7 +12,8 @@ from tiny_models import tiny_transformer
 from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.latents import LatentClip
 from diffusers_far.training import run
-from diffusers_far.training.clips import ClipBatch, clip_loss
+from diffusers_far.training.checkpoints import save_checkpoint
+from diffusers_far.training.clips import ClipBatch, TrainingBatches, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 from diffusers_far.training.run import (
     SHARDING_VARIABLES,
@@ -23,6 +26,7 @@ from diffusers_far.training.run import (
     hyperparameters,
     leave_out_planned_attention,
     require_finite,
+    require_finite_metrics,
     run_identity,
     seed_step,
     tracker_names,
@@ -250,11 +254,64 @@ def test_accumulated_gradients_are_those_of_one_batch():
     assert outcome == StepOutcome(pytest.approx(loss.item()), num_frames=6)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_a_cure():
-    require_finite(1.0, 3, "run")
-    for loss in (float("nan"), float("inf")):
-        with pytest.raises(RuntimeError, match=f"loss is {loss} at step 3.*'run' is intact: lower `--learning_rate`"):
-            require_finite(loss, 3, "run")
+@pytest.mark.parametrize(
+    "loss, norm, what", [(float("nan"), 1.0, "loss is nan"), (1.0, float("inf"), "norm of the gradient is inf")]
+)
+def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run_with_a_cure(tmp_path, loss, norm, what):
+    accelerator = Accelerator(cpu=True)
+    require_finite(accelerator, 3, tmp_path, loss=1.0, gradient_norm=torch.tensor(2.0))
+    with pytest.raises(RuntimeError, match=f"{what} at step 3.* Lower `--learning_rate`.* holds no intact checkpoint"):
+        require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=torch.tensor(norm))
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    save_checkpoint(accelerator, tmp_path, 2, {}, None)
+    with pytest.raises(RuntimeError, match="'checkpoint-2' is intact"):
+        require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=torch.tensor(norm))
+
+
+@pytest.mark.parametrize("scale, is_fault", [(65536.0, False), (1.0, True)])
+def test_a_gradient_that_overflowed_with_a_loss_scale_is_a_fault_only_without_room_below(scale, is_fault, tmp_path):
+    accelerator = argparse.Namespace(scaler=argparse.Namespace(get_scale=lambda: scale))
+    with pytest.raises(RuntimeError) if is_fault else nullcontext():
+        require_finite(accelerator, 0, tmp_path, loss=1.0, gradient_norm=float("inf"))
+
+
+def test_a_trajectory_that_is_not_finite_is_named(tmp_path):
+    transformer, objective = tiny_transformer(num_actions=3), TrainingObjective()
+    batches = TrainingBatches(
+        FaultyLatents(),
+        objective,
+        num_frames=3,
+        short_window=None,
+        interval=1,
+        batch_size=2,
+        num_accumulated=2,
+        seed=0,
+    )
+    accelerator = Accelerator(cpu=True)
+    outcome = accumulate_gradients(accelerator, transformer, transformer.config, batches.load(0, 1), num_accumulated=2)
+    assert outcome.faulty_clips == ("trajectory 2",)
+    with pytest.raises(RuntimeError, match="data are not finite: trajectory 2 holds"):
+        require_finite(
+            accelerator, 0, tmp_path, loss=outcome.loss, gradient_norm=1.0, faulty_clips=outcome.faulty_clips
+        )
+
+
+class FaultyLatents:
+    """Four trajectories; one value of number 2 is missing."""
+
+    num_frames, latent_shape = np.full(4, 3), (4, 4, 4)
+
+    def clip(self, trajectory, start, length, interval=1):
+        latents = torch.zeros(length, 4, 4, 4)
+        if trajectory == 2:
+            latents[1, 0, 0, 0] = float("nan")
+        return LatentClip(latents, torch.zeros(length).long(), None)
+
+
+def test_metrics_that_are_no_numbers_fail_the_run(tmp_path):
+    require_finite_metrics({"loss": 1.0}, 3, tmp_path)
+    with pytest.raises(RuntimeError, match="after step 3 gave psnr nan: .* no result is saved"):
+        require_finite_metrics({"loss": 1.0, "psnr": float("nan")}, 3, tmp_path)
 
 
 def test_averaged_weights_are_in_place_only_while_they_are_evaluated():

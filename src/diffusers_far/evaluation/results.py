@@ -124,5 +124,3 @@ def pipeline_identity(pipe) -> dict:
         "flex_rope": getattr(pipe.config, "flex_rope", None),
         "context_mode": getattr(pipe.config, "context_mode", None),
     }
-
-

@@ -123,7 +123,11 @@ def measure_reconstruction(vae: nn.Module, batches: Iterable[torch.Tensor]) -> d
 
 @torch.no_grad()
 def measure_scaling_factor(vae: nn.Module, batches: Iterable[torch.Tensor]) -> float:
-    """One over the standard deviation of the raw latents of `batches`: uint8 images (B, 3, height, width)."""
+    """One over the standard deviation of the raw latents of `batches`: uint8 images (B, 3, height, width).
+
+    Raises:
+        RuntimeError: The latents are not finite, or all the same.
+    """
     count, total, total_of_squares = 0, 0.0, 0.0
     for batch in batches:
         latents = encode_images(vae, (batch.to(vae.device) / 127.5 - 1).to(vae.dtype)).double()
@@ -131,7 +135,13 @@ def measure_scaling_factor(vae: nn.Module, batches: Iterable[torch.Tensor]) -> f
         total += latents.sum().item()
         total_of_squares += latents.pow(2).sum().item()
     mean = total / count
-    return (total_of_squares / count - mean**2) ** -0.5
+    variance = total_of_squares / count - mean**2
+    if not 0 < variance < math.inf:
+        raise RuntimeError(
+            f"The latents of the frames have the variance {variance}, so they cannot be scaled to 1: the autoencoder has not "
+            "learned anything. Train it longer, or with a lower `--learning_rate`."
+        )
+    return variance**-0.5
 
 
 def decoder_last_layer(vae: nn.Module) -> nn.Parameter:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ..data.video_clips import VideoClip
 from ..models.codec import encode_video
 from ..models.conditions import shift_actions
+from .launch import leave_signals_to_parent
 from .objective import ObjectiveDraw, TrainingObjective, add_noise, draw_num_long_frames, velocity_loss
 from .order import step_generator, step_indices
 
@@ -48,15 +49,25 @@ class ClipBatch:
         latents (`torch.Tensor` of shape `(B, F, C, H, W)`): Scaled, float32.
         actions (`torch.Tensor` of shape `(B, F)` or `(B, F, A)`, *optional*): The action taken at each frame.
         labels (`torch.Tensor` of shape `(B,)`, int64, *optional*): Classes.
+        names (`tuple[str]`): Of the clips' trajectories, for errors; empty where they are not known.
     """
 
     latents: torch.Tensor
     actions: torch.Tensor | None
     labels: torch.Tensor | None
+    names: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "ClipBatch":
         values = (getattr(self, field.name) for field in fields(self))
-        return ClipBatch(*(None if value is None else value.to(device) for value in values))
+        return ClipBatch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in values))
+
+    def not_finite(self) -> list[str]:
+        """The names of the clips whose latents or actions have NaN or infinite values."""
+        is_finite = torch.stack(
+            [value.flatten(1).isfinite().all(1) for value in (self.latents, self.actions) if value is not None]
+        )
+        names = self.names or [f"clip {number} of the batch" for number in range(len(self.latents))]
+        return [name for name, is_good in zip(names, is_finite.all(0).tolist()) if not is_good]
 
     def in_order(self, frame_order: torch.Tensor) -> "ClipBatch":
         """The clips with the frames `frame_order`, shape `(B, F)`, int64, of each, and the actions taken at them."""
@@ -89,26 +100,27 @@ class VideoBatch:
 
     Args:
         frames (`torch.Tensor` of shape `(B, F, 3, height, width)`): uint8, RGB.
-        actions, labels: As of [`ClipBatch`].
+        actions, labels, names: As of [`ClipBatch`].
     """
 
     frames: torch.Tensor
     actions: torch.Tensor | None
     labels: torch.Tensor | None
+    names: tuple[str, ...] = ()
 
     def encode(self, vae: torch.nn.Module) -> ClipBatch:
         """Each clip by itself, so that its latents do not depend on the others in the batch."""
         latents = torch.stack([encode_video(vae, frames).float() for frames in self.frames])
-        return ClipBatch(latents, self.actions, self.labels)
+        return ClipBatch(latents, self.actions, self.labels, self.names)
 
 
-def stack_clips(clips: Sequence[Clip | VideoClip]) -> ClipBatch | VideoBatch:
-    """A batch of clips of one kind and length."""
+def stack_clips(clips: Sequence[Clip | VideoClip], names: Sequence[str] = ()) -> ClipBatch | VideoBatch:
+    """A batch of clips of one kind and length, of the trajectories `names`."""
     actions = None if clips[0].actions is None else torch.stack([clip.actions for clip in clips])
     labels = None if clips[0].label is None else torch.tensor([clip.label for clip in clips])
     if isinstance(clips[0], VideoClip):
-        return VideoBatch(torch.stack([clip.frames for clip in clips]), actions, labels)
-    return ClipBatch(torch.stack([clip.latents for clip in clips]), actions, labels)
+        return VideoBatch(torch.stack([clip.frames for clip in clips]), actions, labels, tuple(names))
+    return ClipBatch(torch.stack([clip.latents for clip in clips]), actions, labels, tuple(names))
 
 
 def cut_clips(
@@ -123,7 +135,7 @@ def cut_clips(
     for trajectory, generator in zip(trajectories, generators):
         start = draw_start(int(dataset.num_frames[trajectory]), num_frames, interval, generator)
         clips.append(dataset.clip(trajectory, start, num_frames, interval))
-    return stack_clips(clips)
+    return stack_clips(clips, [f"trajectory {trajectory}" for trajectory in trajectories])
 
 
 def draw_start(num_trajectory_frames: int, num_frames: int, interval: int, generator: torch.Generator) -> int:
@@ -269,7 +281,10 @@ class TrainingBatches(StepBatches):
     ) -> Iterator[tuple[ClipBatch | VideoBatch, ObjectiveDraw]]:
         """The batches of the steps from `first_step` to before `last_step`, loaded in `num_workers` processes."""
         numbers = range(first_step * self.num_accumulated, last_step * self.num_accumulated)
-        return iter(DataLoader(self, batch_size=None, sampler=numbers, num_workers=num_workers))
+        loader = DataLoader(
+            self, batch_size=None, sampler=numbers, num_workers=num_workers, worker_init_fn=leave_signals_to_parent
+        )
+        return iter(loader)
 
     def __getitem__(self, index: int) -> tuple[ClipBatch | VideoBatch, ObjectiveDraw]:
         """The clips of one pass and what chance decides for them."""

@@ -14,6 +14,7 @@ from ..data.frames import FrameDataset, decode_images
 from ..data.loading import load_split, stream_split
 from ..data.streaming import StoredTrajectory, StreamedSplit
 from ..data.video_clips import VideoClips
+from .launch import leave_signals_to_parent
 from .order import StepBatchSampler
 from .stream_loader import StreamLoader
 from .streams import TrajectoryStream
@@ -79,7 +80,10 @@ class FrameBatches:
     def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
         """A batch (B, 3, height, width), uint8, for each step from `first_step` to before `last_step`."""
         sampler = StepBatchSampler(len(self.sample), first_step=first_step, last_step=last_step, **self.order)
-        return iter(DataLoader(self.sample, batch_sampler=sampler, num_workers=num_workers))
+        loader = DataLoader(
+            self.sample, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=leave_signals_to_parent
+        )
+        return iter(loader)
 
 
 class StreamedFrames:

@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.utils import logging
 from huggingface_hub import create_repo, upload_folder
 
+from ..files import written_whole
 from ..pipelines.hub import card_on_hub
 
 
@@ -17,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 README = "README.md"
 # Of a run's folder: what serves to go on with the run, not to use its result.
-NOT_UPLOADED = ("checkpoint-*", "unfinished-*", "logs/*", "validation/*", "*/.*", ".*")
+NOT_UPLOADED = ("checkpoint-*", "replaced-*", "unfinished-*", "logs/*", "validation/*", "*/.*", ".*")
 
 # The last line of a card that a run wrote. As long as the hash is that of the text, nobody has edited it.
 _SIGNATURE = re.compile(
@@ -116,7 +117,8 @@ def write_card(folder: str | Path, card: str) -> bool:
     if readme.exists() and not is_unedited(readme.read_text(encoding="utf-8")):
         logger.warning(f"{str(readme)!r} was edited and is kept; what this run has to say is not in it.")
         return False
-    readme.write_text(signed(card), encoding="utf-8")
+    with written_whole(readme) as unfinished:
+        unfinished.write_text(signed(card), encoding="utf-8")
     return True
 
 

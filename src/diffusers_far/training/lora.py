@@ -119,10 +119,14 @@ def checkpoint_trained_only(accelerator: Accelerator) -> None:
     def load(models: list[torch.nn.Module], folder: str) -> None:
         parameters, saved = trained_parameters(models), load_file(Path(folder) / TRAINED_WEIGHTS)
         models.clear()  # what Accelerate would load
-        if parameters.keys() != saved.keys():
+        shapes, saved_shapes = (
+            {(name, *tensor.shape) for name, tensor in part.items()} for part in (parameters, saved)
+        )
+        if shapes != saved_shapes:
+            names = {name for name, *_ in shapes ^ saved_shapes}
             raise ValueError(
-                f"The adapter in {folder!r} does not fit this one: {name_some(parameters.keys() ^ saved.keys())} are in "
-                "one of the two only; resume with the `--target_modules` that it had."
+                f"its adapter does not fit this run's: {name_some(names)} are not the same in both; resume with the "
+                "`--target_modules` and the `--rank` that it had."
             )
         with torch.no_grad():
             for name, parameter in parameters.items():

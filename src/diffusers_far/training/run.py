@@ -4,8 +4,8 @@ B batch, F frames.
 """
 
 import argparse
+import json
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from ..data.encoded import EncodedDataset
 from ..data.latents import LatentDataset
 from ..pipelines.inputs import check_count
 from .arguments import STREAM_IDENTITY
+from .checkpoints import way_back
 from .clips import ClipBatch, TrainingBatches, clip_loss
 from .objective import ObjectiveDraw, TrainingObjective
 from .order import step_generator
@@ -279,10 +280,13 @@ class StepOutcome:
     Args:
         loss (`float`): Mean over the batches of all processes.
         num_frames (`int`): Frames of the clips of all processes.
+        faulty_clips (`tuple[str]`): Where the loss is not finite: the trajectories of this process whose latents or actions
+            are not.
     """
 
     loss: float
     num_frames: int
+    faulty_clips: tuple[str, ...] = ()
 
 
 def accumulate_gradients(
@@ -304,9 +308,10 @@ def accumulate_gradients(
         num_accumulated (`int`): Batches of the step on this process.
         teacher_forcing (`bool`): See [`TrainingObjective`].
     """
-    step_loss, num_frames = torch.zeros((), device=accelerator.device), 0
+    step_loss, num_frames, batches = torch.zeros((), device=accelerator.device), 0, []
     for accumulated in range(num_accumulated):
         clips, draw = (part.to(accelerator.device) for part in next(loaded))
+        batches.append(clips)
         is_last = accumulated == num_accumulated - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
             loss = clip_loss(model, transformer_config, clips, draw, teacher_forcing=teacher_forcing) / num_accumulated
@@ -314,26 +319,66 @@ def accumulate_gradients(
         step_loss += loss.detach()
         num_frames += clips.latents.shape[0] * clips.latents.shape[1]
     step_loss = accelerator.reduce(step_loss, reduction="mean").item()
-    return StepOutcome(step_loss, num_frames * accelerator.num_processes)
+    faulty_clips = () if math.isfinite(step_loss) else tuple(name for clips in batches for name in clips.not_finite())
+    return StepOutcome(step_loss, num_frames * accelerator.num_processes, faulty_clips)
 
 
-def require_finite(loss: float, step: int, output_dir: str) -> None:
-    """Stop a run whose loss is NaN or infinite, before it changes the weights."""
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"The loss is {loss} at step {step}. The last checkpoint in {output_dir!r} is intact: lower "
-            "`--learning_rate` or `--max_grad_norm` and resume from it with `--allow_changed_run`."
+def require_finite(
+    accelerator: Accelerator,
+    step: int,
+    output_dir: str | Path,
+    *,
+    loss: float,
+    gradient_norm: torch.Tensor | float,
+    faulty_clips: Sequence[str] = (),
+) -> None:
+    """Stop a run whose loss or gradient is NaN or infinite, before the optimizer changes the weights.
+
+    With a loss scale (`--mixed_precision fp16`) a gradient that overflowed is no fault: the optimizer skips the step and the
+    scale falls. It is one where the scale has fallen to 1 already.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        step (`int`): From 0.
+        output_dir (`str` or `Path`): The run's folder; the error names its newest checkpoint that is intact.
+        loss (`float`): Of the step.
+        gradient_norm (`torch.Tensor` or `float`): Of all gradients, before they are clipped.
+        faulty_clips (sequence of `str`): See [`StepOutcome`].
+
+    Raises:
+        RuntimeError: With the cure.
+    """
+    scaler = accelerator.scaler
+    is_overflow = scaler is not None and scaler.get_scale() > 1
+    if math.isfinite(loss) and (is_overflow or math.isfinite(float(gradient_norm))):
+        return
+    what = "The norm of the gradient is" if math.isfinite(loss) else "The loss is"
+    value = float(gradient_norm) if math.isfinite(loss) else loss
+    if faulty_clips:
+        reason = (
+            f"The data are not finite: {', '.join(faulty_clips)} holds NaN or infinite values. Mend or remove them,"
         )
+    else:
+        reason = "Lower `--learning_rate` or `--max_grad_norm`,"
+    raise RuntimeError(
+        f"{what} {value} at step {step}; the weights were not changed by it. {reason} and go on with `--allow_changed_run`. "
+        f"{way_back(output_dir)}"
+    )
 
 
-def is_out_of_time(accelerator: Accelerator, max_hours: float | None, start_time: float) -> bool:
-    """Whether this launch has run for `max_hours` since `start_time` (of `time.perf_counter`); the same answer on all
-    processes, which all ask."""
-    if max_hours is None:
-        return False
-    if time.perf_counter() - start_time > max_hours * 3600:
-        accelerator.set_trigger()
-    return accelerator.check_trigger()
+def require_finite_metrics(metrics: Mapping[str, float], step: int, output_dir: str | Path) -> None:
+    """Fail a run whose model predicts no numbers, instead of saving it as a result.
+
+    Raises:
+        RuntimeError: Names the metrics, and the newest checkpoint that is intact.
+    """
+    not_finite = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if not_finite:
+        raise RuntimeError(
+            f"The validation after step {step} gave {', '.join(not_finite)}: what the model computes on held-out data is not "
+            f"finite, so no result is saved. {way_back(output_dir)} An earlier checkpoint with a lower `--learning_rate` and "
+            "`--allow_changed_run` may go on; if it fails as well, look for values in the data that are not finite."
+        )
 
 
 @contextmanager

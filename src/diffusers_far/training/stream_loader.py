@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.streaming import StoredTrajectory
+from .launch import leave_signals_to_parent
 from .streams import StreamPosition, TrajectoryStream
 
 
@@ -56,8 +57,16 @@ class StreamLoader(Dataset):
             num_workers=min(num_workers, 1),
             prefetch_factor=self.num_read_ahead if num_workers else None,
             collate_fn=_as_it_is,
+            worker_init_fn=leave_signals_to_parent,
         )
-        loader = DataLoader(self, batch_size=None, sampler=reader, num_workers=num_workers, collate_fn=_as_it_is)
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=reader,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_signals_to_parent,
+        )
         # Begun here and not with the first batch: to begin draws from the generator that the network draws from.
         return self._take(iter(loader))
 
@@ -85,7 +94,7 @@ class StreamLoader(Dataset):
         file = self._file(folder)
         saved = json.loads(file.read_text()) if file.is_file() else {}
         if saved.get("order") != self.stream.identity:
-            logger.warning(f"{folder!r} holds no position in a stream of this order; it begins anew.")
+            logger.warning("The checkpoint holds no position in a stream of this order; it begins anew.")
             return
         self.position = StreamPosition(tuple((number, row) for number, row in saved["lanes"]), saved["num_served"])
 

@@ -101,6 +101,7 @@ class StoredBatch:
     step: int
     accumulated: int
     clips: list[StoredClip]
+    names: list[str]  # of their trajectories
 
 
 class StreamedBatches(StepBatches):
@@ -166,13 +167,14 @@ class StreamedBatches(StepBatches):
     def _read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[StoredBatch]:
         length = self.clip_length(step)
         for accumulated in range(self.num_accumulated):
-            clips = []
+            clips, names = [], []
             for generator in self.generators(step, accumulated, START_STREAM):
                 trajectory, _ = next(draws)
+                names.append(trajectory.name)
                 start = draw_start(trajectory.num_frames, length, self.interval, generator)
                 clips.append(self.clips.cut(trajectory, start, length, self.interval))
-            yield StoredBatch(step, accumulated, clips)
+            yield StoredBatch(step, accumulated, clips, names)
 
     def _decode(self, stored: StoredBatch) -> tuple[VideoBatch, ObjectiveDraw]:
-        clips = stack_clips([clip.decode() for clip in stored.clips])
+        clips = stack_clips([clip.decode() for clip in stored.clips], stored.names)
         return clips, self.draw(stored.step, self.generators(stored.step, stored.accumulated, CLIP_STREAM))
