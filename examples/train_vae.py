@@ -241,7 +241,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         max_hours=args.max_train_hours,
         is_silent=not accelerator.is_main_process,
     )
-    finished = first_step
+    start_time, finished = time.perf_counter(), first_step
     for step, frames in zip(range(first_step, args.max_train_steps), loaded):
         target = (frames.to(accelerator.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         generator = step_generator(args.seed, step, accelerator.process_index)
