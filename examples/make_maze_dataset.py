@@ -15,6 +15,7 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -114,6 +115,9 @@ def end_with_parent():
 
     def wait_and_exit():
         multiprocessing.parent_process().join()
+        for path in Path("/proc/self/task").glob("*/children"):  # of Linux: the engine, which would go on
+            for engine in path.read_text().split():
+                os.kill(int(engine), signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=wait_and_exit, daemon=True).start()

@@ -95,4 +95,4 @@ def is_running(path: Path) -> bool:
 @pytest.mark.full
 def test_a_worker_that_is_killed_ends_the_work_with_a_reason(tmp_path):
     run = launch(tmp_path, "die")
-    assert "One of 2 processes was killed" in run.communicate(timeout=120)[1] and run.returncode != 0
+    assert "One of 2 processes was killed" in run.communicate(timeout=600)[1] and run.returncode != 0

@@ -2,8 +2,11 @@
 
 import io
 import re
+import signal
 import struct
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +288,33 @@ def test_a_longer_walk_begins_as_a_shorter_one(tmp_path):
     long = record(tmp_path / "long.parquet", range(1), MazeSettings(cells=3, num_frames=40))[0]
     for column in ("video", "actions", "pose"):
         assert long[column][:20] == short[column]
+
+
+def running_engines(folder: Path) -> list[Path]:
+    """The processes of engines that play a map in `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_engine = b"vizdoom" in (path / "cmdline").read_bytes() and str(folder) in str((path / "cwd").readlink())
+        except OSError:
+            continue
+        if is_engine:
+            found.append(path)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+def test_no_engine_outlives_a_run_that_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the children work
+    script = Path(make_maze_dataset.__file__)
+    run = subprocess.Popen([sys.executable, script, "--output_dir", tmp_path / "mazes", "--num_workers", "1"])
+    while not running_engines(tmp_path) and run.poll() is None:
+        time.sleep(0.05)
+    assert run.poll() is None
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    deadline = time.monotonic() + 30
+    while running_engines(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not running_engines(tmp_path)
