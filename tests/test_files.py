@@ -52,3 +52,10 @@ def test_sums_tell_one_flipped_bit(tmp_path):
     flipped = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.tensor(0)}
     assert tensors_sha256(tensors) == tensors_sha256(dict(reversed(tensors.items()))) != tensors_sha256(flipped)
     assert tensors_sha256({"a": torch.zeros(3).bool()}) != tensors_sha256({"a": torch.zeros(3, dtype=torch.int8)})
+
+
+def test_the_sum_of_a_single_element_does_not_depend_on_its_stride():
+    strided = torch.arange(15).view(1, 15)[:, 4]
+    assert strided.stride() == (15,) and strided.is_contiguous()
+    assert tensors_sha256({"a": strided}) == tensors_sha256({"a": torch.tensor([4])})
+    assert tensors_sha256({"a": strided[None]}) == tensors_sha256({"a": torch.tensor([[4]])})

@@ -83,5 +83,6 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        # Squeezed, for a tensor of one element counts as contiguous with any stride, and is then not viewed as bytes.
+        digest.update(tensor.detach().cpu().contiguous().squeeze().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -436,3 +436,12 @@ def test_a_session_under_flex_rope_is_loaded_under_the_same(path):
             pipe.enable_flex_rope(FlexRoPEConfig(slope=slope, schedule="constant"))
         with pytest.raises(ValueError, match="another FlexRoPE.*slope 0.5, here"):
             FARSession.load(pipe, path)
+
+
+def test_a_session_of_one_sample_is_saved_with_the_actions_of_its_context(path):
+    pipe = pipeline()
+    session = pipe.start_session(
+        video=torch.rand(1, 3, 3, 8, 12), actions=torch.tensor([[1, 2]]), num_inference_steps=1, output_type="latent"
+    )
+    session.save(path)
+    assert torch.equal(FARSession.load(pipe, path).step(0), session.step(0))

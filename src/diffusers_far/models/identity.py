@@ -150,4 +150,4 @@ def _add(digest, name: str, value: Any, rounded_to: torch.dtype | None) -> None:
         dtype = f"{value.dtype} " if rounded_to is None else ""
         digest.update(f"{name} {dtype}{tuple(value.shape)}".encode())
         value = value.to("cpu", rounded_to or value.dtype).contiguous()
-        digest.update(value.flatten().view(torch.uint8).numpy())
+        digest.update(value.squeeze().flatten().view(torch.uint8).numpy())  # as in `tensors_sha256`
