@@ -75,7 +75,8 @@ class Progress:
         self._bar = tqdm(total=total, initial=first, unit=unit, disable=True if is_silent else None)
         self._writes_lines = self._bar.disable and not is_silent
         self._total, self._first, self._done, self._unit = total, first, first, unit
-        self._seconds_between_lines, self._max_hours = seconds_between_lines, max_hours
+        self._seconds_between_lines = seconds_between_lines
+        self._max_hours = max_hours
         self._start_time = self._last_time = time.perf_counter()
         self._last_line_time = -float("inf")
         self._figures: dict[str, list[float]] = {}
