@@ -14,6 +14,31 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True, help="Folder or Hub id that `load_dataset` opens.")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--video_column", default="video")
+    parser.add_argument("--vae", required=True, help="Folder or Hub id of the VAE.")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--num_processes", type=int, default=1)
+    parser.add_argument("--trajectories_per_shard", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="Frames that the VAE encodes at once.")
+    parser.add_argument("--device", help="By default the GPU, where there is one.")
+    parser.add_argument("--streaming", action="store_true", help="Read the dataset as it is needed; copy nothing.")
+    args = parser.parse_args(arguments)
+    if args.streaming and args.num_processes > 1:
+        parser.error(
+            f"--num_processes is {args.num_processes}, but a stream is read from its front, by one process; leave out "
+            "one of the two."
+        )
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -28,29 +53,9 @@ from diffusers_far.data.streaming import StreamedSplit
 from diffusers_far.models.codec import encode_codes, encode_video
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name", required=True, help="Folder or Hub id that `load_dataset` opens.")
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--video_column", default="video")
-    parser.add_argument("--vae", required=True, help="Folder or Hub id of the VAE.")
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--num_processes", type=int, default=1)
-    parser.add_argument("--trajectories_per_shard", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=64, help="Frames that the VAE encodes at once.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--streaming", action="store_true", help="Read the dataset as it is needed; copy nothing.")
-    args = parser.parse_args(arguments)
-    if args.streaming and args.num_processes > 1:
-        parser.error(
-            f"--num_processes is {args.num_processes}, but a stream is read from its front, by one process; leave out "
-            "one of the two."
-        )
-    return args
-
-
 def load_vae(args: argparse.Namespace) -> torch.nn.Module:
-    return AutoModel.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return AutoModel.from_pretrained(args.vae).to(device, memory_format=torch.channels_last).eval()
 
 
 def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int) -> None:
@@ -130,4 +135,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

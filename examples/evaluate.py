@@ -18,28 +18,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from tqdm.auto import tqdm
-
-from diffusers_far.data.loading import load_split
 from diffusers_far.evaluation.arguments import add_settings, read_settings
-from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
-from diffusers_far.evaluation.protocols import PROTOCOLS, RolloutProtocol
-from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
-from diffusers_far.evaluation.results import ResultFolder, evaluation_identity, file_hash, write_whole
-from diffusers_far.evaluation.rollouts import MetricNetworks, measured_batches, run_cases
-from diffusers_far.evaluation.video_features import load_i3d
-from diffusers_far.evaluation.videos import TrueVideos
-from diffusers_far.evaluation.world_model import (
-    WorldModelProtocol,
-    format_scores,
-    load_walks,
-    predict_walks,
-    score_walks,
-)
-from diffusers_far.models.lpips import load_lpips
-from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
+from diffusers_far.evaluation.protocols import PROTOCOLS, RolloutProtocol, WorldModelProtocol
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +63,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from diffusers_far.data.loading import load_split
+from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
+from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
+from diffusers_far.evaluation.results import ResultFolder, evaluation_identity, file_hash, write_whole
+from diffusers_far.evaluation.rollouts import MetricNetworks, measured_batches, run_cases
+from diffusers_far.evaluation.video_features import load_i3d
+from diffusers_far.evaluation.videos import TrueVideos
+from diffusers_far.evaluation.world_model import (
+    format_scores,
+    load_walks,
+    predict_walks,
+    score_walks,
+)
+from diffusers_far.models.lpips import load_lpips
+from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 
 def describe_run() -> dict:
@@ -193,4 +197,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -27,11 +27,8 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
 from diffusers_far.data.faults import BadExampleError
-from diffusers_far.data.preparation import Preparation, PreparedTrajectory, RowForm, write_trajectories
 from diffusers_far.data.sources import SOURCES, TrajectorySource
 from diffusers_far.data.splits import choose_split
 
@@ -78,6 +75,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--size has {len(args.size)} numbers; give height and width, or one for both.")
     args.size = None if args.size is None else (args.size[0], args.size[-1])
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+from tqdm.auto import tqdm
+
+from diffusers_far.data.preparation import Preparation, PreparedTrajectory, RowForm, write_trajectories
 
 
 @dataclass(frozen=True)
@@ -304,4 +309,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

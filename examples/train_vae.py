@@ -15,40 +15,8 @@ import math
 import time
 from pathlib import Path
 
-import diffusers
-import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from PIL import Image
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
-
-from diffusers_far.data.frames import evenly_spaced
-from diffusers_far.models.lpips import load_lpips
 from diffusers_far.training.arguments import add_streaming_arguments
-from diffusers_far.training.autoencoder import (
-    Autoencoding,
-    decoder_last_layer,
-    measure_reconstruction,
-    measure_scaling_factor,
-    reconstruction_loss,
-)
-from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.codebook import CodebookRestart, measure_codebook
-from diffusers_far.training.discriminator import (
-    PatchDiscriminator,
-    adaptive_weight,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-)
-from diffusers_far.training.frame_batches import open_frames, open_validation_frames
-from diffusers_far.training.order import step_generator
 
-
-logger = get_logger(__name__)
 
 RESTART_STREAM = 1  # beside the stream of the latents' noise
 VAE_CLASSES = ("AutoencoderDC", "AutoencoderKL", "VQModel")
@@ -112,6 +80,44 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report_to", default="tensorboard")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from diffusers_far.data.frames import evenly_spaced
+from diffusers_far.models.lpips import load_lpips
+from diffusers_far.training.autoencoder import (
+    Autoencoding,
+    decoder_last_layer,
+    measure_reconstruction,
+    measure_scaling_factor,
+    reconstruction_loss,
+)
+from diffusers_far.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.codebook import CodebookRestart, measure_codebook
+from diffusers_far.training.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
+from diffusers_far.training.frame_batches import open_frames, open_validation_frames
+from diffusers_far.training.order import step_generator
+
+
+logger = get_logger(__name__)
 
 
 def build_vae(config_file: str) -> torch.nn.Module:
@@ -292,4 +298,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

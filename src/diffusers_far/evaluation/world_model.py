@@ -3,7 +3,7 @@
 B walks, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -12,54 +12,7 @@ from datasets import Dataset
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
 from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, seen_before
-
-
-@dataclass(frozen=True)
-class WorldModelProtocol:
-    """Every number of the protocol.
-
-    Args:
-        num_walks (`int`): Held-out walks, the first ones of the split.
-        first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
-        num_frames (`int`): Frames that it then predicts.
-        num_recent_frames (`int`): Above 0, the same frames are predicted from the last so many of the context alone too; what
-            the whole context is better by is what the model remembers.
-        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str`, *optional*):
-            What the pipeline is shipped with by default. `short_cache` is `"exact"`, `"rolling"` or a number.
-        mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
-        seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
-        batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
-    """
-
-    num_walks: int = 64
-    first_context_frame: int = 68
-    num_context_frames: int = 32
-    num_frames: int = 8
-    num_recent_frames: int = 0
-    num_inference_steps: int = None  # the type of what is given, which the command line reads
-    guidance_scale: float = None
-    short_cache: str = None
-    mirrored_actions: tuple[int, int] = (1, 2)
-    seed: int = 0
-    batch_size: int = 16
-
-    def __post_init__(self):
-        if not 0 <= self.num_recent_frames < self.num_context_frames:
-            raise ValueError(
-                f"`num_recent_frames` is {self.num_recent_frames} and `num_context_frames` {self.num_context_frames}; the first "
-                "is below the second, and 0 to measure no memory."
-            )
-
-    def with_defaults_of(self, pipe: FARPipeline) -> "WorldModelProtocol":
-        """The same with the settings that `pipe` is shipped with, where they were left open."""
-        steps = self.num_inference_steps or pipe.default_inference_steps
-        guidance = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
-        short_cache = self.short_cache or str(pipe.default_short_cache)
-        return replace(self, num_inference_steps=steps, guidance_scale=guidance, short_cache=short_cache)
-
-    @property
-    def last_frame(self) -> int:
-        return self.first_context_frame + self.num_context_frames + self.num_frames
+from .protocols import WorldModelProtocol
 
 
 @dataclass(frozen=True)
