@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from app_world import RecordedWalks, WorldLimits, WorldModel
-from app_world.ui import AppParts, serve
-from generate import load_pipeline, whole_number
+from app_world import WorldLimits
+from argument_types import whole_number
 
 from diffusers_far.command_line import HelpWithDefaults
 
@@ -53,6 +52,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+from app_world import RecordedWalks, WorldModel
+from app_world.ui import AppParts, serve
+from generate import load_pipeline
+
+
 def main(args: argparse.Namespace) -> None:
     limits = WorldLimits(max_visitors=args.max_visitors)
     pipe = load_pipeline(args.model)
@@ -67,6 +74,6 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -15,22 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
-from datasets import Dataset
-from diffusers import AutoModel, VQModel
-
 from diffusers_far.command_line import HelpWithDefaults, require_one_process
-from diffusers_far.data.faults import BadExampleError
-from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
-from diffusers_far.data.frames import VideoFrames
-from diffusers_far.data.latents import LatentSource, read_source, require_intact, write_shard
-from diffusers_far.data.loading import load_split, stream_split
-from diffusers_far.data.streaming import StreamedSplit
-from diffusers_far.data.video_clips import VideoClips
-from diffusers_far.data.workers import Progress, share_work
-from diffusers_far.files import UNFINISHED
-from diffusers_far.models.codec import encode_codes, encode_video
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +31,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--trajectories_per_shard", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64, help="Frames that the VAE encodes at once.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="By default the GPU, where there is one.")
     parser.add_argument("--streaming", action="store_true", help="Read the dataset as it is needed; copy nothing.")
     args = parser.parse_args(arguments)
     if args.streaming and args.num_processes > 1:
@@ -57,8 +42,29 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import AutoModel, VQModel
+
+from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
+from diffusers_far.data.frames import VideoFrames
+from diffusers_far.data.latents import LatentSource, read_source, require_intact, write_shard
+from diffusers_far.data.loading import load_split, stream_split
+from diffusers_far.data.streaming import StreamedSplit
+from diffusers_far.data.video_clips import VideoClips
+from diffusers_far.data.workers import Progress, share_work
+from diffusers_far.files import UNFINISHED
+from diffusers_far.models.codec import encode_codes, encode_video
+
+
 def load_vae(args: argparse.Namespace) -> torch.nn.Module:
-    return AutoModel.from_pretrained(args.vae).to(args.device, memory_format=torch.channels_last).eval()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return AutoModel.from_pretrained(args.vae).to(device, memory_format=torch.channels_last).eval()
 
 
 def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int, count: Callable[[], None]) -> None:
@@ -174,4 +180,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

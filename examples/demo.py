@@ -11,20 +11,7 @@ import json
 import time
 from pathlib import Path
 
-import torch
-from datasets import load_dataset
-
-from diffusers_far import FARPipeline
 from diffusers_far.command_line import HelpWithDefaults
-from diffusers_far.evaluation.media import contact_sheet, write_mp4
-from diffusers_far.evaluation.world_model import (
-    WorldModelProtocol,
-    format_scores,
-    load_walks,
-    predict_walks,
-    score_walks,
-)
-from diffusers_far.files import written_whole
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +26,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_frames", type=int, default=8, help="Frames to predict.")
     parser.add_argument("--num_inference_steps", type=int, help="By default the pipeline's own.")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import torch
+from datasets import load_dataset
+
+from diffusers_far import FARPipeline
+from diffusers_far.evaluation.media import contact_sheet, write_mp4
+from diffusers_far.evaluation.world_model import (
+    WorldModelProtocol,
+    format_scores,
+    load_walks,
+    predict_walks,
+    score_walks,
+)
+from diffusers_far.files import written_whole
 
 
 def main(args: argparse.Namespace) -> None:
@@ -76,4 +81,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

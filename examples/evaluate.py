@@ -20,36 +20,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
 from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
-from diffusers_far.data.loading import load_split
 from diffusers_far.evaluation.arguments import add_settings, read_settings
-from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
-from diffusers_far.evaluation.protocols import PROTOCOLS, RolloutProtocol
-from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
-from diffusers_far.evaluation.results import ResultFolder, evaluation_identity
-from diffusers_far.evaluation.rollouts import MetricNetworks, measured_batches, run_cases
-from diffusers_far.evaluation.video_features import load_i3d
-from diffusers_far.evaluation.videos import TrueVideos
-from diffusers_far.evaluation.world_model import (
-    WorldModelProtocol,
-    check_dataset,
-    format_scores,
-    load_walks,
-    predict_walks,
-    score_walks,
-)
-from diffusers_far.files import file_sha256, written_whole
-from diffusers_far.models.lpips import load_lpips
-from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
+from diffusers_far.evaluation.protocols import PROTOCOLS, RolloutProtocol, WorldModelProtocol
 
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_PROTOCOLS = {"world_model": WorldModelProtocol, **PROTOCOLS}
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +56,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--num_samples", type=int, default=4, help="Videos to write down, for each task.")
         parser.add_argument(
             "--mixed_precision",
-            choices=DTYPES,
+            choices=PRECISIONS,
             help="Model's dtype; if left out, what the launcher was told, else no: float32.",
         )
     settings = parser.add_argument_group(f"settings of {protocol}")
@@ -94,6 +73,31 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_far.data.loading import load_split
+from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
+from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
+from diffusers_far.evaluation.results import ResultFolder, evaluation_identity
+from diffusers_far.evaluation.rollouts import MetricNetworks, measured_batches, run_cases
+from diffusers_far.evaluation.video_features import load_i3d
+from diffusers_far.evaluation.videos import TrueVideos
+from diffusers_far.evaluation.world_model import (
+    check_dataset,
+    format_scores,
+    load_walks,
+    predict_walks,
+    score_walks,
+)
+from diffusers_far.files import file_sha256, written_whole
+from diffusers_far.models.lpips import load_lpips
+from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 
 def describe_run() -> dict:
@@ -153,9 +157,9 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
     accelerator = Accelerator()
     dataset = load_split(args.dataset_name, args.dataset_split)
     precision = args.mixed_precision or accelerator.mixed_precision
-    if precision not in DTYPES:
-        raise SystemExit(f"The launcher's `mixed_precision` is {precision!r}; give one of {', '.join(DTYPES)}.")
-    dtype = DTYPES[precision]
+    if precision not in PRECISIONS:
+        raise SystemExit(f"The launcher's `mixed_precision` is {precision!r}; give one of {', '.join(PRECISIONS)}.")
+    dtype = getattr(torch, PRECISIONS[precision])
     pipe = load_pipeline(args.model, dtype=dtype).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     videos = TrueVideos(dataset, protocol, pipe.transformer.config)
@@ -219,4 +223,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -15,22 +15,15 @@ They are first letters of the model's action names (FFLFRR), digits, or names an
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers.utils import logging as diffusers_logging
-from tqdm.auto import tqdm
+from argument_types import number, shown, whole_number
 
-from diffusers_far import FARPipeline, FlexRoPEConfig
 from diffusers_far.command_line import HelpWithDefaults, require_one_process
-from diffusers_far.data.media_files import MediaClip, read_clip
-from diffusers_far.evaluation.media import check_frame_size, check_output, write_frames
 
 
 MAX_FRAMES = 100_000  # the cache makes room for all of them at the start
@@ -42,47 +35,15 @@ Actions = list[int] | list[list[float]]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Leaves it to the caller to print what is wrong."""
+    """Says what is wrong in one line, without the usage."""
 
     def error(self, message: str):
-        raise ValueError(f"{message}; see --help.")
-
-
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argument type: an integer from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """An argument type: a number from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number from {low:g} to {high:g}")
-        return value
-
-    return parse
+        self.exit(2, f"error: {' '.join(message.split())}; see --help.\n")
 
 
 def short_cache(text: str) -> str | int:
     """An argument type: what a cache's `short_cache` may be."""
     return text if text in ("exact", "rolling") else whole_number(1, MAX_FRAMES)(text)
-
-
-def shown(value: object, max_length: int = 60) -> str:
-    """A value as it appears in a message: quoted, on one line, not too long."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return repr(text if len(text) <= max_length else text[:max_length] + "...")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -122,6 +83,19 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max_long_frames", type=count, help="Forget older frames: bounded memory.")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import numpy as np
+import torch
+from diffusers.utils import logging as diffusers_logging
+from tqdm.auto import tqdm
+
+from diffusers_far import FARPipeline, FlexRoPEConfig
+from diffusers_far.data.media_files import MediaClip, read_clip
+from diffusers_far.evaluation.media import check_frame_size, check_output, write_frames
 
 
 def load_pipeline(model: str) -> FARPipeline:
@@ -377,12 +351,12 @@ def generate(args: argparse.Namespace) -> None:
     print(f"wrote {len(frames)} frames at {fps:g} a second to {str(args.output)!r}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with command-line arguments; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
+def main(args: argparse.Namespace) -> int:
+    """Run with parsed arguments; returns the exit code: 0, 2 for what the user can mend, 130 if interrupted."""
     diffusers_logging.disable_progress_bar()
     try:
         require_one_process("generate.py")
-        generate(parse_args(arguments))
+        generate(args)
     except (ValueError, OSError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
@@ -399,4 +373,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(args))

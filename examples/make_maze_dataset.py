@@ -23,11 +23,36 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import datasets
-import pyarrow.parquet
 from maze_world.looks import LOOKS
 from maze_world.recording import FRAMES_PER_SECOND, MazeSettings, record_mazes
 from maze_world.walker import ACTION_NAMES, TURN_DEGREES
+
+
+def parse_args(arguments=None):
+    parser = argparse.ArgumentParser(
+        description="Make a data set of walks through first-person mazes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    defaults = MazeSettings()
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--look", choices=LOOKS, default=defaults.look, help="rich textures, or bright and simple ones"
+    )
+    parser.add_argument("--cells", type=int, default=defaults.cells, help="cells along each side of a maze")
+    parser.add_argument("--size", type=int, default=defaults.size, help="height and width of a frame in pixels")
+    parser.add_argument("--num_frames", type=int, default=defaults.num_frames, help="frames of a walk")
+    parser.add_argument("--num_train", type=int, default=1000, help="mazes to train on")
+    parser.add_argument("--num_validation", type=int, default=16, help="mazes to watch the training with")
+    parser.add_argument("--num_test", type=int, default=64, help="mazes to report results on")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="mazes drawn at a time")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import datasets
+import pyarrow.parquet
 from PIL import Image
 
 
@@ -244,26 +269,6 @@ python examples/make_maze_dataset.py --look {settings.look} --cells {settings.ce
 """
 
 
-def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(
-        description="Make a data set of walks through first-person mazes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    defaults = MazeSettings()
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; must be new or empty")
-    parser.add_argument(
-        "--look", choices=LOOKS, default=defaults.look, help="rich textures, or bright and simple ones"
-    )
-    parser.add_argument("--cells", type=int, default=defaults.cells, help="cells along each side of a maze")
-    parser.add_argument("--size", type=int, default=defaults.size, help="height and width of a frame in pixels")
-    parser.add_argument("--num_frames", type=int, default=defaults.num_frames, help="frames of a walk")
-    parser.add_argument("--num_train", type=int, default=1000, help="mazes to train on")
-    parser.add_argument("--num_validation", type=int, default=16, help="mazes to watch the training with")
-    parser.add_argument("--num_test", type=int, default=64, help="mazes to report results on")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="mazes drawn at a time")
-    return parser.parse_args(arguments)
-
-
 def check_request(output_dir, seeds_by_split, num_workers):
     if not seeds_by_split:
         raise ValueError("`num_train`, `num_validation` and `num_test` are all 0; ask for at least 1 maze.")
@@ -279,9 +284,8 @@ def check_request(output_dir, seeds_by_split, num_workers):
         )
 
 
-def main(arguments=None):
+def main(args):
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    args = parse_args(arguments)
     settings = MazeSettings(args.look, args.cells, args.size, args.num_frames)
     num_mazes = {"train": args.num_train, "validation": args.num_validation, "test": args.num_test}
     seeds_by_split = {split: split_seeds(split, count) for split, count in num_mazes.items() if count}
@@ -294,4 +298,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

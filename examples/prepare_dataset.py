@@ -30,17 +30,8 @@ from pathlib import Path
 from diffusers_far.command_line import HelpWithDefaults, require_one_process
 from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
 from diffusers_far.data.faults import BadExampleError
-from diffusers_far.data.preparation import (
-    RESERVED_COLUMNS,
-    Preparation,
-    PreparedTrajectory,
-    RowForm,
-    write_trajectories,
-)
-from diffusers_far.data.sources import SOURCES, TrajectorySource, open_split_folders
+from diffusers_far.data.sources import SOURCES, TrajectorySource
 from diffusers_far.data.splits import choose_split
-from diffusers_far.data.workers import Progress, share_work
-from diffusers_far.files import written_whole
 
 
 logger = logging.getLogger(__name__)
@@ -108,6 +99,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--size has {len(args.size)} numbers; give height and width, or one for both.")
     args.size = None if args.size is None else (args.size[0], args.size[-1])
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+from diffusers_far.data.preparation import (
+    RESERVED_COLUMNS,
+    Preparation,
+    PreparedTrajectory,
+    RowForm,
+    write_trajectories,
+)
+from diffusers_far.data.sources import open_split_folders
+from diffusers_far.data.workers import Progress, share_work
+from diffusers_far.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -347,4 +353,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -14,23 +14,8 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import set_seed
-from diffusers import AutoModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-
-from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.evaluation.media import contact_sheet, write_mp4
-from diffusers_far.models.cache_options import CacheOptions
-from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.presets import PRESETS, preset_config
-from diffusers_far.pipelines.inputs import check_count
-from diffusers_far.pipelines.model_card import model_card
 from diffusers_far.training.arguments import (
     RUN_IDENTITY,
     add_checkpoint_arguments,
@@ -44,31 +29,7 @@ from diffusers_far.training.arguments import (
     require_one_source,
     training_objective,
 )
-from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clip_sources import open_clips, open_validation_clips
-from diffusers_far.training.clips import encode_batches
-from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
-from diffusers_far.training.launch import Launch, launched
-from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
-from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
-from diffusers_far.training.run import (
-    accumulate_gradients,
-    build_accelerator,
-    check_data,
-    evaluated,
-    hyperparameters,
-    leave_out_planned_attention,
-    require_finite,
-    require_finite_metrics,
-    run_identity,
-    seed_step,
-    training_batches,
-    training_facts,
-)
-from diffusers_far.training.step_cost import describe_step_cost
 
-
-logger = get_logger(__name__)
 
 DEFAULT_FPS = 8  # of the videos that are written, where the pipeline has none
 DEFAULT_INFERENCE_STEPS = 20  # of a new pipeline
@@ -108,6 +69,51 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     require_one_source(parser, args)
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers import AutoModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
+from diffusers_far.evaluation.media import contact_sheet, write_mp4
+from diffusers_far.models.cache_options import CacheOptions
+from diffusers_far.models.codec import spatial_compression
+from diffusers_far.pipelines.inputs import check_count
+from diffusers_far.pipelines.model_card import model_card
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.clip_sources import open_clips, open_validation_clips
+from diffusers_far.training.clips import encode_batches
+from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
+from diffusers_far.training.launch import Launch, launched
+from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
+from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
+from diffusers_far.training.run import (
+    accumulate_gradients,
+    build_accelerator,
+    check_data,
+    evaluated,
+    hyperparameters,
+    leave_out_planned_attention,
+    require_finite,
+    require_finite_metrics,
+    run_identity,
+    seed_step,
+    training_batches,
+    training_facts,
+)
+from diffusers_far.training.step_cost import describe_step_cost
+
+
+logger = get_logger(__name__)
 
 
 def build_transformer(args: argparse.Namespace, in_channels: int, num_actions: int | None) -> FARTransformer3DModel:
@@ -357,4 +363,4 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

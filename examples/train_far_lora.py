@@ -12,15 +12,7 @@ checkpoints and logs.
 import argparse
 from pathlib import Path
 
-import torch
-from accelerate.logging import get_logger
-from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
-
-from diffusers_far import FARPipeline
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.evaluation.media import write_mp4
-from diffusers_far.models.identity import model_identity
 from diffusers_far.training.arguments import (
     RUN_IDENTITY,
     add_checkpoint_arguments,
@@ -34,13 +26,58 @@ from diffusers_far.training.arguments import (
     require_one_source,
     training_objective,
 )
+
+
+DEFAULT_FPS = 8  # of the sample video, where the pipeline has none
+SAMPLE = "sample.mp4"
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="FAR pipeline to adapt: a folder or a Hub id."
+    )
+    add_data_arguments(parser)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--lora_alpha", type=float, help="Scales the adapter by alpha / rank; the rank if left out.")
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument(
+        "--target_modules",
+        nargs="+",
+        default=["attention"],
+        help="Layers to adapt: attention, mlp, or ends of layers' names, such as norm1.linear.",
+    )
+    add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    add_checkpoint_arguments(parser)
+    add_validation_arguments(parser)
+    add_hub_arguments(parser)
+    # `num_frames`: as many as the pipeline was trained on.
+    parser.set_defaults(num_frames=None, train_batch_size=8, max_train_steps=1000, lr_warmup_steps=50)
+    args = parser.parse_args(arguments)
+    require_one_source(parser, args)
+    if args.lora_alpha is None:
+        args.lora_alpha = float(args.rank)
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+
+from diffusers_far import FARPipeline
+from diffusers_far.evaluation.media import write_mp4
+from diffusers_far.models.identity import model_identity
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clip_sources import open_clips, open_validation_clips
 from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.lora import (
-    LAYER_GROUPS,
     add_lora,
     checkpoint_trained_only,
     lora_card,
@@ -66,38 +103,6 @@ from diffusers_far.training.step_cost import describe_step_cost
 
 
 logger = get_logger(__name__)
-
-DEFAULT_FPS = 8  # of the sample video, where the pipeline has none
-SAMPLE = "sample.mp4"
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
-    parser.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="FAR pipeline to adapt: a folder or a Hub id."
-    )
-    add_data_arguments(parser)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lora_alpha", type=float, help="Scales the adapter by alpha / rank; the rank if left out.")
-    parser.add_argument("--lora_dropout", type=float, default=0.0)
-    parser.add_argument(
-        "--target_modules",
-        nargs="+",
-        default=["attention"],
-        help=f"Layers to adapt: {', '.join(LAYER_GROUPS)}, or ends of layers' names, such as norm1.linear.",
-    )
-    add_objective_arguments(parser)
-    add_optimization_arguments(parser)
-    add_checkpoint_arguments(parser)
-    add_validation_arguments(parser)
-    add_hub_arguments(parser)
-    # `num_frames`: as many as the pipeline was trained on.
-    parser.set_defaults(num_frames=None, train_batch_size=8, max_train_steps=1000, lr_warmup_steps=50)
-    args = parser.parse_args(arguments)
-    require_one_source(parser, args)
-    if args.lora_alpha is None:
-        args.lora_alpha = float(args.rank)
-    return args
 
 
 def save_result(
@@ -276,4 +281,4 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -12,37 +12,9 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-from accelerate.logging import get_logger
-from accelerate.utils import set_seed
-from diffusers import VQModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
-
-from diffusers_far import TokenARConfig, TokenARForVideo
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.data.latents import LatentDataset
 from diffusers_far.training.arguments import add_checkpoint_arguments, add_optimization_arguments, build_optimizer
-from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clips import TrainingBatches
-from diffusers_far.training.launch import Launch, launched, leave_signals_to_parent
-from diffusers_far.training.measurement import describe_metrics
-from diffusers_far.training.objective import TrainingObjective
-from diffusers_far.training.run import (
-    build_accelerator,
-    evaluated,
-    hyperparameters,
-    require_finite,
-    require_finite_metrics,
-    run_identity,
-    seed_step,
-)
-from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
-from diffusers_far.training.token_clips import check_codes, measure_tokens, token_loss
 
-
-logger = get_logger(__name__)
 
 # What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
 IDENTITY = (
@@ -73,6 +45,40 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_validation_videos", type=int, default=8, help="Clips that are continued; 0: none.")
     parser.add_argument("--num_validation_frames", type=int, default=8, help="Frames that are generated in each.")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers import VQModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+
+from diffusers_far import TokenARConfig, TokenARForVideo
+from diffusers_far.data.latents import LatentDataset
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.clips import TrainingBatches
+from diffusers_far.training.launch import Launch, launched, leave_signals_to_parent
+from diffusers_far.training.measurement import describe_metrics
+from diffusers_far.training.objective import TrainingObjective
+from diffusers_far.training.run import (
+    build_accelerator,
+    evaluated,
+    hyperparameters,
+    require_finite,
+    require_finite_metrics,
+    run_identity,
+    seed_step,
+)
+from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
+from diffusers_far.training.token_clips import check_codes, measure_tokens, token_loss
+
+
+logger = get_logger(__name__)
 
 
 def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) -> dict:
@@ -242,4 +248,4 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

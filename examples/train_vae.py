@@ -14,49 +14,9 @@ import math
 import time
 from pathlib import Path
 
-import diffusers
-import torch
-from accelerate.logging import get_logger
-from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader, Subset
-
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.data.frames import evenly_spaced
-from diffusers_far.evaluation.media import contact_sheet
-from diffusers_far.files import written_whole
-from diffusers_far.models.lpips import load_lpips
-from diffusers_far.training.arguments import (
-    add_log_arguments,
-    add_precision_argument,
-    add_streaming_arguments,
-)
-from diffusers_far.training.autoencoder import (
-    PATCH,
-    Autoencoding,
-    decoder_last_layer,
-    measure_reconstruction,
-    measure_scaling_factor,
-    reconstruction_loss,
-)
-from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.codebook import CodebookRestart, measure_codebook
-from diffusers_far.training.discriminator import (
-    PatchDiscriminator,
-    adaptive_weight,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-)
-from diffusers_far.training.frame_batches import open_frames, open_validation_frames
-from diffusers_far.training.launch import Launch, launched
-from diffusers_far.training.order import step_generator
-from diffusers_far.training.run import build_accelerator, hyperparameters, require_finite, require_finite_metrics
-from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
+from diffusers_far.training.arguments import add_streaming_arguments
 
-
-logger = get_logger(__name__)
 
 RESTART_STREAM = 1  # beside the stream of the latents' noise
 MIN_SHOWN_HEIGHT = 192  # pixels of an image on a sheet
@@ -123,6 +83,49 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_log_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import diffusers
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader, Subset
+
+from diffusers_far.data.frames import evenly_spaced
+from diffusers_far.evaluation.media import contact_sheet
+from diffusers_far.files import written_whole
+from diffusers_far.models.lpips import load_lpips
+from diffusers_far.training.arguments import add_log_arguments, add_precision_argument
+from diffusers_far.training.autoencoder import (
+    PATCH,
+    Autoencoding,
+    decoder_last_layer,
+    measure_reconstruction,
+    measure_scaling_factor,
+    reconstruction_loss,
+)
+from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
+from diffusers_far.training.codebook import CodebookRestart, measure_codebook
+from diffusers_far.training.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
+from diffusers_far.training.frame_batches import open_frames, open_validation_frames
+from diffusers_far.training.launch import Launch, launched
+from diffusers_far.training.order import step_generator
+from diffusers_far.training.run import build_accelerator, hyperparameters, require_finite, require_finite_metrics
+from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
+
+
+logger = get_logger(__name__)
 
 
 def build_vae(config_file: str) -> torch.nn.Module:
@@ -329,4 +332,4 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -10,12 +10,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from datasets import load_dataset
-from PIL import Image, ImageDraw, ImageFont
-
-from diffusers_far import FARPipeline
 from diffusers_far.command_line import HelpWithDefaults
 
 
@@ -50,6 +44,17 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=75, help="Of the webp, 0 to 100.")
     parser.add_argument("--output", type=Path, required=True, help="A .webp; replaced.")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusers_far import FARPipeline
 
 
 class Panel:
@@ -162,4 +167,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -18,17 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-
-from diffusers_far import (
-    PRESETS,
-    FARPipeline,
-    convert_original_far_autoencoder,
-    convert_original_far_transformer,
-)
 from diffusers_far.command_line import HelpWithDefaults
-from diffusers_far.models.codec import spatial_compression
+from diffusers_far.models.presets import PRESETS
 
 
 logger = logging.getLogger("convert_far_to_diffusers")
@@ -68,6 +59,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help=f"In pixels; by default that of {LATENT_SIZE} latents.")
     parser.add_argument("--push_to_hub", metavar="REPO", help="Upload the folder to this repo on the Hub.")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from diffusers_far import FARPipeline, convert_original_far_autoencoder, convert_original_far_transformer
+from diffusers_far.models.codec import spatial_compression
 
 
 def main(args: argparse.Namespace) -> None:
@@ -171,4 +172,4 @@ def unwrap(checkpoint: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(parse_args())
+    main(args)

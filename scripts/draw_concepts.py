@@ -8,14 +8,9 @@ writes SVG files to docs/images, the same each time.
 import argparse
 from pathlib import Path
 
-import torch
 from docs_site.svg import INK, QUIET, Drawing
 
-from diffusers_far import ContextPlan, FARTransformer3DModel, FlexRoPEConfig
 from diffusers_far.command_line import HelpWithDefaults
-from diffusers_far.hooks.flex_rope import FlexRoPEHook
-from diffusers_far.models.attention_far import AttentionFrames
-from diffusers_far.models.functional import frame_causal_mask, frame_ids
 
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -30,6 +25,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--output_dir", type=Path, default=IMAGES, help="Files of the same names are replaced.")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import torch
+
+from diffusers_far import ContextPlan, FARTransformer3DModel, FlexRoPEConfig
+from diffusers_far.hooks.flex_rope import FlexRoPEHook
+from diffusers_far.models.attention_far import AttentionFrames
+from diffusers_far.models.functional import frame_causal_mask, frame_ids
 
 
 def draw_noise_levels() -> Drawing:
@@ -267,4 +273,4 @@ DRAWINGS = {
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -12,17 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
-
-from diffusers_far import FARPipeline
 from diffusers_far.command_line import HelpWithDefaults
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-
-from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.ui import AppParts, serve  # noqa: E402
 
 
 FIRST_WALK, FIRST_FRAME = 0, 100  # where the page starts
@@ -39,6 +33,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="Playwright's own by default.")
     parser.add_argument("--output", type=Path, required=True, help="A .png; replaced.")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+from app_world import RecordedWalks, WorldLimits, WorldModel
+from app_world.ui import AppParts, serve
+from playwright.sync_api import Page, sync_playwright
+
+from diffusers_far import FARPipeline
 
 
 def walk_along(page: Page, actions: Sequence[int]) -> None:
@@ -75,4 +79,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -10,9 +10,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from diffusers_far.command_line import HelpWithDefaults
 
 
@@ -30,6 +27,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.json is not None and args.json.exists():
         parser.error(f"--json {args.json} exists; name another file, or move it away.")
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def read_scalars(output_dir: Path) -> dict[str, dict[int, float]]:
@@ -98,4 +102,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -1,8 +1,10 @@
-"""A browser for tests of pages; they are skipped where there is none."""
+"""A browser for tests of pages. They are skipped where there is none, unless `REQUIRE_CHROMIUM` is set."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 
@@ -15,11 +17,13 @@ PATIENCE = 60_000  # milliseconds; machines that run tests may be busy
 @contextmanager
 def chromium() -> Iterator:
     """Playwright's browser, closed at the end."""
-    playwright = pytest.importorskip("playwright.sync_api")
     path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("There is no Chromium; on Debian `apt-get install chromium`")
-    with playwright.sync_playwright() as driver:
+    if path is None or find_spec("playwright") is None:
+        stop = pytest.fail if os.environ.get("REQUIRE_CHROMIUM") else pytest.skip
+        stop("There is no Chromium with Playwright: `apt-get install chromium` on Debian, `pip install playwright`")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=QUIET)
         yield browser
         browser.close()

@@ -42,7 +42,11 @@ def run(folder: Path, *more, video="view.png", actions: str | None = "FLR", outp
     arguments = ["--model", "any", "--output", folder / output, "--num_inference_steps", steps]
     arguments += [] if video is None else ["--video", folder / video]
     arguments += [] if actions is None else ["--actions", actions]
-    return generate.main([str(argument) for argument in (*arguments, *more)])
+    try:
+        args = generate.parse_args([str(argument) for argument in (*arguments, *more)])
+    except SystemExit as stop:
+        return stop.code
+    return generate.main(args)
 
 
 def error_of(capsys, folder: Path, *arguments, tidies_up_in: Path | None = None, **named) -> str:

@@ -1,6 +1,7 @@
 """Imports between the rooms of the package point one way."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,13 +44,58 @@ def test_every_room_is_listed():
 def test_rooms_import_only_rooms_before_them():
     for room, allowed in MAY_IMPORT.items():
         for path in (PACKAGE / room).rglob("*.py"):
-            forbidden = imported_rooms(path) - allowed - {room, "files", "pictures"}
+            forbidden = imported_rooms(path) - allowed - {room, "files", "pictures", "on_demand", "command_line"}
             assert not forbidden, f"{path.relative_to(PACKAGE)} imports from {forbidden}"
 
 
+@pytest.mark.parametrize("package", ["diffusers_far", "diffusers_far.models"])
+def test_names_for_type_checkers_are_those_that_are_imported_on_demand(package):
+    module = importlib.import_module(package)
+    blocks = [node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.If)]
+    stated = {
+        alias.asname: importlib.import_module(f".{node.module}", package)
+        for node in blocks[0].body
+        for alias in node.names
+    }
+    assert set(module.__all__) == set(stated)
+    for name, home in stated.items():
+        assert getattr(module, name) is getattr(home, name)
+        assert name in dir(module)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        module.Nothing
+
+
+def run(code: str) -> str:
+    """What a fresh process prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 @pytest.mark.full
-def test_importing_the_package_brings_no_training_library():
+def test_using_the_package_brings_no_training_library():
     """datasets, accelerate's launcher, PyAV and metrics are extras: the library works without them."""
-    code = "import sys, diffusers_far; print([m for m in ('datasets', 'av', 'torchmetrics', 'vizdoom') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    libraries = ("datasets", "av", "torchmetrics", "vizdoom")
+    code = f"import sys; from diffusers_far import *; print([m for m in {libraries} if m in sys.modules])"
+    assert run(code) == "[]"
+
+
+@pytest.mark.full
+def test_importing_the_package_imports_neither_torch_nor_diffusers_nor_peft():
+    code = "import sys, diffusers_far.models.presets; print({'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules))"
+    assert run(code) == "set()"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("order", ["diffusers, diffusers_far", "diffusers_far, diffusers"])
+def test_classes_are_found_in_diffusers_whichever_is_imported_first(order):
+    code = f"""
+import sys
+import {order}
+brought = 'peft' in sys.modules
+try:
+    diffusers.Nothing
+except AttributeError as error:
+    print(error)
+from diffusers import AutoencoderDC, FARPipeline, FARTransformer3DModel
+print(brought, FARPipeline is diffusers_far.FARPipeline, hasattr(diffusers, 'VideoDiTPipeline'), hasattr(diffusers, 'FARSession'))
+"""
+    assert run(code).splitlines() == ["module diffusers has no attribute Nothing", "False True True False"]

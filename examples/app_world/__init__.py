@@ -1,6 +1,14 @@
 """Walks through a world that a FAR model makes up, for several visitors at once; no user interface in here but `ui.py`."""
 
-from .settings import Settings, WorldError, WorldLimits
-from .starts import RecordedWalks, Start, uploaded_start
-from .visitors import Visitor, VisitorStore
-from .world import World, WorldModel
+from diffusers_far.on_demand import import_on_demand
+
+
+__getattr__, __dir__, __all__ = import_on_demand(
+    __name__,
+    {
+        "settings": ("Settings", "WorldError", "WorldLimits"),
+        "starts": ("RecordedWalks", "Start", "uploaded_start"),
+        "visitors": ("Visitor", "VisitorStore"),
+        "world": ("World", "WorldModel"),
+    },
+)

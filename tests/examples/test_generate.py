@@ -232,7 +232,8 @@ def test_what_is_wrong_is_said_in_one_line(pipe, folder, capsys, arguments, name
 
 
 def test_arguments_that_are_missing_are_named(capsys):
-    assert generate.main([]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        generate.parse_args([])
     assert capsys.readouterr().err == ("error: the following arguments are required: --model, --output; see --help.\n")
 
 

@@ -196,16 +196,18 @@ def test_a_wrong_setting_is_named_with_its_value(setting, value):
 )
 def test_a_wrong_argument_is_an_error_before_any_work(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_maze_dataset.main(["--output_dir", str(tmp_path / "mazes"), *arguments.split()])
+        make_maze_dataset.main(
+            make_maze_dataset.parse_args(["--output_dir", str(tmp_path / "mazes"), *arguments.split()])
+        )
     assert not (tmp_path / "mazes").exists()
 
 
 def test_a_folder_with_files_is_never_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty"):
-        make_maze_dataset.main(["--output_dir", str(tmp_path)])
+        make_maze_dataset.main(make_maze_dataset.parse_args(["--output_dir", str(tmp_path)]))
     with pytest.raises(ValueError, match="is a file"):
-        make_maze_dataset.main(["--output_dir", str(tmp_path / "thesis.txt")])
+        make_maze_dataset.main(make_maze_dataset.parse_args(["--output_dir", str(tmp_path / "thesis.txt")]))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -223,7 +225,7 @@ def test_dataset_loads_as_described_and_actions_lead_to_the_next_frame(tmp_path)
     arguments = (
         f"--output_dir {tmp_path}/mazes --cells 3 --num_frames 40 --num_train 2 --num_validation 0 --num_test 0"
     )
-    make_maze_dataset.main(arguments.split())
+    make_maze_dataset.main(make_maze_dataset.parse_args(arguments.split()))
     mazes = datasets.load_dataset(str(tmp_path / "mazes"), split="train", cache_dir=str(tmp_path / "cache"))
 
     assert mazes.features == make_maze_dataset.FEATURES
@@ -262,7 +264,9 @@ def test_files_are_the_same_bytes_for_any_number_of_workers(tmp_path, monkeypatc
     arguments = "--cells 3 --num_frames 40 --num_train 3 --num_validation 1 --num_test 1".split()
     for num_workers in ("1", "3"):
         output_dir = str(tmp_path / num_workers)
-        make_maze_dataset.main([*arguments, "--output_dir", output_dir, "--num_workers", num_workers])
+        make_maze_dataset.main(
+            make_maze_dataset.parse_args([*arguments, "--output_dir", output_dir, "--num_workers", num_workers])
+        )
 
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file())
     assert len(files) == 5  # four shards and the card

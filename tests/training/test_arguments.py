@@ -18,7 +18,7 @@ from diffusers_far.training.arguments import (
     require_one_source,
     training_objective,
 )
-from diffusers_far.training.objective import TrainingObjective
+from diffusers_far.training.objective import OBJECTIVES, TrainingObjective
 
 
 def parse_any(*arguments: str) -> argparse.Namespace:
@@ -91,3 +91,15 @@ def test_joined_actions_are_fed_as_their_sequences():
     assert action_combiner(args)(np.array([[2, 1]])).tolist() == [7]
     assert num_fed_actions(args, 3) == 9
     assert action_combiner(parse()) is None and num_fed_actions(parse(), 3) == 3
+
+
+def test_what_can_be_chosen_is_what_there_is():
+    """The arguments state it once more, as the objectives and the optimizers take seconds to import."""
+    parser = argparse.ArgumentParser()
+    add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert choices["objective"] == OBJECTIVES
+    for name in choices["optimizer"]:
+        optimizer = build_optimizer(parser.parse_args(["--optimizer", name]), [torch.nn.Parameter(torch.zeros(1))])
+        assert type(optimizer).__name__.lower() == name

@@ -5,10 +5,14 @@ of a task: one video, one trajectory (of several from the same context), one see
 """
 
 import hashlib
-from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
+
+if TYPE_CHECKING:  # a script reads its arguments before it imports what takes seconds
+    import torch
+
+    from ..pipelines import FARPipeline
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ class Case:
     def name(self) -> str:
         return f"{self.task}-seed{self.seed}-video{self.video:05d}-trajectory{self.trajectory:03d}"
 
-    def generator(self) -> torch.Generator:
+    def generator(self) -> "torch.Generator":
         """Noise of its own, whatever runs beside it."""
+        import torch
+
         digest = hashlib.sha256(f"{self.seed} {self.video} {self.trajectory}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
@@ -218,8 +224,58 @@ class LatteProtocol(RolloutProtocol):
 
     def first_frame(self, video: int, num_video_frames: int) -> int:
         """Drawn for each video."""
+        import torch
+
         generator = Case("clip", self.clip_seed, video, 0).generator()
         return int(torch.randint(num_video_frames - self.num_frames_needed + 1, (), generator=generator))
+
+
+@dataclass(frozen=True)
+class WorldModelProtocol:
+    """Every number of the protocol.
+
+    Args:
+        num_walks (`int`): Held-out walks, the first ones of the split.
+        first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
+        num_frames (`int`): Frames that it then predicts.
+        num_recent_frames (`int`): Above 0, the same frames are predicted from the last so many of the context alone too; what
+            the whole context is better by is what the model remembers.
+        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str`, *optional*):
+            What the pipeline is shipped with by default. `short_cache` is `"exact"`, `"rolling"` or a number.
+        mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
+        seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
+        batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
+    """
+
+    num_walks: int = 64
+    first_context_frame: int = 68
+    num_context_frames: int = 32
+    num_frames: int = 8
+    num_recent_frames: int = 0
+    num_inference_steps: int = None  # the type of what is given, which the command line reads
+    guidance_scale: float = None
+    short_cache: str = None
+    mirrored_actions: tuple[int, int] = (1, 2)
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self):
+        if not 0 <= self.num_recent_frames < self.num_context_frames:
+            raise ValueError(
+                f"`num_recent_frames` is {self.num_recent_frames} and `num_context_frames` {self.num_context_frames}; the first "
+                "is below the second, and 0 to measure no memory."
+            )
+
+    def with_defaults_of(self, pipe: "FARPipeline") -> "WorldModelProtocol":
+        """The same with the settings that `pipe` is shipped with, where they were left open."""
+        steps = self.num_inference_steps or pipe.default_inference_steps
+        guidance = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+        short_cache = self.short_cache or str(pipe.default_short_cache)
+        return replace(self, num_inference_steps=steps, guidance_scale=guidance, short_cache=short_cache)
+
+    @property
+    def last_frame(self) -> int:
+        return self.first_context_frame + self.num_context_frames + self.num_frames
 
 
 PROTOCOLS = {protocol.name: protocol for protocol in (TecoProtocol, McvdProtocol, LatteProtocol)}

@@ -6,15 +6,18 @@ A script whose defaults differ says so with `parser.set_defaults`.
 import argparse
 import re
 from collections.abc import Iterable
-
-import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from typing import TYPE_CHECKING
 
 from ..data.actions import COMBINATION_RULES, ActionCombiner
-from .objective import OBJECTIVES, TrainingObjective
 
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+if TYPE_CHECKING:  # a script reads its arguments before it imports what takes seconds
+    import torch
+
+    from .objective import TrainingObjective
+
+
+OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "radam": "RAdam"}  # and their classes in `torch.optim`
 
 # What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
 RUN_IDENTITY = (
@@ -60,7 +63,7 @@ def require_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     """The clips and the objective, see [`TrainingObjective`]."""
-    parser.add_argument("--objective", choices=OBJECTIVES, default="far")
+    parser.add_argument("--objective", choices=("far", "video_dit"), default="far")
     parser.add_argument("--num_frames", type=int, default=16, help="Longest clip, long frames included.")
     parser.add_argument("--frame_interval", type=int, default=1)
     parser.add_argument(
@@ -180,6 +183,8 @@ def license_id(text: str) -> str:
 
 def hub_id(text: str) -> str:
     """An argument type: a repo on the Hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(text)
     except HFValidationError as error:
@@ -201,12 +206,14 @@ def num_fed_actions(args: argparse.Namespace, num_actions: int | None) -> int | 
     return args.num_actions**args.frame_interval if args.combine_actions == "joint" else num_actions
 
 
-def training_objective(args: argparse.Namespace) -> TrainingObjective:
+def training_objective(args: argparse.Namespace) -> "TrainingObjective":
     """The objective that `add_objective_arguments` asked for.
 
     Raises:
         ValueError: A share is none, or the arguments contradict each other.
     """
+    from .objective import TrainingObjective
+
     return TrainingObjective(
         args.objective,
         args.clean_context_ratio,
@@ -219,9 +226,11 @@ def training_objective(args: argparse.Namespace) -> TrainingObjective:
     )
 
 
-def build_optimizer(args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(args: argparse.Namespace, parameters: Iterable["torch.nn.Parameter"]) -> "torch.optim.Optimizer":
     """The optimizer that `add_optimization_arguments` asked for, over `parameters`."""
-    return OPTIMIZERS[args.optimizer](
+    import torch
+
+    return getattr(torch.optim, OPTIMIZERS[args.optimizer])(
         parameters,
         args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
