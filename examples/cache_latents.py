@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from diffusers_far.command_line import HelpWithDefaults, require_one_process
+from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ from diffusers_far.data.latents import LatentSource, read_source, require_intact
 from diffusers_far.data.loading import load_split, stream_split
 from diffusers_far.data.streaming import StreamedSplit
 from diffusers_far.data.video_clips import VideoClips
-from diffusers_far.data.workers import Progress, share_work
+from diffusers_far.data.workers import share_work
 from diffusers_far.files import UNFINISHED
 from diffusers_far.models.codec import encode_codes, encode_video
 
@@ -143,8 +143,7 @@ def find_missing_shards(folder: Path, source: LatentSource) -> list[int]:
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-
+    set_up_logging(__name__)
     require_one_process("cache_latents.py")
     # 1. What the latents are made of
     if args.streaming:
@@ -172,9 +171,9 @@ def main(args: argparse.Namespace) -> None:
         VideoClips(dataset, args.video_column).check_rows()
 
     # 3. Encode the rest
-    progress = Progress(num_missing)
+    progress = Progress(num_missing, unit="trajectory", seconds_between_lines=10)
     if args.streaming and shards:
-        encode_stream(args, dataset, source, shards, progress.add)
+        encode_stream(args, dataset, source, shards, progress.update)
     else:
         share_work(partial(encode_shard, args, source), shards, args.num_processes, progress)
 

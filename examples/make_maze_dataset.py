@@ -12,7 +12,6 @@ Needs no display. Its packages are the `data` extra of diffusers-far.
 
 import argparse
 import io
-import logging
 import multiprocessing
 import os
 import signal
@@ -26,6 +25,8 @@ from pathlib import Path
 from maze_world.looks import LOOKS
 from maze_world.recording import FRAMES_PER_SECOND, MazeSettings, record_mazes
 from maze_world.walker import ACTION_NAMES, TURN_DEGREES
+
+from diffusers_far.command_line import Progress, set_up_logging
 
 
 def parse_args(arguments=None):
@@ -195,14 +196,12 @@ def holds_rows(path, num_rows):
 
 def write_shards(shards, num_workers):
     """Write all shards, `num_workers` at a time; the threads only wait for their children."""
-    from diffusers_far.data.workers import Progress
-
-    progress = Progress(sum(len(shard.seeds) for shard in shards), "mazes")
+    progress = Progress(sum(len(shard.seeds) for shard in shards), unit="maze", seconds_between_lines=10)
     pool = ThreadPoolExecutor(num_workers)
     try:
         pending = [pool.submit(write_shard_in_child, shard) for shard in shards]
         for future in as_completed(pending):
-            progress.add(len(future.result().seeds))
+            progress.update(len(future.result().seeds))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -285,7 +284,7 @@ def check_request(output_dir, seeds_by_split, num_workers):
 
 
 def main(args):
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging(__name__)
     settings = MazeSettings(args.look, args.cells, args.size, args.num_frames)
     num_mazes = {"train": args.num_train, "validation": args.num_validation, "test": args.num_test}
     seeds_by_split = {split: split_seeds(split, count) for split, count in num_mazes.items() if count}

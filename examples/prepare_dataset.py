@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from diffusers_far.command_line import HelpWithDefaults, require_one_process
+from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
 from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
 from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.sources import SOURCES, TrajectorySource
@@ -112,7 +112,7 @@ from diffusers_far.data.preparation import (
     write_trajectories,
 )
 from diffusers_far.data.sources import open_split_folders
-from diffusers_far.data.workers import Progress, share_work
+from diffusers_far.data.workers import share_work
 from diffusers_far.files import written_whole
 
 
@@ -236,7 +236,7 @@ def prepare_shard(
 
 
 def prepare_shards(args: argparse.Namespace, form: RowForm, folder: Path, shards: list[Shard]) -> list[ShardReport]:
-    progress = Progress(sum(len(shard.indices) for shard in shards))
+    progress = Progress(sum(len(shard.indices) for shard in shards), unit="trajectory", seconds_between_lines=10)
     return share_work(partial(prepare_shard, args, form, folder), shards, args.num_processes, progress)
 
 
@@ -321,8 +321,7 @@ Licence as given by who made this folder: {args.license}. Converted by `examples
 
 def main(args: argparse.Namespace) -> None:
     require_one_process("prepare_dataset.py")
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-
+    set_up_logging(__name__)
     # 1. Open
     check_request(args)
     source = open_source(args)

@@ -22,19 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import gymnasium
-import numpy as np
-
-from diffusers_far.data.preparation import (
-    RESERVED_COLUMNS,
-    Preparation,
-    PreparedTrajectory,
-    RowForm,
-    write_trajectories,
-)
-from diffusers_far.data.sources import Trajectory
-from diffusers_far.data.workers import Progress, share_work
-from diffusers_far.files import UNFINISHED, written_whole
+from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 
 
 logger = logging.getLogger(__name__)
@@ -48,17 +36,15 @@ EPISODES_PER_SHARD = 16
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--environment", required=True, help="Its id, such as CartPole-v1 or my_game:MyGame-v0.")
     parser.add_argument(
         "--environment_arguments", type=json.loads, default={}, help="JSON object of what its constructor takes."
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="New or empty folder.")
-    parser.add_argument("--num_frames", type=int, default=200, help="At most so many of an episode. Default: 200.")
+    parser.add_argument("--num_frames", type=int, default=200, help="At most so many of an episode.")
     parser.add_argument("--size", type=int, nargs="+", help="Height and width, or one for both: crop and resize.")
-    parser.add_argument(
-        "--repeat_action", type=int, default=1, help="Frames for which a drawn action is kept. Default: 1."
-    )
+    parser.add_argument("--repeat_action", type=int, default=1, help="Frames for which a drawn action is kept.")
     parser.add_argument(
         "--keep_columns", nargs="+", default=[], metavar="KEY", help="Of the environment's `info`: a value per frame."
     )
@@ -75,6 +61,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--size has {len(args.size)} numbers; give height and width, or one for both.")
     args.size = None if args.size is None else (args.size[0], args.size[-1])
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+
+import gymnasium
+import numpy as np
+
+from diffusers_far.data.preparation import (
+    RESERVED_COLUMNS,
+    Preparation,
+    PreparedTrajectory,
+    RowForm,
+    write_trajectories,
+)
+from diffusers_far.data.sources import Trajectory
+from diffusers_far.data.workers import share_work
+from diffusers_far.files import UNFINISHED, written_whole
 
 
 @dataclass(frozen=True)
@@ -241,8 +245,7 @@ this folder: {args.license}.
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-
+    set_up_logging(__name__)
     # 1. Look at the first episode
     check_request(args)
     shards = plan_shards(args)
@@ -257,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{str(unfinished)!r} exists: a run writes to it or was killed; in that case delete it.")
     (unfinished / "data").mkdir(parents=True)
     try:
-        progress = Progress(sum(len(shard.seeds) for shard in shards), "episodes")
+        progress = Progress(sum(len(shard.seeds) for shard in shards), unit="episode", seconds_between_lines=10)
         record = partial(record_shard, args, form, unfinished)
         recorded = share_work(record, shards, args.num_processes, progress)
         lengths = {shard.split: [] for shard in shards}
@@ -276,4 +279,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

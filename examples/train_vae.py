@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.training.arguments import add_streaming_arguments
+from diffusers_far.training.arguments import add_log_arguments, add_precision_argument, add_streaming_arguments
 
 
 RESTART_STREAM = 1  # beside the stream of the latents' noise
@@ -101,7 +101,6 @@ from diffusers_far.data.frames import evenly_spaced
 from diffusers_far.evaluation.media import contact_sheet
 from diffusers_far.files import written_whole
 from diffusers_far.models.lpips import load_lpips
-from diffusers_far.training.arguments import add_log_arguments, add_precision_argument
 from diffusers_far.training.autoencoder import (
     PATCH,
     Autoencoding,

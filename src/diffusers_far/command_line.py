@@ -59,6 +59,9 @@ class Progress:
         seconds_between_lines (`float`): Where there is no bar.
         max_hours (`float`, *optional*): After which this launch stops, for the time that is left.
         is_silent (`bool`): Neither bar nor lines, as for all processes but one.
+
+    Attributes:
+        num_done (`int`): Steps that are done, those before this launch included.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Progress:
         # `None`: no bar where stderr is no terminal.
         self._bar = tqdm(total=total, initial=first, unit=unit, disable=True if is_silent else None)
         self._writes_lines = self._bar.disable and not is_silent
-        self._total, self._first, self._done, self._unit = total, first, first, unit
+        self._total, self._first, self._unit, self.num_done = total, first, unit, first
         self._seconds_between_lines = seconds_between_lines
         self._max_hours = max_hours
         self._start_time = self._last_time = time.perf_counter()
@@ -86,27 +89,27 @@ class Progress:
         """`count` more steps are done. Lines hold the means of `figures` since the line before, the bar their last values."""
         now = time.perf_counter()
         self.seconds_of_last_step, self._last_time = (now - self._last_time) / count, now
-        self._done += count
+        self.num_done += count
         if not self._writes_lines:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
             self._bar.update(count)
             return
         for name, value in figures.items():
             self._figures.setdefault(name, []).append(value)
-        if now - self._last_line_time >= self._seconds_between_lines or self._done >= self._total:
+        if now - self._last_line_time >= self._seconds_between_lines or self.num_done >= self._total:
             logger.info(self._line(now - self._start_time))
             self._last_line_time = now
             self._figures.clear()
 
     def _line(self, elapsed: float) -> str:
-        seconds_per_step = elapsed / (self._done - self._first)
-        left = seconds_per_step * (self._total - self._done)
+        seconds_per_step = elapsed / (self.num_done - self._first)
+        left = seconds_per_step * (self._total - self.num_done)
         if self._max_hours is not None:
             left = min(left, max(0.0, self._max_hours * 3600 - elapsed))
         means = {name.replace("_", " "): sum(values) / len(values) for name, values in self._figures.items()}
         parts = [f"{name} {mean:.4g}" for name, mean in means.items()]
         parts += [f"{seconds_per_step:.3g} s per {self._unit}", f"{in_hours(left)} left"]
-        return f"{self._unit} {self._done} of {self._total}: {', '.join(parts)}"
+        return f"{self._unit} {self.num_done} of {self._total}: {', '.join(parts)}"
 
     def close(self) -> None:
         self._bar.close()

@@ -1,4 +1,3 @@
-import logging
 import signal
 import subprocess
 import sys
@@ -7,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_far.data import workers
-from diffusers_far.data.workers import Progress, duration, share_work
+from diffusers_far.command_line import Progress
+from diffusers_far.data.workers import share_work
 
 
 def double(part, count):
@@ -22,25 +21,10 @@ def test_the_results_come_in_the_order_of_the_parts_and_every_trajectory_is_coun
     assert share_work(double, [1, 3, 2], 1, progress) == [2, 6, 4] and progress.num_done == 6
 
 
-def test_a_line_comes_every_ten_seconds_with_rate_and_time_left(monkeypatch, caplog):
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(workers.time, "monotonic", lambda: next(clock))
-    with caplog.at_level(logging.INFO):
-        progress = Progress(40)
-        for _ in range(40):
-            progress.add(1)
-    lines = [record.message for record in caplog.records]
-    assert lines[0] == "3 of 40 trajectories, 4 seconds each, 2 min left"
-    assert len(lines) == 14 and lines[-1].startswith("40 of 40 trajectories, 4 seconds each")
-
-
-def test_durations_are_read_at_a_glance():
-    assert [duration(seconds) for seconds in (4.6, 300, 5000)] == ["5 s", "5 min", "1 h 23 min"]
-
-
 SLOW = """
 import sys, time
-from diffusers_far.data.workers import Progress, share_work
+from diffusers_far.command_line import Progress
+from diffusers_far.data.workers import share_work
 
 def sleep(part, count):
     print("began", flush=True)

@@ -235,14 +235,18 @@ class WorldModelProtocol:
     """Every number of the protocol.
 
     Args:
-        num_walks (`int`): Held-out walks, the first ones of the split.
+        num_walks (`int`): Held-out walks, the first ones of the split that are long enough.
         first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
         num_frames (`int`): Frames that it then predicts.
         num_recent_frames (`int`): Above 0, the same frames are predicted from the last so many of the context alone too; what
             the whole context is better by is what the model remembers.
         num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str`, *optional*):
             What the pipeline is shipped with by default. `short_cache` is `"exact"`, `"rolling"` or a number.
-        mirrored_actions (`tuple[int, int]`): The two actions that mirror each other, left and right.
+        mirrored_actions (`tuple[int, int]`, *optional*): Two actions that mirror each other; by default those that the
+            pipeline names left and right. Where there are none, following is not measured.
+        max_distance (`float`), max_turn (`float`): Views are the same that are so near, in units of `pose` and in degrees.
+        min_repeated_psnr (`float`): A frame counts as unchanged where the last frame of the context, repeated, has so many
+            dB: there repeating cannot be beaten, so that the frames that do change are scored by themselves as well.
         seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
         batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
     """
@@ -255,11 +259,19 @@ class WorldModelProtocol:
     num_inference_steps: int = None  # the type of what is given, which the command line reads
     guidance_scale: float = None
     short_cache: str = None
-    mirrored_actions: tuple[int, int] = (1, 2)
+    mirrored_actions: tuple[int, int] = None
+    max_distance: float = 40.0
+    max_turn: float = 15.0
+    min_repeated_psnr: float = 40.0
     seed: int = 0
     batch_size: int = 16
 
     def __post_init__(self):
+        for name in ("num_walks", "num_context_frames", "num_frames", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.first_context_frame < 0:
+            raise ValueError(f"`first_context_frame` is {self.first_context_frame}; frames are counted from 0.")
         if not 0 <= self.num_recent_frames < self.num_context_frames:
             raise ValueError(
                 f"`num_recent_frames` is {self.num_recent_frames} and `num_context_frames` {self.num_context_frames}; the first "
@@ -267,11 +279,30 @@ class WorldModelProtocol:
             )
 
     def with_defaults_of(self, pipe: "FARPipeline") -> "WorldModelProtocol":
-        """The same with the settings that `pipe` is shipped with, where they were left open."""
+        """The same with the settings that `pipe` is shipped with, where they were left open.
+
+        Raises:
+            ValueError: `mirrored_actions` that are no two actions of the model.
+        """
         steps = self.num_inference_steps or pipe.default_inference_steps
         guidance = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         short_cache = self.short_cache or str(pipe.default_short_cache)
-        return replace(self, num_inference_steps=steps, guidance_scale=guidance, short_cache=short_cache)
+        num_actions, mirrored = pipe.transformer.config.num_actions, self.mirrored_actions
+        if mirrored is None:
+            names = [name.lower() for name in pipe.config.action_names or []]
+            mirrored = (names.index("left"), names.index("right")) if {"left", "right"} <= set(names) else None
+        elif len(set(mirrored) & set(range(num_actions or 0))) < 2:
+            raise ValueError(
+                f"`mirrored_actions` is {mirrored}, but the model has {num_actions or 'no'} discrete actions; give two of "
+                "them, from 0, or leave it out."
+            )
+        return replace(
+            self,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            short_cache=short_cache,
+            mirrored_actions=mirrored,
+        )
 
     @property
     def last_frame(self) -> int:
