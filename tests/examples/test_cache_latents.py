@@ -49,7 +49,7 @@ def cache(workplace: Path, *arguments: str, dataset: str = "walks") -> list[Path
 def test_a_damaged_shard_is_named_and_encoded_again_and_no_other(workplace, caplog, streaming):
     caplog.set_level(logging.INFO)
     shards = cache(workplace, *streaming)
-    assert "5 of 5 trajectories" in caplog.messages[-1]
+    assert "trajectory 5 of 5" in caplog.messages[-1]
     assert LatentDataset(workplace / "latents").table["source"][4] == "4.npz"
     content = [path.read_bytes() for path in shards]
     flipped = bytearray(content[0])

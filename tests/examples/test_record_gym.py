@@ -61,7 +61,7 @@ def test_frames_actions_and_chosen_facts_are_rows_like_those_of_prepare_dataset(
         assert len(row["actions"]) == 7 and set(row["actions"]) <= {0, 1, 2}  # from 0, though the game counts from 5
     assert rows["seed"] == [0, 1, 2] and splits["validation"]["seed"] == [1_000_000]
     assert len({row["level"][0] for row in rows}) > 1 and rows[0]["source"] == f"{GAME} seed 0"
-    assert "4 of 4 episodes" in caplog.text and "train: 3 episodes of 7 to 7 frames" in caplog.text
+    assert "episode 4 of 4" in caplog.text and "train: 3 episodes of 7 to 7 frames" in caplog.text
 
 
 def test_what_is_recorded_can_be_trained_on_and_depends_on_the_seed_alone(tmp_path):

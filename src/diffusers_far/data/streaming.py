@@ -62,10 +62,8 @@ class StoredClip:
             else:
                 times = read_frame_times(self.video) if self.start else None
                 frames = decode_file(self.video, self.start, self.length, self.interval, times)
-        except BadExampleError:
-            raise
         except (ValueError, OSError) as error:  # frames of several sizes, an image that is none
-            raise BadExampleError(f"{self.name!r} has frames that cannot be read: {error}.") from error
+            raise BadExampleError(f"{self.name!r} has frames that cannot be read: {error}") from error
         if self.frame_size is not None and tuple(frames.shape[2:]) != self.frame_size:
             raise BadExampleError(
                 f"{self.name!r} has frames of {tuple(frames.shape[2:])}, but the first trajectory's are "

@@ -70,10 +70,8 @@ class VideoClips:
         """
         try:
             frames = self.frames.clip(trajectory, start, length, interval)
-        except BadExampleError:
-            raise
         except (ValueError, OSError) as error:  # frames of several sizes, an image that is none
-            raise BadExampleError(f"{self.name(trajectory)} has frames that cannot be read: {error}.") from error
+            raise BadExampleError(f"{self.name(trajectory)} has frames that cannot be read: {error}") from error
         row = self.rows[trajectory] if self.rows.column_names else None
         actions, label = None, None
         if "actions" in self.rows.column_names:

@@ -128,7 +128,7 @@ def _decode_named(images: list[tuple[str, dict]]) -> torch.Tensor:
         try:
             frames.append(decode_images([image])[0])
         except (ValueError, OSError) as error:
-            raise BadExampleError(f"{name!r} has an image that cannot be read: {error}.") from error
+            raise BadExampleError(f"{name!r} has an image that cannot be read: {error}") from error
         if frames[-1].shape != frames[0].shape:
             raise BadExampleError(
                 f"{name!r} has frames of {tuple(frames[-1].shape[1:])}, but those of {images[0][0]!r} are "
