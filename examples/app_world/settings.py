@@ -19,7 +19,8 @@ class WorldLimits:
         max_branches (`int`): Walks that one visitor keeps.
         max_visitors (`int`): At one time.
         max_waiting (`int`): Presses of one visitor that wait or are being answered.
-        max_calls_per_second (`int`): Of one visitor; those who are none yet share so many and one for each place.
+        max_calls_per_second (`int`): Of one visitor.
+        max_other_calls_per_second (`int`): Of all together who are no visitors, or not yet.
         idle_seconds (`float`): After so long without a press, a visitor's rollouts are dropped.
         yield_seconds (`float`): After so long without a press, a visitor makes room where all places are taken.
         upload (`MediaLimits`): Of a visitor's own clip or image.
@@ -33,6 +34,7 @@ class WorldLimits:
     max_visitors: int = 16
     max_waiting: int = 4
     max_calls_per_second: int = 20
+    max_other_calls_per_second: int = 8
     idle_seconds: float = 1800.0
     yield_seconds: float = 120.0
     upload: MediaLimits = MediaLimits(max_bytes=20 * 2**20, max_frames=1000, max_pixels=2**22, max_total_pixels=2**28)

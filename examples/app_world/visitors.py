@@ -126,7 +126,8 @@ class VisitorStore:
         whoever calls may call themselves anything."""
         with self._lock:
             who = visitor_id if visitor_id in self._visitors else None
-            most = self.limits.max_calls_per_second + (self.limits.max_visitors if who is None else 0)
+            limits = self.limits
+            most = limits.max_other_calls_per_second if who is None else limits.max_calls_per_second
             calls, now = self._calls.setdefault(who, deque(maxlen=most)), self.clock()
             if len(calls) == most and now - calls[0] < 1:
                 return False

@@ -223,7 +223,9 @@ def test_hosts_can_be_allowed_by_name(tmp_path):
 
 
 def test_calls_beyond_those_of_one_second_are_refused_for_their_caller_alone(tmp_path):
-    client = behind_the_door(WorldLimits(max_calls_per_second=5, max_visitors=4), tmp_path, starting=["ann", "ben"])
+    client = behind_the_door(
+        WorldLimits(max_calls_per_second=5, max_other_calls_per_second=9), tmp_path, starting=["ann", "ben"]
+    )
     assert [join(client, "ann") for _ in range(70)] == [200] * 5 + [429] * 65
     assert join(client, "ben") == 200
     strangers = [join(client, f"stranger {number}") for number in range(70)]
@@ -358,7 +360,9 @@ class Page:
         raise AssertionError("the stream ended without an answer")
 
     def begin(self) -> None:
-        assert self.press("begin", 0, 4, 3, *SETTINGS) == 200
+        while (status := self.press("begin", 0, 4, 3, *SETTINGS)) == 429:  # so many start in one second
+            time.sleep(0.2)
+        assert status == 200
         answer = self.answer()
         assert answer["success"], answer
 
@@ -379,6 +383,7 @@ def address():
         patch.setattr(World, "step", lambda world, action: (time.sleep(0.02), step(world, action))[1])
         for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_CACHE_FREQUENCY"):
             patch.setenv(name, "")  # so that what the app sets is taken back at the end
+        patch.setattr("gradio.networking.url_ok", lambda url: True)  # it gives a busy machine three seconds
         limits = WorldLimits(upload=MediaLimits(max_bytes=100_000), max_files=3, max_visitors=32)
         page = serve(parts(limits), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
         yield page.local_url
