@@ -441,6 +441,9 @@ def test_uploads_are_bounded_for_all_together_and_in_a_folder_of_the_apps_own(ad
         for number in range(6):
             answer = client.post(f"{API}/upload", files={"files": (f"{number}.png", bytes([number]) * 1000)})
             paths += answer.json()
+        end = time.monotonic() + 60  # room is made right after the answer
+        while [Path(path).exists() for path in paths] != [False] * 3 + [True] * 3 and time.monotonic() < end:
+            time.sleep(0.05)
         assert [Path(path).exists() for path in paths] == [False] * 3 + [True] * 3
         folder = Path(paths[0]).parents[1]
         assert folder.name.startswith("far-app-")
