@@ -132,9 +132,21 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path, save):
         save().save_pretrained(tmp_path / "file")
 
 
+@pytest.mark.parametrize("is_pipeline", [False, True], ids=["model", "pipeline"])
+def test_a_model_whose_groups_are_offloaded_to_the_disk_is_not_saved_without_its_values(is_pipeline, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.transformer.enable_group_offload(
+        torch.device("cpu"), num_blocks_per_group=1, offload_to_disk_path=str(tmp_path / "groups")
+    )
+    with pytest.raises(ValueError, match="weights that are offloaded, and cannot be saved"):
+        (pipe if is_pipeline else pipe.transformer).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_pickled_weights_of_a_transformer_alone_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match="`safe_serialization` is False"):
-        tiny_transformer().save_pretrained(tmp_path / "model", safe_serialization=False)
+    for arguments, options in (((), {"safe_serialization": False}), ((True, None, False), {})):
+        with pytest.raises(ValueError, match="`safe_serialization` is False"):
+            tiny_transformer().save_pretrained(tmp_path / "model", *arguments, **options)
     assert not (tmp_path / "model").exists()
 
 

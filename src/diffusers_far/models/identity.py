@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from safetensors import safe_open
 
 from .adapters import adapter_layers
+from .internals import group_offloading
 
 
 COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of weights
@@ -124,13 +125,8 @@ def _with_values(
 
 def _disk_groups(model: torch.nn.Module) -> dict[int, Any]:
     """The groups of weights that diffusers offloads to disk, by the id of each weight."""
-    groups = {}
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        if hook is not None and hook.group.offload_to_disk_path is not None:
-            groups |= {id(tensor): hook.group for tensor in hook.group.tensor_to_key}
-    return groups
+    groups = [group for group in group_offloading(model) if group.offload_to_disk_path is not None]
+    return {id(tensor): group for group in groups for tensor in group.tensor_to_key}
 
 
 def _add(digest, name: str, value: Any, rounded_to: torch.dtype | None) -> None:

@@ -1,4 +1,4 @@
-"""What torch, diffusers and accelerate know but do not say publicly: each of their private names that we need is here only."""
+"""What torch, diffusers and accelerate know but do not say publicly: private names of theirs that we read."""
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -42,7 +42,7 @@ def offloaded_weights(module: torch.nn.Module) -> set[str]:
 
 
 def group_offloading(module: torch.nn.Module) -> list:
-    """How diffusers offloads the groups of a model, its `GroupOffloadingConfig`s; empty where it does not."""
+    """The groups of weights that diffusers offloads, its `ModuleGroup`s; empty where it does not."""
     registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
     hooks = (registry.get_hook("group_offloading") for registry in registries if registry is not None)
-    return [hook.config for hook in hooks if hook is not None]
+    return [hook.group for hook in hooks if hook is not None]

@@ -1,5 +1,6 @@
 """Saving that loses nothing, and loading that fails where diffusers only warns; safetensors only."""
 
+import inspect
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
 from ..files import UNFINISHED, flush_to_disk, free_space
-from .internals import offloaded_weights
+from .internals import group_offloading, offloaded_weights
 
 
 # What diffusers says when it cannot read weights, and what helps.
@@ -54,7 +55,8 @@ class CompleteWeightsMixin:
             ValueError: `safe_serialization` is `False`, or weights are offloaded.
             OSError: The disk is full, or the folder cannot be written; what was in it is as it was.
         """
-        require_safetensors("safe_serialization", kwargs.get("safe_serialization"))
+        given = inspect.signature(ModelMixin.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+        require_safetensors("safe_serialization", given.get("safe_serialization"))
         require_in_memory("The model", self)
         kwargs.setdefault("repo_id", Path(save_directory).resolve().name)  # of `push_to_hub`
         with saved_whole(save_directory) as folder:
@@ -168,10 +170,11 @@ def unset_weights(module: torch.nn.Module) -> list[str]:
 
 def require_in_memory(name: str, module: torch.nn.Module) -> None:
     """Refuse to save a model whose weights wait elsewhere: in the model itself they have no values."""
-    if any(isinstance(value, torch.Tensor) and value.is_meta for value in module.state_dict().values()):
+    are_on_disk = any(group.offload_to_disk_path is not None for group in group_offloading(module))
+    if are_on_disk or any(isinstance(value, torch.Tensor) and value.is_meta for value in module.state_dict().values()):
         raise ValueError(
             f"{name} has weights that are offloaded, and cannot be saved: call `pipe.remove_all_hooks()` after sequential "
-            "offloading, or load it again without `device_map`."
+            "offloading, or load it again without `device_map` and without offloading groups to the disk."
         )
 
 
