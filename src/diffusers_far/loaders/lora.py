@@ -12,6 +12,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import require_peft_backend
 from huggingface_hub.utils import validate_hf_hub_args
 
+from ..models.adapters import check_weight_name
 from ..models.loading import (
     describe_key_errors,
     explained_loading_errors,
@@ -61,8 +62,7 @@ class FARLoraLoaderMixin(LoraBaseMixin):
             OSError: The file is missing, truncated or not safetensors.
         """
         require_safetensors("use_safetensors", use_safetensors)
-        if weight_name is not None and not weight_name.endswith(".safetensors"):
-            raise ValueError(f"`weight_name` is {weight_name!r}; LoRA layers are read from .safetensors files only.")
+        check_weight_name(weight_name)
         source = pretrained_model_name_or_path_or_dict
         with (
             explained_loading_errors("the given dict" if isinstance(source, Mapping) else source),

@@ -2,12 +2,15 @@
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
+
+from .loading import require_finite, require_safetensors
 
 
 def adapter_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -70,6 +73,27 @@ class AdapterMixin(PeftAdapterMixin):
     A layer remembers at which scale its adapters were fused: they are taken out again at the same one, whatever
     `set_adapters` says meanwhile.
     """
+
+    # This signature is read by diffusers, so it must be the one underneath.
+    @wraps(PeftAdapterMixin.load_lora_adapter, assigned=())
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, *args, **kwargs):
+        """As `PeftAdapterMixin.load_lora_adapter`, from safetensors only.
+
+        Raises:
+            ValueError: A weight is no tensor of finite numbers, or the file is pickled.
+        """
+        if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
+            require_finite("The LoRA weights", pretrained_model_name_or_path_or_dict)
+            return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        require_safetensors("use_safetensors", kwargs.get("use_safetensors"))
+        check_weight_name(kwargs.get("weight_name"))
+        known = set(getattr(self, "peft_config", {}))
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **{**kwargs, "use_safetensors": True})
+        try:
+            require_finite("The LoRA weights", {k: v for k, v in self.state_dict().items() if ".lora_" in k})
+        except ValueError:
+            self.delete_adapters(sorted(set(self.peft_config) - known))
+            raise
 
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
@@ -136,6 +160,12 @@ class AdapterMixin(PeftAdapterMixin):
         """
         check_weights(weights)
         super().set_adapters(adapter_names, weights)
+
+
+def check_weight_name(weight_name: str | None) -> None:
+    """Refuse a file of LoRA layers that is pickled."""
+    if weight_name is not None and not weight_name.endswith(".safetensors"):
+        raise ValueError(f"`weight_name` is {weight_name!r}; LoRA layers are read from .safetensors files only.")
 
 
 def check_weights(weights: Any) -> None:

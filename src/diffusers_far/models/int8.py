@@ -1,14 +1,11 @@
 """Matrix products in int8 on the CPU: weights are rounded once, activations as they come ("dynamic quantisation")."""
 
 import warnings
-from collections.abc import Mapping
 from functools import wraps
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-
-from .loading import require_finite
 
 
 SAVE_FIRST = (
@@ -90,10 +87,8 @@ class Int8Mixin:
         """As `PeftAdapterMixin.load_lora_adapter`.
 
         Raises:
-            ValueError: The model is int8, or a weight is no tensor of finite numbers.
+            ValueError: The model is int8.
         """
         if self.is_int8:
             raise ValueError(f"LoRA layers cannot be added to this model: {SAVE_FIRST} Load and fuse them before.")
-        if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
-            require_finite("The LoRA weights", pretrained_model_name_or_path_or_dict)
         return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
