@@ -550,20 +550,18 @@ def test_every_flow_matching_scheduler_makes_each_frame_from_its_start(scheduler
         (UniPCMultistepScheduler(use_flow_sigmas=True), "UniPCMultistepScheduler has `prediction_type` 'epsilon'"),
         (UniPCMultistepScheduler(prediction_type="flow_prediction"), "UniPCMultistepScheduler leaves .* of the noise"),
         (DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "leaves 0.* of the noise"),
-        (IPNDMScheduler(), "IPNDMScheduler leaves .* of the noise"),
+        (IPNDMScheduler(), "IPNDMScheduler cannot be stepped .* its timesteps are .* to 1;"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "has `use_dynamic_shifting`.* set `shift`"),
-        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "leaves .* of the noise"),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), "its timesteps are .* to 500; pure noise is 1000"),
+        (FlowMatchEulerDiscreteScheduler(shift=-1.0), "its timesteps are -"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "EulerDiscreteScheduler (leaves|cannot)"),
         (AmusedScheduler(0), "AmusedScheduler cannot be stepped from noise to data"),
-        (None, "NoneType cannot be stepped"),
     ],
     ids=lambda value: None if isinstance(value, str) else type(value).__name__,
 )
 def test_a_scheduler_that_follows_no_flow_is_refused_by_name_at_the_start_and_whenever_it_is_set(scheduler, message):
     with pytest.raises(ValueError, match=message):
-        tiny_pipeline(scheduler=scheduler) if scheduler is not None else FARPipeline(
-            tiny_transformer(), tiny_kl(), None
-        )
+        tiny_pipeline(scheduler=scheduler)
     pipe, context = tiny_pipeline(), random_latents(2)
     pipe.scheduler = scheduler
     whole_clips = VideoDiTPipeline(
@@ -573,6 +571,20 @@ def test_a_scheduler_that_follows_no_flow_is_refused_by_name_at_the_start_and_wh
     for refused in (pipe, pipe.stream, pipe.start_session, whole_clips):
         with pytest.raises(ValueError, match=message):
             refused(video_latents=context)
+
+
+def test_a_flex_rope_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="`flex_rope` is {'slopes': 1}; it has the fields of a FlexRoPEConfig"):
+        tiny_pipeline(flex_rope={"slopes": 1})
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae", "scheduler"])
+def test_a_pipeline_can_be_loaded_and_moved_without_a_component_but_makes_no_frames(tmp_path, name):
+    tiny_pipeline().save_pretrained(tmp_path)
+    pipe = FARPipeline.from_pretrained(tmp_path, **{name: None}).to("cpu")
+    for refused in (pipe, pipe.stream, pipe.start_session):
+        with pytest.raises(ValueError, match=f"loaded without {name}; load it whole"):
+            refused(video_latents=random_latents(2))
 
 
 def test_trying_a_scheduler_leaves_it_and_the_global_generator_as_they_are():

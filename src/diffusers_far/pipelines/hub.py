@@ -93,8 +93,9 @@ class FARHubMixin:
         it is group-offloaded."""
         values = [value for value in (*args, kwargs.get("device"), kwargs.get("dtype")) if value is not None]
         changes_dtype = any(isinstance(value, torch.dtype) for value in values)
-        if self.transformer.is_int8 or (changes_dtype and group_offloading(self.transformer)):
-            self.transformer.to(*values)
+        transformer = self.transformer
+        if transformer is not None and (transformer.is_int8 or (changes_dtype and group_offloading(transformer))):
+            transformer.to(*values)
         return super().to(*args, **kwargs)
 
     def save_pretrained(

@@ -193,7 +193,7 @@ def latent_size(
     config, compression: int, own_size: tuple[int | None, int | None], video, video_latents, latents, height, width
 ) -> tuple[int, int]:
     """Latent height and width: from the video or latents, else as given, else the pipeline's own."""
-    for name, value in (("height", height), ("width", width)):
+    for name, value in (*zip(("height", "width"), own_size), ("height", height), ("width", width)):
         if value is not None and not is_whole_number(value):
             raise ValueError(f"`{name}` is {value!r}; pass a whole number of pixels, or leave it out.")
     for name, tensor, pixels in (

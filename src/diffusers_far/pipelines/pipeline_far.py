@@ -82,8 +82,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     ):
         super().__init__()
         check_components_complete(transformer=transformer, vae=vae)
-        check_scheduler(scheduler)
-        if vae is not None:
+        if scheduler is not None:  # diffusers' way to load a part: `from_pretrained(..., transformer=None)`
+            check_scheduler(scheduler)
+        if vae is not None and transformer is not None:
             latent_statistics(vae, torch.empty(transformer.config.in_channels, 1, 1))
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         if isinstance(action_names, dict):
@@ -93,7 +94,11 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         self.register_to_config(short_cache=short_cache)
         self.register_to_config(flex_rope=applied_flex_rope(transformer))
         if flex_rope is not None:
-            self.enable_flex_rope(FlexRoPEConfig(**flex_rope))
+            try:
+                flex_rope = FlexRoPEConfig(**flex_rope)
+            except TypeError as error:
+                raise ValueError(f"`flex_rope` is {flex_rope!r}; it has the fields of a FlexRoPEConfig.") from error
+            self.enable_flex_rope(flex_rope)
 
     @property
     def num_timesteps(self) -> int:
@@ -360,6 +365,9 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         **arguments,
     ) -> PipelineInputs:
         """Check all arguments of a call before any work is done; see [`~pipelines.inputs.check_call`]."""
+        left_out = [name for name, component in self.components.items() if component is None]
+        if left_out:
+            raise ValueError(f"This pipeline was loaded without {', '.join(left_out)}; load it whole to make frames.")
         check_scheduler(self.scheduler)  # which users replace
         return check_call(
             self.transformer,

@@ -15,10 +15,10 @@ from ..models.conditions import shift_actions
 from ..models.denoising_steps import DenoisingSteps
 from ..models.frame_batch import FrameBatch
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
-from .inputs import PipelineInputs, check_call, frame_noise, repeat_samples
+from .inputs import PipelineInputs, frame_noise, repeat_samples
 from .pipeline_far import FARPipeline
 from .pipeline_output import FARPipelineOutput, join_frames
-from .rollout import Rollout, RolloutConfig, check_scheduler
+from .rollout import Rollout, RolloutConfig
 
 
 logger = logging.get_logger(__name__)
@@ -154,11 +154,7 @@ class VideoDiTPipeline(FARPipeline):
             num_inference_steps = self.default_inference_steps
         if guidance_scale is None:
             guidance_scale = self.default_guidance_scale
-        check_scheduler(self.scheduler)
-        inputs = check_call(
-            self.transformer,
-            self.vae,
-            (self.config.height, self.config.width),
+        inputs = self.check_inputs(
             video=video,
             video_latents=video_latents,
             actions=actions,

@@ -81,6 +81,11 @@ def remaining_noise(scheduler: SchedulerMixin) -> float:
     """How far from the data a scheduler ends, as a share of the way, where the velocity always points at the data."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(3, device="cpu")
+    lowest, highest = float(min(scheduler.timesteps)), float(max(scheduler.timesteps))
+    if not (0 <= lowest and 0.9 * NUM_TIMESTEPS <= highest <= NUM_TIMESTEPS):
+        raise ValueError(
+            f"its timesteps are {lowest:g} to {highest:g}; pure noise is {NUM_TIMESTEPS} to the transformer"
+        )
     generator = torch.Generator().manual_seed(0)
     data = torch.linspace(-1, 1, 16).view(1, 1, 1, 4, 4)
     noise = latents = torch.randn(data.shape, generator=generator)
@@ -334,7 +339,7 @@ class Rollout:
             if self.is_guided:
                 null_velocity, velocity = velocity.chunk(2)
                 if self.config.guidance_scale > 1:
-                    velocity = null_velocity + self.config.guidance_scale * (velocity - null_velocity)
+                    velocity = null_velocity + float(self.config.guidance_scale) * (velocity - null_velocity)
             latents = take_step(self.scheduler, velocity, timestep, latents, generator)
             if on_step_end is not None:
                 latents = on_step_end(step_index, timestep, latents)
