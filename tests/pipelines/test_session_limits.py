@@ -4,10 +4,12 @@ import gc
 import logging
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from session_walks import generators, go_on, led_along, pipeline, start, walk
+from tiny_models import tiny_pipeline
 
 from diffusers_far import FARSession
 
@@ -202,6 +204,17 @@ def test_a_write_that_is_refused_leaves_the_session_as_it_was():
         session.step(1)
     pipe.transformer.to(torch.float32)
     assert torch.equal(session.step(2), straight.step(2))
+
+
+def test_a_rewind_to_noise_of_a_device_that_is_not_here_leaves_the_session_as_it_was():
+    session = tiny_pipeline().start_session(height=8, width=8, num_inference_steps=1)
+    for _ in range(2):
+        session.step()
+    frame, latents = session.history.frames[1], session.latents
+    frame.noise = replace(frame.noise, device="elsewhere")
+    with pytest.raises(ValueError, match="'elsewhere', which is not to be had here"):
+        session.rewind(1)
+    assert torch.equal(session.latents, latents) and session.num_frames == 2
 
 
 def test_sessions_of_one_pipeline_take_turns_without_noticing_each_other():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .inputs import check_count
+from .inputs import NUM_TIMESTEPS, check_count
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +96,7 @@ class LatencyBudget:
         step_seconds = statistics.median(self._step_seconds)
         if step_seconds <= 0:  # a clock too coarse to see a step
             return self.min_inference_steps
-        return max(0, math.floor(seconds_left / step_seconds))
+        return max(0, math.floor(min(seconds_left / step_seconds, NUM_TIMESTEPS)))
 
     @contextmanager
     def frame(self, *, is_usual: bool) -> Iterator[None]:

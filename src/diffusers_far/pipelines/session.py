@@ -308,8 +308,9 @@ class FARSession:
                 )
             if num_frames == 0:
                 return
-            dropped = self.history.drop_last(num_frames)
-            self.noise.restore(next((frame.noise for frame in dropped if frame.noise is not None), None))
+            noises = (frame.noise for frame in self.history.last(num_frames))
+            self.noise.restore(next((noise for noise in noises if noise is not None), None))  # or refuses
+            self.history.drop_last(num_frames)
             self._unwrite(max(0, self.rollout.num_frames - (self.num_frames - 1)))
 
     def save(self, path: str | os.PathLike) -> None:

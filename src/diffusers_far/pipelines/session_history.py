@@ -93,14 +93,12 @@ class SessionHistory:
         if self.max_frames is not None:
             del self.frames[: max(0, len(self.frames) - max(self.max_frames, num_unwritten))]
 
-    def drop_last(self, num_frames: int) -> list[SessionFrame]:
-        """Go back so many frames, at least one, and return them; no action has been taken at the last that is left."""
-        left = len(self.frames) - num_frames
-        dropped, self.frames = self.frames[left:], self.frames[:left]
+    def drop_last(self, num_frames: int) -> None:
+        """Go back so many frames, at least one; no action has been taken at the last that is left."""
+        self.frames = self.frames[: len(self.frames) - num_frames]
         self.frames[-1].action = None
         self.num_frames -= num_frames
         self.num_context_frames = min(self.num_context_frames, self.num_frames)
-        return dropped
 
     def last(self, num_frames: int) -> list[SessionFrame]:
         return self.frames[len(self.frames) - num_frames :]
