@@ -69,6 +69,8 @@ def test_one_of_mean_and_deviation_serves_alone_and_needs_no_factor():
     [
         ({"latents_mean": [0.0] * 3}, "`latents_mean` .* one finite number for each of the 4 latent channels"),
         ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "`latents_std` .* above 0"),
+        ({"latents_std": [None] * 4}, "`latents_std` .* one finite number"),
+        ({"shift_factor": "0.1"}, "`shift_factor` .* give a finite number"),
         ({"latents_mean": [float("nan")] * 4}, "`latents_mean`"),
         ({"scaling_factor": None}, "`scaling_factor` of the VAE's config is None"),
         ({"scaling_factor": 0}, "`scaling_factor` of the VAE's config is 0"),

@@ -281,6 +281,11 @@ def test_a_decoder_of_no_sense_is_refused(name, value, form):
         TokenARConfig(num_codes=13, tokens_per_frame=4, decoder=decoder)
 
 
+def test_a_decoder_that_is_no_config_is_refused():
+    with pytest.raises(ValueError, match="`decoder` is 'llama'; give a config"):
+        TokenARConfig(decoder="llama")
+
+
 def test_a_decoder_larger_than_the_memory_is_refused_before_it_is_made():
     decoder = DECODER | {"num_hidden_layers": 1000, "hidden_size": 2**16, "head_dim": 16}
     with pytest.raises(ValueError, match="`hidden_size` 65536, `num_hidden_layers` 1000.* GiB .* this machine has"):

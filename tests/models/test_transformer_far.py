@@ -505,6 +505,8 @@ def test_conditions_of_another_shape_are_refused(condition, name, shape):
         ({"short_window": 10**9}, "`short_window` is 1000000000"),
         ({"mlp_ratio": float("nan")}, "`mlp_ratio` is nan; give a finite number above 0"),
         ({"mlp_ratio": 0}, "`mlp_ratio` is 0"),
+        ({"mlp_ratio": 1e-9}, "`mlp_ratio` is 1e-09; of a width of"),
+        ({"mlp_ratio": 1e308}, r"`mlp_ratio` is 1e\+308; of a width of"),
         ({"rope_theta": float("nan")}, "`rope_theta` is nan"),
         ({"rope_theta": -1.0}, "`rope_theta` is -1.0"),
         ({"num_actions": -1}, "`num_actions` is -1"),

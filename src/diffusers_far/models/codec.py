@@ -30,7 +30,10 @@ def latent_statistics(
         values = config.get(name)
         if values is None:
             continue
-        values = torch.tensor(values, dtype=torch.float64).flatten()
+        try:
+            values = torch.tensor(values, dtype=torch.float64).flatten()
+        except (TypeError, ValueError, RuntimeError):
+            values = torch.empty(0)  # numbers of no channel
         if len(values) != num_channels or not values.isfinite().all() or (name == "latents_std" and values.min() <= 0):
             raise ValueError(
                 f"`{name}` of the VAE's config is {config[name]}; it has one finite number for each of the {num_channels} "
@@ -45,7 +48,7 @@ def latent_statistics(
             f"`scaling_factor` of the VAE's config is {factor}; give 1 / the standard deviation of its latents: "
             "`vae.register_to_config(scaling_factor=...)`."
         )
-    if not math.isfinite(shift or 0.0):
+    if shift is not None and not (isinstance(shift, (int, float)) and math.isfinite(shift)):
         raise ValueError(f"`shift_factor` of the VAE's config is {shift}; give a finite number, or None.")
     if shift and per_channel:
         raise ValueError(

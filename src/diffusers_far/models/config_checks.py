@@ -72,6 +72,10 @@ def check_config(config) -> None:
     if not isinstance(config.frame_causal, bool):
         raise ValueError(f"`frame_causal` is {config.frame_causal!r}; it is `True` or `False`.")
     width = config.num_attention_heads * config.attention_head_dim
+    if not 1 <= width * config.mlp_ratio < 2**40:
+        raise ValueError(
+            f"`mlp_ratio` is {config.mlp_ratio}; of a width of {width} it makes no possible hidden layer."
+        )
     conditions = sum(config[name] or 0 for name in ("num_actions", "action_dim", "num_classes"))
     attention = 4 if config.long_patch_size is None else 8
     num_weights = int((config.num_layers * (attention + 2 * config.mlp_ratio) * width + conditions) * width)

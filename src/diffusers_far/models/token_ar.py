@@ -58,6 +58,10 @@ class TokenARConfig(PretrainedConfig):
         for name, most in COUNTS.items():
             check_count(name, getattr(self, name), most, optional=name in ("num_actions", "trained_frames"))
         if self.decoder is not None:
+            if not isinstance(self.decoder, (Mapping, PretrainedConfig)):
+                raise ValueError(
+                    f"`decoder` is {self.decoder!r}; give a config of transformers, or a dict of its fields."
+                )
             check_decoder(self.decoder if isinstance(self.decoder, Mapping) else self.decoder.to_dict())
         self.decoder = copy.deepcopy(self.decoder)
         super().__post_init__(**kwargs)
@@ -280,6 +284,6 @@ def _check_range(name: str, values: torch.Tensor, limit_name: str, limit: int) -
         )
 
 
-# So that transformers' Auto classes load what was saved, as soon as this package is imported.
+# So that transformers' Auto classes load what was saved, as soon as one of these classes is imported.
 AutoConfig.register(TokenARConfig.model_type, TokenARConfig)
 AutoModel.register(TokenARConfig, TokenARForVideo)
