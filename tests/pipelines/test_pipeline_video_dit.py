@@ -226,6 +226,11 @@ def test_a_clip_longer_than_the_training_s_is_warned_of(monkeypatch):
     assert "6 frames, context included, but the transformer was trained on 5" in warnings[0]
 
 
+def test_another_pipeline_takes_over_its_components():
+    pipe = video_dit()
+    assert VideoDiTPipeline.from_pipe(pipe).components == pipe.components
+
+
 def test_a_folder_is_loaded_as_what_it_is(tmp_path):
     """Training saves every folder as a `FARPipeline`."""
     tiny_pipeline(tiny_transformer(frame_causal=False)).save_pretrained(tmp_path / "saved-by-training")

@@ -117,6 +117,8 @@ def saved_whole(folder: str | os.PathLike) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is None:  # not of the disk, but of the Hub
             raise
+        if folder.parent.name.startswith(UNFINISHED):  # a part of a pipeline, whose folder is to be named
+            raise
         room = free_space(folder) if folder.is_dir() else "it could not be created."
         raise OSError(f"{str(folder)!r} was not written ({error}); {room} What was in it is as it was.") from error
     finally:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
 from diffusers.utils import logging
 
 from ..models.cache_options import CacheOptions
@@ -82,8 +83,8 @@ class VideoDiTPipeline(FARPipeline):
     def __init__(
         self,
         transformer: FARTransformer3DModel,
-        vae,
-        scheduler,
+        vae: AutoencoderDC | AutoencoderKL | AutoencoderTiny,
+        scheduler: SchedulerMixin,
         fps: int | float | None = None,
         action_names: list[str] | dict[str, str] | None = None,
         height: int | None = None,
