@@ -10,7 +10,6 @@ checkpoints and logs: `FARPipeline.from_pretrained` loads it, and after `--objec
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from diffusers_far.training.arguments import (
     add_validation_arguments,
     build_optimizer,
     num_fed_actions,
+    read_config,
     require_one_source,
     training_objective,
 )
@@ -134,11 +134,14 @@ def build_transformer(args: argparse.Namespace, in_channels: int, num_actions: i
     if args.transformer_config in PRESETS:
         config = preset_config(args.transformer_config, action_shift=1, num_actions=num_actions)
     else:
-        config = json.loads(Path(args.transformer_config).read_text())
+        config = read_config("transformer_config", args.transformer_config)
     config = {"in_channels": in_channels} | config
     if args.objective == "video_dit":
         config |= {"frame_causal": False, "long_patch_size": None}
-    return FARTransformer3DModel(**config)
+    try:
+        return FARTransformer3DModel(**config)
+    except TypeError as error:
+        raise ValueError(f"`--transformer_config` {args.transformer_config!r} does not fit: {error}.") from error
 
 
 def build_pipeline(

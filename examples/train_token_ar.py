@@ -8,12 +8,16 @@ The codes come from `cache_latents.py` with a `VQModel`. The result in `--output
 """
 
 import argparse
-import json
 from contextlib import nullcontext
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.training.arguments import add_checkpoint_arguments, add_optimization_arguments, build_optimizer
+from diffusers_far.training.arguments import (
+    add_checkpoint_arguments,
+    add_optimization_arguments,
+    build_optimizer,
+    read_config,
+)
 
 
 # What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
@@ -60,6 +64,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_far import TokenARConfig, TokenARForVideo
 from diffusers_far.data.latents import LatentDataset
+from diffusers_far.models.loading import saved_whole
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clips import TrainingBatches
 from diffusers_far.training.launch import Launch, launched, leave_signals_to_parent
@@ -89,7 +94,7 @@ def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) ->
         "tokens_per_frame": height * width,
         "num_actions": codes.num_actions,
         "trained_frames": args.num_frames,
-    } | json.loads(Path(args.model_config).read_text())
+    } | read_config("model_config", args.model_config)
 
 
 @launched
@@ -240,9 +245,9 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
     if accelerator.is_main_process and not launch.is_interrupted:
         require_finite_metrics(validate(finished), finished, output_dir)
-        with evaluated(token_ar, ema):
-            token_ar.save_pretrained(output_dir)
-        vq.save_pretrained(output_dir / "vq")
+        with evaluated(token_ar, ema), saved_whole(output_dir) as folder:
+            token_ar.save_pretrained(folder)
+            vq.save_pretrained(folder / "vq")
         logger.info(f"Saved the model to {output_dir} after step {finished}")
     accelerator.end_training()
 

@@ -9,13 +9,17 @@ latents to unit variance.
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.training.arguments import add_log_arguments, add_precision_argument, add_streaming_arguments
+from diffusers_far.training.arguments import (
+    add_log_arguments,
+    add_precision_argument,
+    add_streaming_arguments,
+    read_config,
+)
 
 
 RESTART_STREAM = 1  # beside the stream of the latents' noise
@@ -100,6 +104,8 @@ from torch.utils.data import DataLoader, Subset
 from diffusers_far.data.frames import evenly_spaced
 from diffusers_far.evaluation.media import contact_sheet
 from diffusers_far.files import written_whole
+from diffusers_far.models.codec import latent_statistics
+from diffusers_far.models.loading import saved_whole
 from diffusers_far.models.lpips import load_lpips
 from diffusers_far.training.autoencoder import (
     PATCH,
@@ -128,13 +134,16 @@ logger = get_logger(__name__)
 
 
 def build_vae(config_file: str) -> torch.nn.Module:
-    config = json.loads(Path(config_file).read_text())
+    config = read_config("vae_config", config_file)
     if config.get("_class_name") not in VAE_CLASSES:
         raise ValueError(
             f"`--vae_config` {config_file!r} has `_class_name` {config.get('_class_name')!r}; it must be one of "
             f"{', '.join(VAE_CLASSES)}."
         )
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    vae = getattr(diffusers, config["_class_name"]).from_config(config)
+    vae.register_to_config(scaling_factor=1.0)  # is measured in the end
+    latent_statistics(vae, torch.empty(vae.config.latent_channels, 1, 1))  # refuses what does not fit its latents
+    return vae
 
 
 def describe_reconstruction(metrics: dict[str, float]) -> str:
@@ -201,7 +210,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
     # 3. Start or resume
     identity = {name: getattr(args, name) for name in IDENTITY} | {
-        "vae_config": json.loads(Path(args.vae_config).read_text()),
+        "vae_config": read_config("vae_config", args.vae_config),
         "dataset": train_frames.fingerprint,
         "num_processes": accelerator.num_processes,
     }
@@ -325,7 +334,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         sample = Subset(train_frames.sample, evenly_spaced(len(train_frames.sample), 2048))
         scaling_factor = measure_scaling_factor(vae, DataLoader(sample, args.train_batch_size))
         vae.register_to_config(scaling_factor=scaling_factor)
-        vae.to(memory_format=torch.contiguous_format).save_pretrained(output_dir)
+        with saved_whole(output_dir) as folder:
+            vae.to(memory_format=torch.contiguous_format).save_pretrained(folder)
         logger.info(f"Saved to {output_dir}, scaling factor {scaling_factor:.5f}")
     accelerator.end_training()
 

@@ -254,9 +254,9 @@ def test_resuming_a_finished_run_leaves_its_checkpoint_as_it_is(workplace, start
     [
         (
             {"learning_rate": 1e20, "max_train_steps": 1},
-            "The validation after step 1 gave .*nan.* 'checkpoint-1' is intact",
+            "The validation after step 1 gave .*nan.* holds no other intact checkpoint",
         ),
-        ({"latents_dir": "faulty-latents"}, "The data are not finite: trajectory 4 holds NaN"),
+        ({"latents_dir": "faulty-latents"}, "The data are not finite: NaN or infinite values in trajectory 4"),
     ],
     ids=["validation", "data"],
 )

@@ -15,6 +15,7 @@ from diffusers_far.training.arguments import (
     add_validation_arguments,
     build_optimizer,
     num_fed_actions,
+    read_config,
     require_one_source,
     training_objective,
 )
@@ -103,3 +104,14 @@ def test_what_can_be_chosen_is_what_there_is():
     for name in choices["optimizer"]:
         optimizer = build_optimizer(parser.parse_args(["--optimizer", name]), [torch.nn.Parameter(torch.zeros(1))])
         assert type(optimizer).__name__.lower() == name
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "No such file"), ("{", "as JSON"), ("[]", "holds no JSON object")]
+)
+def test_a_config_that_is_none_is_named_with_its_argument(tmp_path, content, message):
+    path = tmp_path / "model.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"`--vae_config` .*model.json.*{message}"):
+        read_config("vae_config", str(path))

@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from tiny_models import tiny_vq
 
-from diffusers_far.models.codec import encode_images
+from diffusers_far.models.codec import encode_images, encode_video
 from diffusers_far.training.autoencoder import (
     Autoencoding,
     decoder_last_layer,
@@ -132,6 +132,14 @@ def test_scaling_factor_brings_latents_to_unit_variance(build):
     with torch.no_grad():
         latents = encode_images(vae, batches.flatten(0, 1) / 127.5 - 1)
     assert (latents * factor).std().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_a_scaling_factor_goes_with_the_statistics_of_each_channel():
+    vae = tiny_kl()
+    vae.register_to_config(latents_mean=[1.0, 0.0, -1.0, 2.0], latents_std=[0.5, 2.0, 4.0, 1.0])
+    frames = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    vae.register_to_config(scaling_factor=measure_scaling_factor(vae, [frames]))
+    assert encode_video(vae, frames).std(correction=0).item() == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize("bias", [0.0, float("nan")])

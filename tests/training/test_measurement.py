@@ -7,6 +7,7 @@ from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.data.encoded import EncodedDataset
+from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.latents import LatentClip
 from diffusers_far.models.codec import decode_video
 from diffusers_far.training.measurement import describe_metrics, measure, side_by_side
@@ -114,3 +115,14 @@ def test_a_validation_without_steps_of_its_own_takes_those_of_the_pipeline(pipe,
     pipe.register_to_config(num_inference_steps=3)
     measure(arguments(num_validation_inference_steps=None), pipe, Trajectories())
     assert pipe.num_timesteps == 3 * 2
+
+
+def test_held_out_latents_that_are_not_finite_are_named():
+    class Faulty(Trajectories):
+        def clip(self, trajectory, *place):
+            clip = super().clip(trajectory, *place)
+            clip.latents[0, 0, 0, 0] = float("inf") if trajectory == 1 else 0
+            return clip
+
+    with pytest.raises(BadExampleError, match="held out has NaN or infinite values in trajectory 1; mend or remove"):
+        validation_clips(Faulty(), 3, 5)

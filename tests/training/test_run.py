@@ -72,10 +72,27 @@ def test_told_nothing_a_run_is_of_float32_without_accumulation(launched):
     assert accelerator.mixed_precision == args.mixed_precision == "no" and args.gradient_accumulation_steps == 1
 
 
-@pytest.mark.parametrize("wrong", [{"gradient_accumulation_steps": 0}, {"train_batch_size": 0}])
-def test_a_batch_of_nothing_is_refused(launched, wrong):
-    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is 0"):
-        launched(**wrong)
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("gradient_accumulation_steps", 0),
+        ("train_batch_size", 0),
+        ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", -1),  # would leave no checkpoint
+        ("num_validation_inference_steps", 0),
+        ("seed", -1),
+        ("max_grad_norm", float("nan")),
+        ("learning_rate", float("inf")),
+        ("fps", -8.0),
+    ],
+)
+def test_numbers_with_which_a_run_would_fail_late_are_refused_at_its_start(launched, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+        launched(**{name: value})
+
+
+def test_numbers_that_are_left_out_or_may_be_negative_are_taken(launched):
+    launched(num_validation_inference_steps=None, max_train_hours=None, logit_mean=-0.5, num_validation_videos=0)
 
 
 def test_a_loss_is_not_divided_again_by_what_the_launcher_accumulates(launched):
@@ -264,8 +281,13 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run_with_a_cure(tmp_pa
         require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=torch.tensor(norm))
     accelerator.prepare(torch.nn.Linear(2, 2))
     save_checkpoint(accelerator, tmp_path, 2, {}, None)
+    save_checkpoint(accelerator, tmp_path, 3, {}, None)  # the weights that fail
     with pytest.raises(RuntimeError, match="'checkpoint-2' is intact"):
         require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=torch.tensor(norm))
+    with pytest.raises(RuntimeError, match="'checkpoint-2' is intact"):
+        require_finite_metrics({"loss": float("nan")}, 3, tmp_path)
+    with pytest.raises(RuntimeError, match="'checkpoint-3' is intact"):
+        require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=norm, faulty_clips=["trajectory 2"])
 
 
 @pytest.mark.parametrize("scale, is_fault", [(65536.0, False), (1.0, True)])
@@ -290,7 +312,7 @@ def test_a_trajectory_that_is_not_finite_is_named(tmp_path):
     accelerator = Accelerator(cpu=True)
     outcome = accumulate_gradients(accelerator, transformer, transformer.config, batches.load(0, 1), num_accumulated=2)
     assert outcome.faulty_clips == ("trajectory 2",)
-    with pytest.raises(RuntimeError, match="data are not finite: trajectory 2 holds"):
+    with pytest.raises(RuntimeError, match="data are not finite: NaN or infinite values in trajectory 2"):
         require_finite(
             accelerator, 0, tmp_path, loss=outcome.loss, gradient_norm=1.0, faulty_clips=outcome.faulty_clips
         )

@@ -4,9 +4,11 @@ A script whose defaults differ says so with `parser.set_defaults`.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..data.actions import COMBINATION_RULES, ActionCombiner
 
@@ -172,6 +174,21 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
         type=hub_id,
         help="Id on the Hub of what training starts from, for the card, if that is a folder.",
     )
+
+
+def read_config(name: str, path: str) -> dict[str, Any]:
+    """The JSON object in the file that the argument `name` gives.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--{name}` {path!r} cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`--{name}` {path!r} holds no JSON object; give a model's arguments by name.")
+    return config
 
 
 def license_id(text: str) -> str:

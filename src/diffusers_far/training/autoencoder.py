@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ..models.codec import encode_images
+from ..models.codec import encode_images, scale_latents
 
 
 PATCH = 8  # side, in pixels, of the square whose reconstruction is worst
@@ -123,14 +123,16 @@ def measure_reconstruction(vae: nn.Module, batches: Iterable[torch.Tensor]) -> d
 
 @torch.no_grad()
 def measure_scaling_factor(vae: nn.Module, batches: Iterable[torch.Tensor]) -> float:
-    """One over the standard deviation of the raw latents of `batches`: uint8 images (B, 3, height, width).
+    """The `scaling_factor` with which the latents of `batches`, uint8 images (B, 3, height, width), have unit variance,
+    beside the other statistics of the VAE's config.
 
     Raises:
         RuntimeError: The latents are not finite, or all the same.
     """
     count, total, total_of_squares = 0, 0.0, 0.0
     for batch in batches:
-        latents = encode_images(vae, (batch.to(vae.device) / 127.5 - 1).to(vae.dtype)).double()
+        latents = encode_images(vae, (batch.to(vae.device) / 127.5 - 1).to(vae.dtype))
+        latents = scale_latents(vae, latents).double() / vae.config.scaling_factor
         count += latents.numel()
         total += latents.sum().item()
         total_of_squares += latents.pow(2).sum().item()

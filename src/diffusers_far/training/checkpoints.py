@@ -26,18 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..files import UNFINISHED, file_sha256, flush_to_disk, free_space, written_whole
+from ..models.loading import name_some
 from .launch import LOCK_FILE
 
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 RUN_FILE = "run.json"
 RUN_FORMAT = 2  # 1 had no checksums, and states that were pickled
-REPLACED = (
-    "replaced-"  # what the name of a checkpoint begins with that a run which went back to an earlier one left behind
-)
+REPLACED = "replaced-"  # what the name of a checkpoint begins with that a run left behind when it went back
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _UNREADABLE = (
     OSError,
@@ -109,7 +106,8 @@ def _find_unfinished(output_dir: Path, present: list[str]) -> Path | None:
     # `run.json` is written last: a checkpoint that has it is whole, though it was killed before it got its name.
     whole = [output_dir / name for name in others if (output_dir / name / RUN_FILE).is_file()]
     if whole:
-        newest = max(whole, key=lambda path: int(_CHECKPOINT_NAME.search(path.name)[1]))
+        # One that this run replaced is of the run before it went back.
+        newest = max(whole, key=lambda p: (p.name.startswith(UNFINISHED), int(_CHECKPOINT_NAME.search(p.name)[1])))
         logger.warning(
             f"{str(output_dir)!r} holds no finished checkpoint; the run goes on from {newest.name!r}, which is whole."
         )
@@ -145,9 +143,14 @@ def checkpoint_states(accelerator: Accelerator, **states: Any) -> None:
                 saved = torch.load(pickled, map_location="cpu", weights_only=True)
             else:
                 raise ValueError(f"it holds no `{name}`; resume with the settings that the run had")
-            expected, found = _shapes(state.state_dict()), _shapes(saved)
-            if expected != found:
-                raise ValueError(f"its `{name}` has tensors of shapes {found}, where the run has {expected}")
+            own, found = _shapes(state.state_dict()), _shapes(saved)
+            differences = [
+                f"{key} {found.get(key, 'missing')}, in this run {own.get(key, 'missing')}"
+                for key in own.keys() | found.keys()
+                if own.get(key) != found.get(key)
+            ]
+            if differences:
+                raise ValueError(f"its `{name}` has other tensors: {name_some(differences, limit=2)}")
             state.load_state_dict(saved)
 
     accelerator.register_save_state_pre_hook(save)
@@ -160,8 +163,8 @@ def save_checkpoint(
     """Save the run after `step` finished steps. Every process calls this.
 
     The folder is written under a temporary name, flushed to disk and renamed, so that a run killed at any moment
-    leaves the earlier checkpoints and never a half-written one. Older checkpoints go only after that. Those of later steps,
-    of a run that went back to an earlier checkpoint, are renamed to `replaced-checkpoint-N`.
+    leaves the earlier checkpoints and never a half-written one. Older checkpoints go only after that. Those of this step and
+    of later ones, of a run that went back to an earlier checkpoint, are renamed to `replaced-checkpoint-N` and stay.
 
     Args:
         accelerator (`accelerate.Accelerator`): Holds everything that must be saved.
@@ -214,20 +217,18 @@ def save_checkpoint(
 
 
 def _give_name(unfinished: Path, checkpoint: Path) -> None:
-    """From here on it is a checkpoint. What it replaces is moved aside, and deleted only after that."""
-    folder, replaced = checkpoint.parent, checkpoint.with_name(f"{REPLACED}{checkpoint.name}")
-    if checkpoint.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        checkpoint.rename(replaced)
+    """From here on it is a checkpoint. Those that a run which went back replaces are moved aside."""
+    folder, step = checkpoint.parent, checkpoint_step(checkpoint)
+    # The one of this step last: until then a kill leaves a newest checkpoint.
+    for replaced in reversed([path for path in list_checkpoints(folder) if checkpoint_step(path) >= step]):
+        aside = replaced.with_name(f"{REPLACED}{replaced.name}")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        replaced.rename(aside)
+        logger.warning(f"{replaced.name!r} is of the run before it went back; it is now {aside.name!r}.")
+    shutil.rmtree(checkpoint, ignore_errors=True)  # half of one, whose deletion was interrupted
     unfinished.rename(checkpoint)
     flush_to_disk(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    for later in list_checkpoints(folder):
-        if checkpoint_step(later) > checkpoint_step(checkpoint):
-            aside = later.with_name(f"{REPLACED}{later.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            later.rename(aside)
-            logger.warning(f"{later.name!r} is of the run before it went back; it is now {aside.name!r}.")
     for left in folder.glob(f"{UNFINISHED}checkpoint-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -277,12 +278,14 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str
 
 
 def way_back(output_dir: str | Path, but_for: Path | None = None) -> str:
-    """A sentence for an error: the newest checkpoint of a run that is intact and finite, and how to go on from it."""
+    """A sentence for an error: the newest checkpoint of a run that is intact, finite and not `but_for`, and how to go on
+    from it."""
     for checkpoint in reversed(list_checkpoints(output_dir)):
         if checkpoint != but_for and describe_damage(checkpoint) is None:
             flag = f"--resume_from_checkpoint {shlex.quote(str(checkpoint))}"
             return f"{checkpoint.name!r} is intact: `{flag}` takes it."
-    return f"{str(output_dir)!r} holds no intact checkpoint; the run can only begin anew."
+    other = "other " if but_for in list_checkpoints(output_dir) else ""
+    return f"{str(output_dir)!r} holds no {other}intact checkpoint; the run can only begin anew."
 
 
 def describe_damage(checkpoint: Path) -> str | None:

@@ -117,7 +117,10 @@ def checkpoint_trained_only(accelerator: Accelerator) -> None:
             save_file(tensors, Path(folder) / TRAINED_WEIGHTS)
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
-        parameters, saved = trained_parameters(models), load_file(Path(folder) / TRAINED_WEIGHTS)
+        path = Path(folder) / TRAINED_WEIGHTS
+        if not path.is_file():
+            raise ValueError(f"it holds no {path.name!r}, so it is of no adapter's run")
+        parameters, saved = trained_parameters(models), load_file(path)
         models.clear()  # what Accelerate would load
         shapes, saved_shapes = (
             {(name, *tensor.shape) for name, tensor in part.items()} for part in (parameters, saved)

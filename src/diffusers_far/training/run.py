@@ -16,10 +16,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, parse_flag_from_env
 
 from ..data.encoded import EncodedDataset
 from ..data.latents import LatentDataset
+from ..models.loading import name_some
 from ..pipelines.inputs import check_count
 from .arguments import STREAM_IDENTITY
 from .checkpoints import way_back
@@ -38,6 +39,13 @@ SHARDING_VARIABLES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+LEAST_COUNTS = {
+    **dict.fromkeys(("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "shuffle_buffer_size"), 1),
+    **dict.fromkeys(("num_frames", "frame_interval", "clips_per_trajectory", "num_inference_steps"), 1),
+    **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "validation_steps"), 1),
+    **dict.fromkeys(("num_validation_clips", "num_validation_frames", "num_validation_inference_steps"), 1),
+    **dict.fromkeys(("num_validation_videos", "lr_warmup_steps", "dataloader_num_workers", "seed", "disc_start"), 0),
 }
 DROPOUT_STREAM = 3  # beside the streams of `clips`: what the network itself draws in a step
 
@@ -83,12 +91,24 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             )
     elif args.gradient_accumulation_steps is None:
         args.gradient_accumulation_steps = launched_steps
-    for name in ("train_batch_size", "gradient_accumulation_steps"):
-        check_count(name, getattr(args, name, 1))
+    check_numbers(args)
     # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
     accelerator.gradient_accumulation_steps = 1
     logger.info(describe_launch(args, accelerator))
     return accelerator
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse counts that are too small, and numbers that are negative or not finite, of any training script.
+
+    Raises:
+        ValueError: Names the argument and the rule.
+    """
+    for name, value in vars(args).items():
+        if name in LEAST_COUNTS and value is not None:
+            check_count(name, value, least=LEAST_COUNTS[name])
+        elif isinstance(value, float) and not (math.isfinite(value) and (value >= 0 or name == "logit_mean")):
+            raise ValueError(f"`{name}` is {value}; pass a finite number of at least 0.")
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -280,8 +300,8 @@ class StepOutcome:
     Args:
         loss (`float`): Mean over the batches of all processes.
         num_frames (`int`): Frames of the clips of all processes.
-        faulty_clips (`tuple[str]`): Where the loss is not finite: the trajectories of this process whose latents or actions
-            are not.
+        faulty_clips (`tuple[str]`): Where the loss is not finite: the trajectories, of all processes, whose latents or
+            actions are not.
     """
 
     loss: float
@@ -319,8 +339,10 @@ def accumulate_gradients(
         step_loss += loss.detach()
         num_frames += clips.latents.shape[0] * clips.latents.shape[1]
     step_loss = accelerator.reduce(step_loss, reduction="mean").item()
-    faulty_clips = () if math.isfinite(step_loss) else tuple(name for clips in batches for name in clips.not_finite())
-    return StepOutcome(step_loss, num_frames * accelerator.num_processes, faulty_clips)
+    faulty_clips = []
+    if not math.isfinite(step_loss):
+        faulty_clips = gather_object([name for clips in batches for name in clips.not_finite()])
+    return StepOutcome(step_loss, num_frames * accelerator.num_processes, tuple(faulty_clips))
 
 
 def require_finite(
@@ -340,7 +362,7 @@ def require_finite(
     Args:
         accelerator (`Accelerator`): Of the run.
         step (`int`): From 0.
-        output_dir (`str` or `Path`): The run's folder; the error names its newest checkpoint that is intact.
+        output_dir (`str` or `Path`): The run's folder; the error names the newest intact checkpoint with other weights.
         loss (`float`): Of the step.
         gradient_norm (`torch.Tensor` or `float`): Of all gradients, before they are clipped.
         faulty_clips (sequence of `str`): See [`StepOutcome`].
@@ -355,14 +377,16 @@ def require_finite(
     what = "The norm of the gradient is" if math.isfinite(loss) else "The loss is"
     value = float(gradient_norm) if math.isfinite(loss) else loss
     if faulty_clips:
-        reason = (
-            f"The data are not finite: {', '.join(faulty_clips)} holds NaN or infinite values. Mend or remove them,"
+        reason, suspect = (
+            f"The data are not finite: NaN or infinite values in {name_some(faulty_clips)}. Mend or remove them,",
+            None,
         )
     else:
-        reason = "Lower `--learning_rate` or `--max_grad_norm`,"
+        # The checkpoint of this very step has the weights that fail.
+        reason, suspect = "Lower `--learning_rate` or `--max_grad_norm`,", Path(output_dir) / f"checkpoint-{step}"
     raise RuntimeError(
         f"{what} {value} at step {step}; the weights were not changed by it. {reason} and go on with `--allow_changed_run`. "
-        f"{way_back(output_dir)}"
+        f"{way_back(output_dir, but_for=suspect)}"
     )
 
 
@@ -370,14 +394,14 @@ def require_finite_metrics(metrics: Mapping[str, float], step: int, output_dir: 
     """Fail a run whose model predicts no numbers, instead of saving it as a result.
 
     Raises:
-        RuntimeError: Names the metrics, and the newest checkpoint that is intact.
+        RuntimeError: Names the metrics, and the newest intact checkpoint before this step.
     """
     not_finite = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if not_finite:
         raise RuntimeError(
             f"The validation after step {step} gave {', '.join(not_finite)}: what the model computes on held-out data is not "
-            f"finite, so no result is saved. {way_back(output_dir)} An earlier checkpoint with a lower `--learning_rate` and "
-            "`--allow_changed_run` may go on; if it fails as well, look for values in the data that are not finite."
+            f"finite, so no result is saved. Lower `--learning_rate`, and go on with `--allow_changed_run`. "
+            f"{way_back(output_dir, but_for=Path(output_dir) / f'checkpoint-{step}')}"
         )
 
 

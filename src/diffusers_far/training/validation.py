@@ -6,7 +6,9 @@ B batch, F frames, C latent channels, H/W latent height/width; h/w pixels.
 import numpy as np
 import torch
 
+from ..data.faults import BadExampleError
 from ..models.codec import decode_video
+from ..models.loading import name_some
 from .clips import ClipBatch, ClipDataset, cut_clips, usable_trajectories
 from .objective import add_noise, velocity_loss
 from .order import step_generator
@@ -16,11 +18,21 @@ NOISE_LEVELS = (100, 300, 500, 700, 900)  # timesteps at which the held-out loss
 
 
 def validation_clips(dataset: ClipDataset, num_clips: int, num_frames: int, interval: int = 1) -> ClipBatch:
-    """The same clips in every run: of trajectories spread over the dataset, at fixed random starts."""
+    """The same clips in every run: of trajectories spread over the dataset, at fixed random starts.
+
+    Raises:
+        BadExampleError: Latents or actions are not finite; names the trajectories.
+    """
     usable = usable_trajectories(dataset, num_frames, interval)
     places = np.linspace(0, len(usable) - 1, num_clips).round().astype(int)
     generators = [step_generator(0, 0, number) for number in range(num_clips)]
-    return cut_clips(dataset, usable[places].tolist(), generators, num_frames, interval)
+    clips = cut_clips(dataset, usable[places].tolist(), generators, num_frames, interval)
+    faulty = clips.not_finite() if isinstance(clips, ClipBatch) else ()
+    if faulty:
+        raise BadExampleError(
+            f"The split that is held out has NaN or infinite values in {name_some(set(faulty))}; mend or remove them."
+        )
+    return clips
 
 
 @torch.no_grad()
