@@ -57,7 +57,7 @@ if __name__ == "__main__":
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import VQModel
+from diffusers import AutoModel, VQModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -66,7 +66,7 @@ from diffusers_far import TokenARConfig, TokenARForVideo
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.models.loading import saved_whole
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clips import TrainingBatches
+from diffusers_far.training.clips import TrainingBatches, usable_trajectories
 from diffusers_far.training.launch import Launch, launched, leave_signals_to_parent
 from diffusers_far.training.measurement import describe_metrics
 from diffusers_far.training.objective import TrainingObjective
@@ -89,12 +89,15 @@ logger = get_logger(__name__)
 def model_config(args: argparse.Namespace, vq: VQModel, codes: LatentDataset) -> dict:
     """The arguments of `TokenARConfig`: the file's, and from codebook and data what it leaves open."""
     _, height, width = codes.latent_shape
+    config = read_config("model_config", args.model_config)
+    if "decoder" not in config:  # transformers' own default is a model of billions of weights
+        raise ValueError(f"`--model_config` {args.model_config!r} has no `decoder`, the sizes of the transformer.")
     return {
         "num_codes": vq.config.num_vq_embeddings,
         "tokens_per_frame": height * width,
         "num_actions": codes.num_actions,
         "trained_frames": args.num_frames,
-    } | read_config("model_config", args.model_config)
+    } | config
 
 
 @launched
@@ -106,9 +109,13 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     set_seed(args.seed)
 
     # 1. Data and models
-    vq = VQModel.from_pretrained(args.vq).to(accelerator.device).requires_grad_(False).eval()
+    vq = AutoModel.from_pretrained(args.vq)
+    if not isinstance(vq, VQModel):
+        raise ValueError(
+            f"`--vq` {args.vq!r} is of the class {type(vq).__name__}; give the VQModel that made the codes."
+        )
+    vq = vq.to(accelerator.device).requires_grad_(False).eval()
     codes = LatentDataset(args.codes_dir, args.dataset_split)
-    check_codes(codes, vq)
     validation_codes = None
     if (Path(args.codes_dir) / args.validation_split).is_dir():
         validation_codes = LatentDataset(args.codes_dir, args.validation_split)
@@ -117,7 +124,9 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     config = token_ar.config
     for split in (codes, validation_codes):
         if split is not None:
+            check_codes(split, vq)
             split.check_rows(config.num_actions)
+            usable_trajectories(split, args.num_frames)
     if args.gradient_checkpointing:
         token_ar.activation_checkpointing_enable()
     batches = TrainingBatches(

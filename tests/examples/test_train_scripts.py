@@ -73,3 +73,11 @@ def test_the_log_of_a_vae_says_where_its_worst_patch_is():
     assert text.startswith(
         "psnr 32.6, ssim 0.97; worst 8x8 patch 6.02 dB, at row 30, column 17 of the frame on the right"
     )
+
+
+def test_a_token_models_config_must_have_the_sizes_of_its_decoder(tmp_path):
+    (tmp_path / "model.json").write_text('{"hidden_size": 16}')
+    args = argparse.Namespace(model_config=str(tmp_path / "model.json"), num_frames=4)
+    codes = argparse.Namespace(latent_shape=(1, 2, 3), num_actions=None)
+    with pytest.raises(ValueError, match="`--model_config` .*model.json' has no `decoder`"):
+        load_script("train_token_ar").model_config(args, None, codes)

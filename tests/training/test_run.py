@@ -11,7 +11,7 @@ from tiny_models import tiny_transformer
 
 from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.latents import LatentClip
-from diffusers_far.training import run
+from diffusers_far.training import clip_sources, run
 from diffusers_far.training.checkpoints import save_checkpoint
 from diffusers_far.training.clips import ClipBatch, TrainingBatches, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
@@ -372,3 +372,14 @@ def test_the_attention_of_long_models_alone_is_kept_from_cudnn(long_patch_size, 
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: left_out.append(not enabled))
     leave_out_planned_attention(tiny_transformer(long_patch_size=long_patch_size).config)
     assert left_out == ([] if long_patch_size is None else [True])
+
+
+def test_a_split_that_is_held_out_and_too_short_is_refused_at_the_start(monkeypatch, tmp_path):
+    (tmp_path / "validation").mkdir()
+    args = argparse.Namespace(validation_dataset_name=None, latents_dir=str(tmp_path), validation_split="validation")
+    args.streaming, args.num_frames, args.frame_interval = False, 4, 1
+    monkeypatch.setattr(clip_sources, "open_clips", lambda *_: FaultyLatents())
+    with pytest.raises(ValueError, match="split 'validation', which is held out: .* the longest of 4 .* has 3"):
+        clip_sources.open_validation_clips(args, None)
+    args.num_frames = 3
+    assert clip_sources.open_validation_clips(args, None) is not None

@@ -9,6 +9,7 @@ from ..data import loading
 from ..data.encoded import EncodedDataset
 from ..data.latents import LatentDataset
 from .arguments import action_combiner
+from .clips import usable_trajectories
 from .streamed_clips import StreamedClips
 
 
@@ -41,18 +42,24 @@ def open_validation_clips(args: argparse.Namespace, vae: torch.nn.Module) -> Lat
     as are measured.
 
     Raises:
-        ValueError: As [`open_clips`].
+        ValueError: As [`open_clips`], or all trajectories are shorter than a clip.
     """
     if args.validation_dataset_name is not None:
         trajectories = loading.load_split(args.validation_dataset_name, args.validation_split)
-        return EncodedDataset(trajectories, vae, combine_actions=action_combiner(args))
-    if not has_split(args, args.validation_split):
+        clips = EncodedDataset(trajectories, vae, combine_actions=action_combiner(args))
+    elif not has_split(args, args.validation_split):
         return None
-    if not args.streaming:
-        return open_clips(args, args.validation_split, vae)
-    num_trajectories = max(args.num_validation_clips, args.num_validation_videos)
-    head = loading.stream_split(args.dataset_name, args.validation_split).head(num_trajectories)
-    return EncodedDataset(head, vae, combine_actions=action_combiner(args))
+    elif args.streaming:
+        num_trajectories = max(args.num_validation_clips, args.num_validation_videos)
+        head = loading.stream_split(args.dataset_name, args.validation_split).head(num_trajectories)
+        clips = EncodedDataset(head, vae, combine_actions=action_combiner(args))
+    else:
+        clips = open_clips(args, args.validation_split, vae)
+    try:
+        usable_trajectories(clips, args.num_frames, args.frame_interval)
+    except ValueError as error:
+        raise ValueError(f"Of the split {args.validation_split!r}, which is held out: {error}") from error
+    return clips
 
 
 def has_split(args: argparse.Namespace, split: str) -> bool:
