@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from app_world import WorldLimits
+from app_world import WorldLimits, checked_hosts
 from argument_types import whole_number
 
 from diffusers_far.command_line import HelpWithDefaults
@@ -47,6 +47,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="Names under which a proxy serves the page; calls to other names than these and localhost are refused.",
     )
     args = parser.parse_args(arguments)
+    try:
+        checked_hosts(args.allowed_hosts)
+    except ValueError as error:
+        parser.error(str(error))
     if args.dataset_name is None:
         args.dataset_name = MAZES if args.model == MAZE_MODEL else ""
     return args

@@ -14,7 +14,6 @@ was interrupted goes on when the same command is given again, `scores.json`, `sc
 import argparse
 import json
 import logging
-import os
 import platform
 import time
 from dataclasses import asdict
@@ -64,8 +63,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if protocol == "world_model" and args.output is not None and args.output.exists():
         parser.error(f"--output {args.output} exists; name another file, or move it away.")
-    if protocol == "world_model" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("--protocol world_model runs in one process; start it with python, or `--num_processes 1`.")
     if protocol != "world_model" and args.output.suffix == ".json":
         parser.error(f"--output {args.output} is a file; {protocol} keeps a result for each case, name a folder.")
     try:
@@ -118,6 +115,7 @@ def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol)
         args.output.parent.mkdir(parents=True, exist_ok=True)
     dataset = load_split(args.dataset_name, args.dataset_split)
     pipe = load_pipeline(args.model).to("cuda" if torch.cuda.is_available() and not args.int8 else "cpu")
+    pipe.set_progress_bar_config(disable=True)
     protocol = protocol.with_defaults_of(pipe)
     check_dataset(dataset, pipe, protocol)
     walks = load_walks(dataset, protocol)
@@ -125,7 +123,10 @@ def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol)
         pipe.transformer.quantize_int8()
 
     start = time.perf_counter()
-    scores = score_walks(predict_walks(pipe, walks, protocol), walks, protocol)
+    progress = Progress(protocol.num_walks, unit="recording")
+    predictions = predict_walks(pipe, walks, protocol, on_batch_end=progress.update)
+    progress.close()
+    scores = score_walks(predictions, walks, protocol)
     scores |= {"seconds": time.perf_counter() - start, "int8": args.int8}
     scores |= describe_run()
     print(format_scores(scores))

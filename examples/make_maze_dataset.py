@@ -26,13 +26,12 @@ from maze_world.looks import LOOKS
 from maze_world.recording import FRAMES_PER_SECOND, MazeSettings, record_mazes
 from maze_world.walker import ACTION_NAMES, TURN_DEGREES
 
-from diffusers_far.command_line import Progress, set_up_logging
+from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 
 
 def parse_args(arguments=None):
     parser = argparse.ArgumentParser(
-        description="Make a data set of walks through first-person mazes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Make a data set of walks through first-person mazes.", formatter_class=HelpWithDefaults
     )
     defaults = MazeSettings()
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; must be new or empty")

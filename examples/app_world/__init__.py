@@ -6,7 +6,7 @@ from diffusers_far.on_demand import import_on_demand
 __getattr__, __dir__, __all__ = import_on_demand(
     __name__,
     {
-        "settings": ("Settings", "WorldError", "WorldLimits"),
+        "settings": ("Settings", "WorldError", "WorldLimits", "checked_hosts"),
         "starts": ("RecordedWalks", "Start", "uploaded_start"),
         "visitors": ("Visitor", "VisitorStore"),
         "world": ("World", "WorldModel"),

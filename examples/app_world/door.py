@@ -17,12 +17,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .settings import WorldLimits
+from .settings import WorldLimits, checked_hosts
 from .visitors import VisitorStore
 
 
 API = "/gradio_api"  # Gradio's prefix
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MAX_CALL_BYTES = 2**16
 FORM_BYTES = 2**16  # that a form has around its files
 
@@ -35,16 +35,10 @@ def guards(
     Args:
         visitors ([`VisitorStore`]), limits ([`WorldLimits`]).
         folder (`Path`): Where Gradio keeps uploads and copies of downloads.
-        allowed_hosts (iterable of `str`): Names in the `Host` header that are taken beside those of this machine; `*` before
-            a dot for all names below, `*` alone for all.
-
-    Raises:
-        ValueError: A name with `*` elsewhere.
+        allowed_hosts (iterable of `str`): Names in the `Host` header that are taken beside those of this machine, see
+            [`checked_hosts`].
     """
-    hosts = [*LOCAL_HOSTS, *allowed_hosts]
-    for host in hosts:
-        if "*" in host[1:] or (host.startswith("*") and host != "*" and not host.startswith("*.")):
-            raise ValueError(f"`allowed_hosts` has {host!r}; give names, `*.` before a name, or `*` for all.")
+    hosts = [*LOCAL_HOSTS, *checked_hosts(allowed_hosts)]
     return [
         Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
         Middleware(Door, visitors=visitors, limits=limits, folder=folder),
@@ -55,10 +49,11 @@ def hosts_of_a_space(space_host: str | None) -> list[str]:
     """The name that a Space is served under, and its machine's own address, by which its health is asked for."""
     own = socket.gethostname()
     try:
-        addresses = {str(found[4][0]) for found in socket.getaddrinfo(own, None)}
+        addresses = {str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(own, None)}
     except OSError:
         addresses = set()
-    return [host for host in (space_host, own, *sorted(addresses)) if host]
+    in_headers = (f"[{address}]" if ":" in address else address for address in sorted(addresses))
+    return [host for host in (space_host, own, *in_headers) if host]
 
 
 class Door:
@@ -90,17 +85,17 @@ class Door:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         path = scope["path"].rstrip("/")
-        if path.endswith(f"{API}/queue/join"):
+        if path == f"{API}/queue/join":
             await self._press(scope, receive, send)
-        elif path.endswith(f"{API}/upload"):
+        elif path == f"{API}/upload":
             await self._upload(scope, receive, send)
-        elif path.endswith((f"{API}/cancel", f"{API}/reset")):
+        elif path in (f"{API}/cancel", f"{API}/reset"):
             await self.app(scope, receive, send)
         else:
             await refuse(404, "The page has no such call.", scope, receive, send)
 
     async def _press(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A call of a handler: small, of a session, and not one of a flood."""
+        """A call of a handler: small, of a session, about no other files than uploads, and not one of a flood."""
         body, is_whole = b"", False
         while not is_whole:
             message = await receive()
@@ -111,11 +106,12 @@ class Door:
             if len(body) > MAX_CALL_BYTES:
                 return await refuse(413, f"A call has {MAX_CALL_BYTES} bytes at most.", scope, receive, send)
         try:
-            session = json.loads(body)["session_hash"]
+            session = json.loads(body, object_hook=self._with_uploads_alone)["session_hash"]
         except (ValueError, KeyError, TypeError, RecursionError):
             session = None
         if not isinstance(session, str) or not 0 < len(session) <= 64:
-            return await refuse(400, "A call needs the `session_hash` of its page.", scope, receive, send)
+            why = "A call needs the `session_hash` of its page, and names files as their upload was answered."
+            return await refuse(400, why, scope, receive, send)
         if not self.visitors.admits(session):
             return await refuse(429, "Too many calls in one second; wait a moment.", scope, receive, send)
         messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -124,6 +120,12 @@ class Door:
             return messages.pop() if messages else await receive()
 
         await self.app(scope, receive_again, send)
+
+    def _with_uploads_alone(self, part: dict) -> dict:
+        """Gradio would download a file whose path is an address, whatever its size."""
+        if not str(part.get("path") or self.folder).startswith(str(self.folder)):
+            raise ValueError("This is no upload.")
+        return part
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Files: a few at once, no larger than one clip may be, not slower than they may be; the oldest make room.

@@ -1,5 +1,7 @@
 """What a visitor may choose, and how much of the machine they may take."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diffusers_far.data.media_files import MediaLimits
@@ -7,6 +9,22 @@ from diffusers_far.data.media_files import MediaLimits
 
 class WorldError(ValueError):
     """What a visitor can mend; the message is for their eyes."""
+
+
+def checked_hosts(names: Iterable[str]) -> list[str]:
+    """Names that a page may be served as: without scheme, port and path; `*.` before one for all names below it, `*` for all.
+
+    Raises:
+        ValueError: No such name, which would never be met.
+    """
+    names = list(names)
+    for name in names:
+        if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_.-]*[A-Za-z0-9]|\[[0-9A-Fa-f:.]+\]", name):
+            raise ValueError(
+                f"`allowed_hosts` has {name!r}; give names without scheme, port and path, such as maze.example.org, *.example.org "
+                "or [2001:db8::1], or * for all."
+            )
+    return names
 
 
 @dataclass(frozen=True)
@@ -20,7 +38,7 @@ class WorldLimits:
         max_visitors (`int`): At one time.
         max_waiting (`int`): Presses of one visitor that wait or are being answered.
         max_calls_per_second (`int`): Of one visitor.
-        max_other_calls_per_second (`int`): Of all together who are no visitors, or not yet.
+        max_other_calls_per_second (`int`): Of all together who are no visitors, or not yet; of one of them `max_waiting`.
         idle_seconds (`float`): After so long without a press, a visitor's rollouts are dropped.
         yield_seconds (`float`): After so long without a press, a visitor makes room where all places are taken.
         upload (`MediaLimits`): Of a visitor's own clip or image.

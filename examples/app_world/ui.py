@@ -301,7 +301,8 @@ def recorded_controls(walks: RecordedWalks | None) -> list:
     choices = [(title, index) for index, title in enumerate(walks.titles)]
     walk = gr.Dropdown(choices, value=0, label="Start in a recording", elem_id="walk")
     last = min(walks.num_frames) - 2
-    frame = slider(0, last, min(100, last), step=1, label="At its frame", elem_id="frame")
+    first = min(100, max(last // 2, last - 32))  # true frames are left to follow
+    frame = slider(0, last, first, step=1, label="At its frame", elem_id="frame")
     return [walk, frame, gr.Button("Start", elem_id="begin")]
 
 

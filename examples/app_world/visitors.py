@@ -80,7 +80,8 @@ class VisitorStore:
         self.clock = clock
         self._visitors: dict[str, Visitor] = {}
         self._last_seen: dict[str, float] = {}
-        self._calls: dict[str | None, deque[float]] = {}  # the latest; of all who are no visitors under None
+        # Of the last second, with who called; of all who are no visitors under None.
+        self._calls: dict[str | None, deque[tuple[float, str]]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -123,15 +124,19 @@ class VisitorStore:
 
     def admits(self, visitor_id: str) -> bool:
         """Whether one more call of this id is not too many for this second. Those who are no visitors are counted together:
-        whoever calls may call themselves anything."""
+        whoever calls may call themselves anything. One of these alone does not shut out the rest."""
         with self._lock:
             who = visitor_id if visitor_id in self._visitors else None
             limits = self.limits
-            most = limits.max_other_calls_per_second if who is None else limits.max_calls_per_second
-            calls, now = self._calls.setdefault(who, deque(maxlen=most)), self.clock()
-            if len(calls) == most and now - calls[0] < 1:
+            most = most_of_one = limits.max_calls_per_second
+            if who is None:
+                most, most_of_one = limits.max_other_calls_per_second, limits.max_waiting
+            calls, now = self._calls.setdefault(who, deque()), self.clock()
+            while calls and now - calls[0][0] >= 1:
+                calls.popleft()
+            if len(calls) >= most or sum(caller == visitor_id for _, caller in calls) >= most_of_one:
                 return False
-            calls.append(now)
+            calls.append((now, visitor_id))
             return True
 
     def _make_room(self, now: float) -> None:
@@ -173,9 +178,7 @@ class Turns:
         self.max_waiting = max_waiting
         self.clock = clock
         self._numbers = itertools.count()
-        self._places: dict[
-            int, str
-        ] = {}  # number in the order of arrival -> visitor; who has the turn keeps the place
+        self._places: dict[int, str] = {}  # number in the order of arrival -> visitor, who keeps it during the turn
         self._turn: int | None = None
         self._seconds: dict[str, float] = {}
         self._changed = threading.Condition()

@@ -25,7 +25,7 @@ from diffusers_far import FARPipeline  # noqa: E402
 def main() -> None:
     model_name = os.environ.get("FAR_MODEL", str(CHECKPOINTS / "far-maze"))
     dataset_name = os.environ.get("FAR_DATASET", "" if "FAR_MODEL" in os.environ else str(EXAMPLES / "mazes"))
-    allowed_hosts = os.environ.get("FAR_ALLOWED_HOSTS", "").split() or hosts_of_a_space(os.environ.get("SPACE_HOST"))
+    allowed_hosts = hosts_of_a_space(os.environ.get("SPACE_HOST")) + os.environ.get("FAR_ALLOWED_HOSTS", "").split()
     pipe = FARPipeline.from_pretrained(model_name).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     model, limits = WorldModel(pipe), WorldLimits()

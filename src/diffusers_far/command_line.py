@@ -21,7 +21,7 @@ class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
 
     def add_argument(self, action: argparse.Action) -> None:
         default = action.default
-        says_nothing = default is None or default is False or default in ("", argparse.SUPPRESS)
+        says_nothing = default is None or default is False or default in ("", [], (), argparse.SUPPRESS)
         if action.option_strings and action.help is not argparse.SUPPRESS and not says_nothing:
             action, text = copy.copy(action), action.help or ""
             if isinstance(default, (list, tuple)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import app  # noqa: E402
 from app_world import RecordedWalks, World, WorldError, WorldLimits, WorldModel  # noqa: E402
-from app_world.door import API, MAX_CALL_BYTES, guards, keep_within  # noqa: E402
+from app_world.door import API, MAX_CALL_BYTES, guards, hosts_of_a_space, keep_within  # noqa: E402
 from app_world.ui import AppParts, Handlers, action_keys, serve  # noqa: E402
 from app_world.visitors import Turns, VisitorStore  # noqa: E402
 
@@ -218,8 +219,20 @@ def test_hosts_can_be_allowed_by_name(tmp_path):
     hosts = {"me-maze.hf.space": 200, "a.example.org": 200, "other.hf.space": 400, "localhost": 200}
     assert {host: client.get("/", headers={"host": host}).status_code for host in hosts} == hosts
     assert app.parse_args(["--allowed_hosts", "a.b", "c.d"]).allowed_hosts == ["a.b", "c.d"]
-    with pytest.raises(ValueError, match="`allowed_hosts` has 'a.*.org'"):
-        behind_the_door(WorldLimits(), tmp_path, ["a.*.org"])
+    for name in ("a.*.org", "http://a.org", "a.org:7860", "a.org/", "", "2001:db8::1", "*.", "*a.org"):
+        with pytest.raises(ValueError, match=re.escape(f"`allowed_hosts` has {name!r}; give names without scheme")):
+            behind_the_door(WorldLimits(), tmp_path, [name])
+    with pytest.raises(SystemExit):
+        app.parse_args(["--allowed_hosts", "http://a.org"])
+
+
+def test_a_space_is_served_as_its_own_name_and_address_whatever_names_are_allowed_beside(monkeypatch, tmp_path):
+    found = [(0, 0, 0, "", (address, 0)) for address in ("10.0.0.5", "fe80::5%eth0")]
+    monkeypatch.setattr("app_world.door.socket.gethostname", lambda: "space-1")
+    monkeypatch.setattr("app_world.door.socket.getaddrinfo", lambda host, port: found)
+    client = behind_the_door(WorldLimits(), tmp_path, hosts_of_a_space("me-maze.hf.space"))
+    for host in ("me-maze.hf.space", "space-1:7860", "10.0.0.5:7860", "[fe80::5]:7860", "127.0.0.1"):
+        assert client.get("/", headers={"host": host}).status_code == 200
 
 
 def test_calls_beyond_those_of_one_second_are_refused_for_their_caller_alone(tmp_path):
@@ -231,6 +244,12 @@ def test_calls_beyond_those_of_one_second_are_refused_for_their_caller_alone(tmp
     strangers = [join(client, f"stranger {number}") for number in range(70)]
     assert strangers == [200] * 9 + [429] * 61, "those who are no visitors are counted together"
     assert join(client, "ben") == 200
+
+
+def test_one_who_floods_before_starting_keeps_no_other_from_starting(tmp_path):
+    client = behind_the_door(WorldLimits(), tmp_path)
+    assert [join(client, "flooder") for _ in range(70)] == [200] * 4 + [429] * 66
+    assert join(client, "ann") == 200
 
 
 @pytest.mark.parametrize(
@@ -252,9 +271,31 @@ def test_calls_without_a_session_and_large_ones_are_refused(tmp_path, body, stat
     assert behind_the_door(WorldLimits(), tmp_path).post(f"{API}/queue/join", content=body).status_code == status
 
 
+def test_a_call_names_no_other_files_than_uploads(tmp_path):
+    client = behind_the_door(WorldLimits(), tmp_path)
+    for path, status in (
+        (f"{tmp_path}/a/clip.mp4", 200),
+        (None, 200),
+        ("https://example.org/endless.mp4", 400),
+        ("/etc/passwd", 400),
+        (["https://example.org"], 400),
+    ):
+        body = {"session_hash": "ann", "data": [1, [{"path": path, "meta": {"_type": "gradio.FileData"}}]]}
+        assert client.post(f"{API}/queue/join", json=body).status_code == status
+
+
 @pytest.mark.parametrize(
     "path",
-    ["call/step", "call/v2/step", "run/predict", "api/step", "component_server", "process_recording", "stream/a"],
+    [
+        "run/gradio_api/queue/join",
+        "call/step",
+        "call/v2/step",
+        "run/predict",
+        "api/step",
+        "component_server",
+        "process_recording",
+        "stream/a",
+    ],
 )
 def test_there_is_no_other_way_in(tmp_path, path):
     client = behind_the_door(WorldLimits(), tmp_path)

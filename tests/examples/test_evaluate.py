@@ -38,7 +38,11 @@ def test_the_world_model_protocol_is_the_default_and_writes_one_file(script, tmp
     [
         (["--output", str(SCRIPT)], "exists"),
         (["--num_frames", "0"], "at least 1"),
-        (["--first_context_frame", "-1"], "counted from 0"),
+        (["--first_context_frame", "-1"], "at least 0"),
+        (["--num_inference_steps", "0"], "`num_inference_steps` is 0; it must be finite and at least 1"),
+        (["--guidance_scale", "nan"], "`guidance_scale` is nan"),
+        (["--min_repeated_psnr", "inf"], "`min_repeated_psnr` is inf"),
+        (["--short_cache", "fast"], "`short_cache` is 'fast'"),
         (["--protocol", "teco"], "--output"),
         (["--protocol", "teco", "--output", "scores.json"], "name a folder"),
         (["--protocol", "teco", "--output", "scores", "--num_trajectories", "3"], "num_trajectories"),
@@ -58,13 +62,6 @@ def test_a_missing_file_of_weights_is_named(script, option):
         script.main(
             script.parse_args([*WHAT, "--protocol", "mcvd", "--output", "scores", f"--{option}", "nowhere.pth"])
         )
-
-
-def test_a_second_process_is_refused_by_name(script, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        script.parse_args(WHAT)
-    assert "world_model runs in one process" in capsys.readouterr().err
 
 
 def test_recordings_of_ones_own_are_scored_by_one_command_without_poses_or_names_of_actions(

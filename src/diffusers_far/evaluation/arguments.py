@@ -15,11 +15,9 @@ def add_settings(parser: argparse.ArgumentParser, protocol_class: type) -> None:
         if is_list:  # `tuple[int, ...]` is of any length, `tuple[int, int]` of two
             num_values = "+" if Ellipsis in get_args(hints[each.name]) else len(get_args(hints[each.name]))
         assert each.default is not MISSING, f"{each.name} of {protocol_class.__name__} has no default"
-        default = (
-            getattr(protocol_class, "default_guidance_scale", "the pipeline's own")
-            if each.default is None
-            else each.default
-        )
+        default = each.default
+        if default is None:
+            default = getattr(protocol_class, "default_guidance_scale", "the pipeline's own")
         parser.add_argument(
             f"--{each.name}",
             type=kind,

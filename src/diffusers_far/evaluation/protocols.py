@@ -5,6 +5,8 @@ of a task: one video, one trajectory (of several from the same context), one see
 """
 
 import hashlib
+import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -65,6 +67,20 @@ def setting(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+def check_ranges(protocol: object) -> None:
+    """Raises:
+    ValueError: A setting that was given is below what it may be, or not finite.
+    """
+    for each in fields(protocol):
+        value = getattr(protocol, each.name)
+        if not isinstance(value, (int, float)):
+            continue
+        is_count = each.name.startswith("num_") and each.name != "num_recent_frames"
+        least = 1 if is_count or each.name in ("frame_interval", "batch_size") else 0
+        if not least <= value < math.inf:
+            raise ValueError(f"`{each.name}` is {value}; it must be finite and at least {least}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutProtocol:
     """What all protocols of rollouts share; see the fields' help."""
@@ -83,11 +99,7 @@ class RolloutProtocol:
     def __post_init__(self) -> None:
         if self.guidance_scale is None:
             object.__setattr__(self, "guidance_scale", self.default_guidance_scale)
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name.startswith("num_") or each.name in ("frame_interval", "batch_size"):
-                if value < 1:
-                    raise ValueError(f"`{each.name}` is {value}; it must be at least 1.")
+        check_ranges(self)
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"`seeds` is {self.seeds}; give at least one, each once.")
 
@@ -138,8 +150,6 @@ class ContinuationProtocol(RolloutProtocol):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.first_context_frame < 0:
-            raise ValueError(f"`first_context_frame` is {self.first_context_frame}; frames are counted from 0.")
         if not 0 <= self.max_recent_age < self.min_revisit_age:
             raise ValueError(
                 f"`max_recent_age` is {self.max_recent_age} and `min_revisit_age` {self.min_revisit_age}; the first is "
@@ -232,46 +242,40 @@ class LatteProtocol(RolloutProtocol):
 
 @dataclass(frozen=True)
 class WorldModelProtocol:
-    """Every number of the protocol.
+    """Continues held-out recordings at their true actions; see the fields' help."""
 
-    Args:
-        num_walks (`int`): Held-out walks, the first ones of the split that are long enough.
-        first_context_frame (`int`), num_context_frames (`int`): What the model is shown.
-        num_frames (`int`): Frames that it then predicts.
-        num_recent_frames (`int`): Above 0, the same frames are predicted from the last so many of the context alone too; what
-            the whole context is better by is what the model remembers.
-        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str`, *optional*):
-            What the pipeline is shipped with by default. `short_cache` is `"exact"`, `"rolling"` or a number.
-        mirrored_actions (`tuple[int, int]`, *optional*): Two actions that mirror each other; by default those that the
-            pipeline names left and right. Where there are none, following is not measured.
-        max_distance (`float`), max_turn (`float`): Views are the same that are so near, in units of `pose` and in degrees.
-        min_repeated_psnr (`float`): A frame counts as unchanged where the last frame of the context, repeated, has so many
-            dB: there repeating cannot be beaten, so that the frames that do change are scored by themselves as well.
-        seed (`int`): Walk k is predicted with noise from a generator of its own, seeded `seed + k`.
-        batch_size (`int`): Walks at once; changes the time, not the result beyond rounding.
-    """
-
-    num_walks: int = 64
-    first_context_frame: int = 68
-    num_context_frames: int = 32
-    num_frames: int = 8
-    num_recent_frames: int = 0
-    num_inference_steps: int = None  # the type of what is given, which the command line reads
-    guidance_scale: float = None
-    short_cache: str = None
-    mirrored_actions: tuple[int, int] = None
-    max_distance: float = 40.0
-    max_turn: float = 15.0
-    min_repeated_psnr: float = 40.0
-    seed: int = 0
-    batch_size: int = 16
+    num_walks: int = setting(64, "Recordings, the first ones of the split that are long enough.")
+    first_context_frame: int = setting(68, "First frame that the model is shown, from 0.")
+    num_context_frames: int = setting(32, "Frames that it is shown.")
+    num_frames: int = setting(8, "Frames that it then predicts.")
+    num_recent_frames: int = setting(
+        0,
+        "Above 0, the same frames are predicted from the last so many of the context alone too; what the whole context is "
+        "better by is what the model remembers.",
+    )
+    # `None` is the pipeline's own; the type is that of what is given, which the command line reads.
+    num_inference_steps: int = setting(None, "Denoising steps of each frame.")
+    guidance_scale: float = setting(None, "Guidance.")
+    short_cache: str = setting(None, "How the short window is cached: exact, rolling or a number.")
+    mirrored_actions: tuple[int, int] = setting(
+        None,
+        "Two actions that mirror each other, to see whether the model follows actions. By default those that the pipeline "
+        "names left and right; where there are none, this is not measured.",
+    )
+    max_distance: float = setting(40.0, "Views are the same within this distance, in units of `pose`,")
+    max_turn: float = setting(15.0, "and this angle, in degrees.")
+    min_repeated_psnr: float = setting(
+        40.0,
+        "A frame is unchanged where the last frame of the context, repeated, has so many dB; the others are scored by "
+        "themselves as well.",
+    )
+    seed: int = setting(0, "Recording k is predicted with noise of its own, seeded with this plus k.")
+    batch_size: int = setting(16, "Recordings at once; changes the time, not the result beyond rounding.")
 
     def __post_init__(self):
-        for name in ("num_walks", "num_context_frames", "num_frames", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.first_context_frame < 0:
-            raise ValueError(f"`first_context_frame` is {self.first_context_frame}; frames are counted from 0.")
+        check_ranges(self)
+        if self.short_cache not in (None, "exact", "rolling") and not re.fullmatch("[1-9][0-9]*", self.short_cache):
+            raise ValueError(f"`short_cache` is {self.short_cache!r}; it is 'exact', 'rolling' or a number from 1.")
         if not 0 <= self.num_recent_frames < self.num_context_frames:
             raise ValueError(
                 f"`num_recent_frames` is {self.num_recent_frames} and `num_context_frames` {self.num_context_frames}; the first "

@@ -6,6 +6,7 @@ mirror each other whether the model follows actions.
 B walks, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -127,8 +128,11 @@ def _read_condition(name: str, values: object, num_frames: int, window: slice) -
 
 
 @torch.no_grad()
-def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol) -> Predictions:
-    """Continue every walk at its true actions, one frame at the mirrored action, and from the recent frames if it is asked."""
+def predict_walks(
+    pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol, on_batch_end: Callable[[int], object] | None = None
+) -> Predictions:
+    """Continue every walk at its true actions, one frame at the mirrored action, and from the recent frames if it is asked.
+    `on_batch_end` is told how many walks are done since the last time."""
     num_context, short_cache = protocol.num_context_frames, protocol.short_cache
     if short_cache is not None and short_cache.isdigit():
         short_cache = int(short_cache)
@@ -166,6 +170,8 @@ def predict_walks(pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol)
             forgetful.append(continue_walks(actions, protocol.num_frames, num_context - protocol.num_recent_frames))
         new_latents = context[:, num_context:]
         reconstructed.append(decode_video(pipe.vae, new_latents.flatten(0, 1)).unflatten(0, new_latents.shape[:2]))
+        if on_batch_end is not None:
+            on_batch_end(len(video))
 
     truth = walks.video[:, num_context:]
     return Predictions(
