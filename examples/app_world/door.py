@@ -82,10 +82,11 @@ class Door:
         self._num_uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return await self.app(scope, receive, send)
-        path = scope["path"].rstrip("/")
-        if path == f"{API}/queue/join":
+        path = scope.get("path", "").rstrip("/")  # a lifespan has none
+        reads = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
+        if reads and path != f"{API}/deep_link":  # which writes a file
+            await self.app(scope, receive, send)
+        elif path == f"{API}/queue/join":
             await self._press(scope, receive, send)
         elif path == f"{API}/upload":
             await self._upload(scope, receive, send)

@@ -301,6 +301,7 @@ def test_there_is_no_other_way_in(tmp_path, path):
     client = behind_the_door(WorldLimits(), tmp_path)
     assert client.post(f"{API}/{path}", json={}).status_code == 404
     assert client.post(f"{API}/{path}/", json={}).status_code == 404
+    assert client.get(f"{API}/deep_link?session_hash=a").status_code == 404
 
 
 def test_the_oldest_uploads_make_room_for_new_ones(tmp_path):
