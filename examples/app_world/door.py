@@ -5,6 +5,7 @@ Gradio has one line for all calls, and writes uploads to the disk before anyone 
 
 import asyncio
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -165,14 +166,12 @@ async def refuse(status: int, why: str, scope: Scope, receive: Receive, send: Se
 
 def keep_within(folder: Path, max_files: int, max_bytes: int) -> None:
     """Remove the oldest files of a folder and those below it until no more are left than there may be, and folders that this
-    empties. Files that others remove meanwhile are passed over."""
+    empties. Files and folders that others remove meanwhile are passed over."""
     files = []
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            with suppress(OSError):
                 files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        except OSError:
-            continue
     num_bytes = sum(size for _, size, _ in files)
     for place, (_, size, path) in enumerate(sorted(files)):
         if len(files) - place <= max_files and num_bytes <= max_bytes:

@@ -340,6 +340,22 @@ def test_files_that_are_kept_are_the_newest_and_emptied_folders_go(tmp_path):
     keep_within(tmp_path / "nowhere", 1, 1)
 
 
+def test_a_folder_that_another_upload_removes_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    for name in ("gone", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "clip.mp4").write_bytes(bytes(10))
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    keep_within(tmp_path, max_files=0, max_bytes=0)
+    assert not (tmp_path / "kept").exists()
+
+
 # Keys of a world of one's own
 
 

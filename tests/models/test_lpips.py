@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -44,3 +46,11 @@ def test_missing_weights_are_named(weights, tmp_path):
     save_file(weights, tmp_path / "lpips.safetensors")
     with pytest.raises(ValueError, match="lin3.model.1.weight"):
         load_lpips(tmp_path / "lpips.safetensors")
+
+
+@pytest.mark.parametrize("name", ["lpips.safetensors", "lpips.pth"])
+def test_a_file_that_holds_code_or_is_damaged_is_refused_by_name(tmp_path, name):
+    for content in (b"", b"no weights", pickle.dumps({"a": pytest.raises})):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}' is damaged, or holds more than tensors"):
+            load_lpips(tmp_path / name)

@@ -1,8 +1,10 @@
 """LPIPS with the VGG-16 features (arXiv:1801.03924), from weights that the user gives; nothing is downloaded."""
 
+import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -44,10 +46,16 @@ def load_lpips(path: str | Path) -> LPIPS:
     """Build a frozen `LPIPS` from the state dict of `lpips.LPIPS(net="vgg")` (`.safetensors`, or `.pth` read safely).
 
     Raises:
-        ValueError: If a key of that layout is missing.
+        ValueError: The file holds no tensors, or a key of that layout is missing.
     """
     path = Path(path)
-    given = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    try:
+        given = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged, or holds more than tensors, which is not loaded; save the state dict of "
+            "`lpips.LPIPS(net='vgg')` to it."
+        ) from error
     model = LPIPS()
     state, layer = {}, 0
     for index, stage in enumerate(model.stages):
