@@ -35,6 +35,16 @@ def test_what_a_file_is_is_told_by_its_content(tmp_path):
         read_clip(tmp_path / "list.mp4")
 
 
+@pytest.mark.parametrize(
+    ("name", "image_format", "options", "levels"),
+    [("phone.jpg", "MPO", {}, [1]), ("animation.png", "PNG", {"default_image": True}, [2, 3])],
+)
+def test_pictures_that_no_viewer_shows_are_no_frames(tmp_path, name, image_format, options, levels):
+    first, *others = [Image.new("RGB", (4, 4), (level,) * 3) for level in (1, 2, 3)]
+    first.save(tmp_path / name, image_format, save_all=True, append_images=others, **options)
+    assert read_clip(tmp_path / name).frames[:, 0, 0, 0].tolist() == levels
+
+
 def test_frames_of_several_sizes_need_a_size(tmp_path):
     write_images(tmp_path / "frames", ["0.png"])
     Image.new("RGB", (20, 20)).save(tmp_path / "frames" / "1.png")

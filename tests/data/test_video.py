@@ -259,6 +259,17 @@ def test_all_readers_agree_on_a_video_that_was_cut_without_encoding(
         assert num_shown == 30 - first_shown
 
 
+@pytest.mark.parametrize(("first_shown", "num_lost"), [(10, 9), (12, 12)])
+def test_frames_that_a_cut_left_without_a_time_and_without_what_they_refer_to_are_not_counted(
+    tmp_path, first_shown, num_lost
+):
+    options = {"g": "10", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}
+    cut = remux(write_video(tmp_path / "a.mp4", NOISE, codec_options=options), tmp_path / "b.mkv", first_shown, num_lost)
+    with av.open(str(cut)) as container:
+        assert None in [packet.pts for packet in container.demux(video=0) if packet.size]
+    require_that_all_readers_agree(cut)
+
+
 @pytest.mark.parametrize(
     ("bf", "movflags"), [("0", "frag_keyframe"), ("2", "frag_keyframe"), ("2", "frag_keyframe+empty_moov")]
 )

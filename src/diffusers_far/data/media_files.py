@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,10 @@ def _iter_image(path: Path, limits: MediaLimits) -> Iterator[np.ndarray]:
     """Every frame of an image or animation, upright."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            for frame in ImageSequence.Iterator(image):
+            # No frames are: the picture for viewers that show no animation (PNG), and what a phone's photo has beside it, as
+            # its depth (MPO).
+            first, last = int(bool(image.info.get("default_image"))), 1 if image.format == "MPO" else None
+            for frame in islice(ImageSequence.Iterator(image), first, last):
                 require_pixels(repr(path.name), frame.size[::-1], limits.max_pixels)
                 yield upright_rgb(frame)
     except BadExampleError:

@@ -172,9 +172,10 @@ def _shown_frames(path: str | Path | bytes) -> list[tuple[int | None, bool]]:
         for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
             if number == 0:
                 start, is_clear = packet.pts, packet.is_keyframe
-            # What was cut out of another video may begin with frames that refer to lost ones, and are not decoded.
-            refers_back = None not in (start, packet.pts) and packet.pts < start
-            is_clear = is_clear and not refers_back and not _may_hold_no_frame(codec, packet)
+            # What was cut out of another video may begin with frames that refer to lost ones, and are not decoded. Those
+            # come before the first one, or have no time in mkv.
+            may_be_lost = start is not None and (packet.pts is None or packet.pts < start)
+            is_clear = is_clear and not may_be_lost and not _may_hold_no_frame(codec, packet)
             if not packet.is_discard:
                 shown.append((packet.pts, packet.is_keyframe))
     if is_clear:
