@@ -188,7 +188,7 @@ def write_half_hidden(path: Path, codec: str, pixel_format: str) -> Path:
         stream = container.add_stream(codec, rate=25, options={"auto-alt-ref": "0"} if "vpx" in codec else {})
         stream.height, stream.width, stream.pix_fmt = 32, 48, pixel_format
         for _ in range(3):
-            frame = av.VideoFrame.from_ndarray(HALF_HIDDEN, format="rgba").reformat(format=pixel_format)
+            frame = av.VideoFrame.from_ndarray(HALF_HIDDEN, format="rgba").reformat(format=pixel_format, threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -237,7 +237,8 @@ def test_deep_video_is_scaled_to_eight_bits(tmp_path, pixel_format):
         stream.height, stream.width, stream.pix_fmt = 16, 24, pixel_format
         for level in (0, 51, 255):
             frame = av.VideoFrame.from_ndarray(np.full((16, 24, 3), level, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format=pixel_format)))
+            # Several threads now and then leave a part of so small a frame unwritten.
+            container.mux(stream.encode(frame.reformat(format=pixel_format, threads=1)))
         container.mux(stream.encode())
     levels = read_video(tmp_path / "a.mkv").astype(int)
     assert np.abs(levels - np.array([0, 51, 255])[:, None, None, None]).max() <= 1
@@ -253,7 +254,7 @@ def test_colours_come_back_as_the_file_says_that_they_are_coded(tmp_path, matrix
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv444p"
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
         frame = av.VideoFrame.from_ndarray(colours, format="rgb24").reformat(
-            format="yuv444p", dst_colorspace=matrix, dst_color_range=color_range
+            format="yuv444p", dst_colorspace=matrix, dst_color_range=color_range, threads=1
         )
         container.mux(stream.encode(frame) + stream.encode())
     assert np.abs(read_video(tmp_path / "a.mp4").astype(int) - colours).max() <= 6

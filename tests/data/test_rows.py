@@ -63,6 +63,22 @@ def test_actions_that_fit_pass_and_the_discrete_ones_are_counted(column_type, ac
     assert count_actions(column) == num_actions
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("actions", [["a", "b"]]),
+        ("actions", [1]),
+        ("actions", [[[[0.5]], [[1.0]]]]),
+        ("label", ["town"]),
+        ("label", [0.5]),
+    ],
+)
+def test_a_column_that_can_hold_no_actions_or_labels_is_refused_by_name(name, values):
+    with pytest.raises(ValueError, match=f"`{name}` is a column of type"):
+        rows = dataset_of([images([(8, 8)] * 2)]).add_column(name, values)
+        VideoClips(rows).check_rows(num_classes=3)
+
+
 def images(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
     return [np.zeros((*size, 3), np.uint8) for size in sizes]
 

@@ -264,7 +264,9 @@ def test_frames_that_a_cut_left_without_a_time_and_without_what_they_refer_to_ar
     tmp_path, first_shown, num_lost
 ):
     options = {"g": "10", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}
-    cut = remux(write_video(tmp_path / "a.mp4", NOISE, codec_options=options), tmp_path / "b.mkv", first_shown, num_lost)
+    cut = remux(
+        write_video(tmp_path / "a.mp4", NOISE, codec_options=options), tmp_path / "b.mkv", first_shown, num_lost
+    )
     with av.open(str(cut)) as container:
         assert None in [packet.pts for packet in container.demux(video=0) if packet.size]
     require_that_all_readers_agree(cut)

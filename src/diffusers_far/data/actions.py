@@ -126,8 +126,21 @@ def read_actions(actions: pa.ListScalar) -> np.ndarray | list:
 
 
 def are_discrete(column_type: pa.DataType) -> bool:
-    """Whether a column of trajectories has one number per action, and not a list of channels."""
-    return not pa.types.is_nested(column_type.value_type)
+    """Whether a column of trajectories has one number per action, and not a list of channels.
+
+    Raises:
+        ValueError: If it has neither.
+    """
+    depth, value_type = 0, column_type
+    while hasattr(value_type, "value_type"):  # a list, of whatever kind
+        depth, value_type = depth + 1, value_type.value_type
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    if depth not in (1, 2) or not any(is_kind(value_type) for is_kind in kinds):
+        raise ValueError(
+            f"`actions` is a column of type {column_type}; give each trajectory a list of whole numbers, or of lists of "
+            "numbers."
+        )
+    return depth == 1
 
 
 def count_actions(actions: pa.ChunkedArray | None) -> int | None:

@@ -58,7 +58,15 @@ def check_actions(
 
 
 def check_labels(labels: pa.ChunkedArray, num_classes: int, name_of: Callable[[int], str]) -> None:
-    """Refuse a column of labels unless each is in `range(num_classes)`; a `BadExampleError` names the row."""
+    """Refuse a column of labels unless each is in `range(num_classes)`; a `BadExampleError` names the row.
+
+    Raises:
+        ValueError: If it holds no whole numbers.
+    """
+    if not (pa.types.is_integer(labels.type) or pa.types.is_null(labels.type)):
+        raise ValueError(
+            f"`label` is a column of type {labels.type}; give whole numbers from 0, or cast it to a `ClassLabel`."
+        )
     numbers = pc.fill_null(labels, -1).to_numpy()
     is_wrong = (numbers < 0) | (numbers >= num_classes)
     if is_wrong.any():
