@@ -113,7 +113,7 @@ from diffusers_far.data.preparation import (
 )
 from diffusers_far.data.sources import open_split_folders
 from diffusers_far.data.workers import share_work
-from diffusers_far.files import written_whole
+from diffusers_far.files import UNFINISHED, written_whole
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def main(args: argparse.Namespace) -> None:
     check_request(args)
     source = open_source(args)
     shards = plan_shards(source, args)
-    unfinished = args.output.with_name("unfinished-" + args.output.name)
+    unfinished = args.output.with_name(UNFINISHED + args.output.name)
     if unfinished.exists():
         raise ValueError(f"{str(unfinished)!r} exists: a run writes to it or was killed; in that case delete it.")
 

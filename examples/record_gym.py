@@ -48,13 +48,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep_columns", nargs="+", default=[], metavar="KEY", help="Of the environment's `info`: a value per frame."
     )
-    parser.add_argument("--num_train", type=int, default=100, help="Episodes to train on. Default: 100.")
-    parser.add_argument(
-        "--num_validation", type=int, default=8, help="Episodes to watch the training with. Default: 8."
-    )
-    parser.add_argument("--num_test", type=int, default=8, help="Episodes to report results on. Default: 8.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the first episode to train on. Default: 0.")
-    parser.add_argument("--num_processes", type=int, default=1, help="Default: 1.")
+    parser.add_argument("--num_train", type=int, default=100, help="Episodes to train on.")
+    parser.add_argument("--num_validation", type=int, default=8, help="Episodes to watch the training with.")
+    parser.add_argument("--num_test", type=int, default=8, help="Episodes to report results on.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the first episode to train on.")
+    parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--license", default="unknown", help="Hub's identifier, such as mit; for the card.")
     args = parser.parse_args(arguments)
     if args.size is not None and len(args.size) > 2:

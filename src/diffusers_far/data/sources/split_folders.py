@@ -59,9 +59,8 @@ def open_split_folders(open_source: Callable[[Path], TrajectorySource], folder: 
         if path.is_dir() and path.name.lower() in SPLIT_FOLDERS:
             try:
                 sources[path.name] = open_source(path)
-            except (
-                ValueError
-            ) as error:  # a class that is called "train", a folder of videos with `metadata.jsonl` above it
+            except ValueError as error:
+                # It may be a class that is called "train", or a folder of videos with `metadata.jsonl` above it.
                 faults.append(error)
     if not sources:
         source = open_source(folder)
