@@ -183,7 +183,10 @@ def test_runs_that_are_killed_twenty_times_end_as_if_nothing_had_happened(workpl
     output = f"killed-{num_runs}"
     assert ended(start(output)) == 0, log_of(workplace, output)
     assert_same_run(workplace / output, expected)
-    assert not list((workplace / output).glob("unfinished-*")) and not (workplace / output / LOCK_FILE).exists()
+    assert (
+        not list((workplace / output).glob("unfinished-checkpoint-*"))
+        and not (workplace / output / LOCK_FILE).exists()
+    )
     assert len(steps) > 3, steps
 
 
