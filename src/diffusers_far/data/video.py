@@ -1,6 +1,7 @@
 """Videos decoded with PyAV, which brings its own FFmpeg; a file that ends too early is an error, not a short video."""
 
 import io
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,7 +251,8 @@ def _open_video(path: str | Path | bytes, max_pixels: int = MAX_PIXELS):
             stream = _choose_stream(path, container)
             require_pixels(_name(path), (stream.height, stream.width), max_pixels)
             _require_indexed_bytes(path, stream)
-            stream.thread_type = "AUTO"
+            if multiprocessing.parent_process() is None:  # processes that load data are many already
+                stream.thread_type = "AUTO"
             stream.codec_context.options = _decoder_options(max_pixels)
             yield container, stream
     except BadExampleError:
