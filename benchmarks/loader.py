@@ -24,15 +24,15 @@ from diffusers_far import FARTransformer3DModel, preset_config
 from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.models.codec import encode_video
 from diffusers_far.models.presets import PRESETS
-from diffusers_far.training.arguments import (
+from diffusers_far.training.clip_sources import open_clips
+from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches
+from diffusers_far.training.config import (
     add_data_arguments,
     add_objective_arguments,
     add_optimization_arguments,
     build_optimizer,
     training_objective,
 )
-from diffusers_far.training.clip_sources import open_clips
-from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches
 from diffusers_far.training.run import training_batches
 
 from .loader_sets import UCF_SIZE, DataSets, make_sets, prepare

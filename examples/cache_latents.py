@@ -50,11 +50,10 @@ import torch
 from datasets import Dataset
 from diffusers import AutoModel, VQModel
 
-from diffusers_far.data.faults import BadExampleError
-from diffusers_far.data.fingerprint import dataset_fingerprint, vae_hash
 from diffusers_far.data.frames import VideoFrames
 from diffusers_far.data.latents import LatentSource, read_source, require_intact, write_shard
-from diffusers_far.data.loading import load_split, stream_split
+from diffusers_far.data.loading import dataset_fingerprint, load_split, stream_split, vae_hash
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.streaming import StreamedSplit
 from diffusers_far.data.video_clips import VideoClips
 from diffusers_far.data.workers import share_work

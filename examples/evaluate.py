@@ -78,12 +78,12 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 
+from diffusers_far.baselines.pipeline_video_dit import load_pipeline
 from diffusers_far.data.loading import load_split
-from diffusers_far.evaluation.image_features import PACKAGE, find_packaged_weights, load_image_features
+from diffusers_far.evaluation.networks import PACKAGE, find_packaged_weights, load_i3d, load_image_features, load_lpips
 from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
 from diffusers_far.evaluation.results import ResultFolder, evaluation_identity
 from diffusers_far.evaluation.rollouts import MetricNetworks, measured_batches, run_cases
-from diffusers_far.evaluation.video_features import load_i3d
 from diffusers_far.evaluation.videos import TrueVideos
 from diffusers_far.evaluation.world_model import (
     check_dataset,
@@ -93,8 +93,6 @@ from diffusers_far.evaluation.world_model import (
     score_walks,
 )
 from diffusers_far.files import file_sha256, written_whole
-from diffusers_far.models.lpips import load_lpips
-from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 
 def describe_run() -> dict:

@@ -29,9 +29,9 @@ from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
 from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
-from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.loading import choose_split
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.sources import SOURCES, TrajectorySource
-from diffusers_far.data.splits import choose_split
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 from diffusers_far.models.presets import PRESETS, preset_config
-from diffusers_far.training.arguments import (
+from diffusers_far.training.config import (
     RUN_IDENTITY,
     add_checkpoint_arguments,
     add_data_arguments,
@@ -84,17 +84,16 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
+from diffusers_far.checks import check_count
 from diffusers_far.evaluation.media import contact_sheet, write_mp4
-from diffusers_far.models.cache_options import CacheOptions
 from diffusers_far.models.codec import spatial_compression
-from diffusers_far.pipelines.inputs import check_count
+from diffusers_far.models.kv_cache import CacheOptions
 from diffusers_far.pipelines.model_card import model_card
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clip_sources import open_clips, open_validation_clips
 from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
-from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
 from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import (
     accumulate_gradients,
@@ -111,6 +110,7 @@ from diffusers_far.training.run import (
     training_facts,
 )
 from diffusers_far.training.step_cost import describe_step_cost
+from diffusers_far.training.validation import Measurement, describe_metrics, measure, side_by_side
 
 
 logger = get_logger(__name__)

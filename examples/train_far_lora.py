@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.training.arguments import (
+from diffusers_far.training.config import (
     RUN_IDENTITY,
     add_checkpoint_arguments,
     add_data_arguments,
@@ -84,7 +84,6 @@ from diffusers_far.training.lora import (
     lora_targets,
     save_lora,
 )
-from diffusers_far.training.measurement import Measurement, describe_metrics, measure, side_by_side
 from diffusers_far.training.run import (
     accumulate_gradients,
     build_accelerator,
@@ -100,6 +99,7 @@ from diffusers_far.training.run import (
     training_facts,
 )
 from diffusers_far.training.step_cost import describe_step_cost
+from diffusers_far.training.validation import Measurement, describe_metrics, measure, side_by_side
 
 
 logger = get_logger(__name__)

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.training.arguments import (
+from diffusers_far.training.config import (
     add_checkpoint_arguments,
     add_optimization_arguments,
     build_optimizer,
@@ -68,7 +68,6 @@ from diffusers_far.models.loading import saved_whole
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_far.training.clips import TrainingBatches, usable_trajectories
 from diffusers_far.training.launch import Launch, launched, leave_signals_to_parent
-from diffusers_far.training.measurement import describe_metrics
 from diffusers_far.training.objective import TrainingObjective
 from diffusers_far.training.run import (
     build_accelerator,
@@ -80,7 +79,8 @@ from diffusers_far.training.run import (
     seed_step,
 )
 from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
-from diffusers_far.training.token_clips import check_codes, measure_tokens, token_loss
+from diffusers_far.training.tokens import check_codes, measure_tokens, token_loss
+from diffusers_far.training.validation import describe_metrics
 
 
 logger = get_logger(__name__)

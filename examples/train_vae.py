@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.training.arguments import (
+from diffusers_far.training.config import (
     add_log_arguments,
     add_precision_argument,
     add_streaming_arguments,
@@ -103,31 +103,31 @@ from torch.utils.data import DataLoader, Subset
 
 from diffusers_far.data.frames import evenly_spaced
 from diffusers_far.evaluation.media import contact_sheet
+from diffusers_far.evaluation.networks import load_lpips
 from diffusers_far.files import written_whole
 from diffusers_far.models.codec import latent_statistics
 from diffusers_far.models.loading import saved_whole
-from diffusers_far.models.lpips import load_lpips
-from diffusers_far.training.autoencoder import (
-    PATCH,
-    Autoencoding,
-    decoder_last_layer,
-    measure_reconstruction,
-    measure_scaling_factor,
-    reconstruction_loss,
-)
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.codebook import CodebookRestart, measure_codebook
-from diffusers_far.training.discriminator import (
-    PatchDiscriminator,
-    adaptive_weight,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-)
-from diffusers_far.training.frame_batches import open_frames, open_validation_frames
+from diffusers_far.training.clips import step_generator
 from diffusers_far.training.launch import Launch, launched
-from diffusers_far.training.order import step_generator
 from diffusers_far.training.run import build_accelerator, hyperparameters, require_finite, require_finite_metrics
 from diffusers_far.training.step_cost import DRY_RUN_STEPS, describe_cost
+from diffusers_far.training.vae import (
+    PATCH,
+    Autoencoding,
+    CodebookRestart,
+    PatchDiscriminator,
+    adaptive_weight,
+    decoder_last_layer,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    measure_codebook,
+    measure_reconstruction,
+    measure_scaling_factor,
+    open_frames,
+    open_validation_frames,
+    reconstruction_loss,
+)
 
 
 logger = get_logger(__name__)

@@ -15,9 +15,9 @@ from datasets import Image as ImageFeature
 from malformed_media import PNG_START, png_chunk
 from PIL import Image
 
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.frames import FrameDataset, VideoFrames
 from diffusers_far.data.media_files import read_clip
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.video import read_video
 from diffusers_far.pictures import upright_rgb
 from diffusers_far.pipelines.inputs import video_to_tensor

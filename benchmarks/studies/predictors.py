@@ -15,11 +15,11 @@ import torch
 from diffusers import AutoModel, VQModel
 
 from diffusers_far import ContextPlan, FARPipeline, FlexRoPEConfig, TokenARForVideo
+from diffusers_far.baselines.pipeline_video_dit import load_pipeline
 from diffusers_far.evaluation.results import pipeline_identity, settings_hash
 from diffusers_far.models import transformer_far
 from diffusers_far.models.codec import decode_codes, decode_video
 from diffusers_far.models.functional import position_ids
-from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 from .scripts import ROOT
 from .settings import Evaluation, Method, Variant

@@ -10,6 +10,9 @@ from . import on_demand
 
 
 if TYPE_CHECKING:
+    from .baselines import TokenARConfig as TokenARConfig
+    from .baselines import TokenARForVideo as TokenARForVideo
+    from .baselines import VideoDiTPipeline as VideoDiTPipeline
     from .hooks import FlexRoPEConfig as FlexRoPEConfig
     from .hooks import apply_flex_rope as apply_flex_rope
     from .hooks import remove_flex_rope as remove_flex_rope
@@ -20,13 +23,10 @@ if TYPE_CHECKING:
     from .models import FARKVCache as FARKVCache
     from .models import FARTransformer3DModel as FARTransformer3DModel
     from .models import FARTransformerOutput as FARTransformerOutput
-    from .models import TokenARConfig as TokenARConfig
-    from .models import TokenARForVideo as TokenARForVideo
     from .models import preset_config as preset_config
     from .pipelines import FARPipeline as FARPipeline
     from .pipelines import FARPipelineOutput as FARPipelineOutput
     from .pipelines import FARSession as FARSession
-    from .pipelines import VideoDiTPipeline as VideoDiTPipeline
 
 
 __version__ = "0.1.0.dev0"
@@ -35,6 +35,7 @@ __version__ = "0.1.0.dev0"
 __getattr__, __dir__, __all__ = on_demand.import_on_demand(
     __name__,
     {
+        "baselines": ("TokenARConfig", "TokenARForVideo", "VideoDiTPipeline"),
         "hooks": ("FlexRoPEConfig", "apply_flex_rope", "remove_flex_rope"),
         "loaders": ("convert_original_far_autoencoder", "convert_original_far_transformer"),
         "models": (
@@ -43,11 +44,9 @@ __getattr__, __dir__, __all__ = on_demand.import_on_demand(
             "FARKVCache",
             "FARTransformer3DModel",
             "FARTransformerOutput",
-            "TokenARConfig",
-            "TokenARForVideo",
             "preset_config",
         ),
-        "pipelines": ("FARPipeline", "FARPipelineOutput", "FARSession", "VideoDiTPipeline"),
+        "pipelines": ("FARPipeline", "FARPipelineOutput", "FARSession"),
     },
 )
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from diffusers_far.data.actions import ActionCombiner
-from diffusers_far.data.encoded import EncodedDataset
+from diffusers_far.data.latents import EncodedDataset
 from diffusers_far.models.codec import encode_video
 
 

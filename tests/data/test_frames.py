@@ -9,9 +9,8 @@ from datasets import Dataset, Features, Video
 from video_files import frame_numbers, gray_frames, write_video
 
 from diffusers_far.data import frames as frames_module
-from diffusers_far.data.fingerprint import dataset_fingerprint
 from diffusers_far.data.frames import FrameDataset, VideoFrames, evenly_spaced
-from diffusers_far.data.loading import load_split
+from diffusers_far.data.loading import dataset_fingerprint, load_split
 
 
 def test_the_flat_frames_are_those_of_the_trajectories_in_order(trajectories, videos):

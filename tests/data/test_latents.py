@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Features, Value, load_dataset
 
-from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentDataset, LatentSource, read_source, require_intact, write_shard
+from diffusers_far.data.loading import vae_hash
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 from datasets import Features, Image, List, Video
 from video_files import gray_frames, write_video
 
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.loading import has_split, load_split, locate_dataset, stream_split
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.streaming import require_own_file
 
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.media_files import MediaLimits, media_kind, read_clip
+from diffusers_far.data.rows import BadExampleError
 
 
 def write_images(folder, names) -> None:

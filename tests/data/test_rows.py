@@ -7,10 +7,9 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from video_files import gray_frames, write_video
 
 from diffusers_far.data.actions import ActionCombiner, count_actions
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.latents import LatentDataset, LatentSource, write_shard
 from diffusers_far.data.loading import load_split
-from diffusers_far.data.rows import check_actions
+from diffusers_far.data.rows import BadExampleError, check_actions
 from diffusers_far.data.video_clips import VideoClips
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from diffusers_far.data.splits import choose_split
+from diffusers_far.data.loading import choose_split
 
 
 NAMES = [f"v_{index}.avi" for index in range(2000)]

@@ -12,8 +12,8 @@ from tiny_models import property_test
 from video_files import frame_numbers, gray_frames, remux, truncate, write_video
 
 from diffusers_far.data import video as video_module
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.media_files import read_clip
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.video import FrameTimes, count_frames, iter_video, read_frame_times, read_frames, read_video
 
 

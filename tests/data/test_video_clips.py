@@ -3,7 +3,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 
 from diffusers_far.data.actions import ActionCombiner
-from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.video_clips import VideoClips
 
 

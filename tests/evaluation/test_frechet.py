@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_far.evaluation.frechet import Gaussian, frechet_distance
+from diffusers_far.evaluation.metrics import Gaussian, frechet_distance
 
 
 def random_covariance(size: int, seed: int) -> torch.Tensor:

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from diffusers_far.evaluation.image_features import find_packaged_weights, load_image_features
+from diffusers_far.evaluation.networks import find_packaged_weights, load_image_features
 
 
 @pytest.fixture

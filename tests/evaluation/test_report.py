@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_far.evaluation.frechet import Gaussian, frechet_distance
+from diffusers_far.evaluation.metrics import Gaussian, frechet_distance
 from diffusers_far.evaluation.protocols import LatteProtocol
 from diffusers_far.evaluation.report import join_sheets, markdown_table, summarize
 from diffusers_far.evaluation.rollouts import MetricNetworks

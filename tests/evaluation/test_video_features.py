@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_far.evaluation.video_features import load_i3d
+from diffusers_far.evaluation.networks import load_i3d
 
 
 class MeansOfThirds(torch.nn.Module):

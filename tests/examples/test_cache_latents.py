@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from cache_latents import main, parse_args  # noqa: E402
 
-from diffusers_far.data.faults import BadExampleError  # noqa: E402
 from diffusers_far.data.latents import LatentDataset  # noqa: E402
+from diffusers_far.data.rows import BadExampleError  # noqa: E402
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from datasets import Features, List, Value
 from safetensors.torch import load_file
 
 from benchmarks.studies.scripts import command_line, load_script
-from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentSource, write_shard
+from diffusers_far.data.loading import vae_hash
 from diffusers_far.training.checkpoints import list_checkpoints
 from diffusers_far.training.launch import INTERRUPTED, LOCK_FILE
 

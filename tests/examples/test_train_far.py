@@ -22,8 +22,8 @@ from tiny_models import tiny_dc
 from video_files import write_video
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
-from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentSource, write_shard
+from diffusers_far.data.loading import vae_hash
 
 
 pytestmark = pytest.mark.full

@@ -20,8 +20,8 @@ from tiny_models import tiny_vq
 from transformers import AutoModel
 
 from diffusers_far import TokenARForVideo
-from diffusers_far.data.fingerprint import vae_hash
 from diffusers_far.data.latents import LatentSource, write_shard
+from diffusers_far.data.loading import vae_hash
 
 
 pytestmark = pytest.mark.full

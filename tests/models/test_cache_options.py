@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import fill_cache, predict, predict_cached, property_test, random_clip, tiny_transformer
 
 from diffusers_far import FlexRoPEConfig, apply_flex_rope
-from diffusers_far.models.cache_options import CacheOptions
+from diffusers_far.models.kv_cache import CacheOptions
 
 
 def long_model(**overrides):
@@ -146,7 +146,7 @@ def test_a_rewound_cache_goes_on_as_one_that_never_went_further(num_frames, num_
 
 
 def frames_of(clip):
-    from diffusers_far.models.frame_batch import FrameBatch
+    from diffusers_far.models.frames import FrameBatch
 
     return FrameBatch(clip.latents, clip.actions)
 

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffusers_far.models.causal_chunks import frame_causal_chunks
 from diffusers_far.models.context_plan import ContextPlan
-from diffusers_far.models.functional import frame_causal_mask, frame_ids
+from diffusers_far.models.functional import frame_causal_chunks, frame_causal_mask, frame_ids
 
 
 def attend(query, key, value, mask):

@@ -1,6 +1,6 @@
 import torch
 
-from diffusers_far.models.code_sampling import CodeSampling, draw_uniform
+from diffusers_far.baselines.token_ar import CodeSampling, draw_uniform
 
 
 def frequencies(sampling: CodeSampling, logits: torch.Tensor, num_draws: int = 20_000) -> torch.Tensor:

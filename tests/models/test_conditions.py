@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_far.models.conditions import shift_actions
+from diffusers_far.models.frames import shift_actions
 
 
 DISCRETE = torch.tensor([[2, 0, 1, 2], [1, 1, 0, 2]])

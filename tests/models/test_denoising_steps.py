@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import fill_cache, models_with_clips, predict, property_test, random_clip, tiny_transformer
 
-from diffusers_far.models.blocks_far import FARAdaLayerNorm
 from diffusers_far.models.denoising_steps import MAX_ROWS, DenoisingSteps
+from diffusers_far.models.transformer_far import FARAdaLayerNorm
 
 
 def velocities(model, clip, timesteps: torch.Tensor, steps: DenoisingSteps | None) -> list[torch.Tensor]:

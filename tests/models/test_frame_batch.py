@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_far.models.frame_batch import FrameBatch
+from diffusers_far.models.frames import FrameBatch
 
 
 def frame_batch(num_frames: int, *, is_masked: bool) -> FrameBatch:

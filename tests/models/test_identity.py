@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny_models import tiny_pipeline, tiny_transformer
 from torch.testing._internal.two_tensor import TwoTensor
 
-from diffusers_far.data.fingerprint import vae_hash
+from diffusers_far.data.loading import vae_hash
 from diffusers_far.models.identity import model_identity
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_far.models.lpips import STAGES, load_lpips
+from diffusers_far.evaluation.networks import STAGES, load_lpips
 
 
 # Where torchvision's VGG-16 keeps the convolutions of each stage, as the `lpips` package's state dict names them.

@@ -7,7 +7,7 @@ from local_hub import run_python
 from transformers import AutoConfig, AutoModel
 
 from diffusers_far import TokenARConfig, TokenARForVideo
-from diffusers_far.models.conditions import shift_actions
+from diffusers_far.models.frames import shift_actions
 
 
 DECODER = {

@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from diffusers_far import FARTransformer3DModel
 from diffusers_far.models import transformer_far
-from diffusers_far.models.blocks_far import FARAdaLayerNorm
+from diffusers_far.models.transformer_far import FARAdaLayerNorm
 
 
 def kind_of(config: dict) -> str:
@@ -378,7 +378,7 @@ def test_flex_attention_gets_a_block_mask_native_attention_chunks_and_the_others
     recorded = RuntimeError("recorded")
     with (
         using_backend(model, backend),
-        patch("diffusers_far.models.attention_far.dispatch_attention_fn", side_effect=recorded) as dispatch,
+        patch("diffusers_far.models.transformer_far.dispatch_attention_fn", side_effect=recorded) as dispatch,
         pytest.raises(RuntimeError) as error,
     ):
         predict(model, random_clip(model, 3))

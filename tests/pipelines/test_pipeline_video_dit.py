@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny_models import CONDITIONS, property_test, tiny_pipeline, tiny_taesd, tiny_transformer
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
+from diffusers_far.baselines.pipeline_video_dit import load_pipeline
 from diffusers_far.evaluation.world_model import Walks, WorldModelProtocol, predict_walks
-from diffusers_far.pipelines.pipeline_video_dit import load_pipeline
 
 
 NUM_CONTEXT, NUM_NEW, BATCH_SIZE, SIZE = 3, 2, 2, (4, 6)
@@ -218,7 +218,7 @@ def test_modes_and_caches_that_do_not_exist_are_refused():
 
 def test_a_clip_longer_than_the_training_s_is_warned_of(monkeypatch):
     warnings = []
-    monkeypatch.setattr("diffusers_far.pipelines.pipeline_video_dit.logger.warning", warnings.append)
+    monkeypatch.setattr("diffusers_far.baselines.pipeline_video_dit.logger.warning", warnings.append)
     pipe = video_dit(trained_frames=5)
     new_latents(pipe, video_latents=random_latents(3))
     assert not warnings

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from tiny_models import random_clip, spy_attention, tensors_of, tiny_transformer
 
-from diffusers_far.models.frame_batch import FrameBatch
+from diffusers_far.models.frames import FrameBatch
 from diffusers_far.pipelines.rollout import Rollout, RolloutConfig
 
 

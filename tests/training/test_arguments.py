@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_far.training.arguments import (
+from diffusers_far.training.config import (
     RUN_IDENTITY,
     action_combiner,
     add_checkpoint_arguments,

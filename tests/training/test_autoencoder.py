@@ -4,7 +4,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from tiny_models import tiny_vq
 
 from diffusers_far.models.codec import encode_images, encode_video
-from diffusers_far.training.autoencoder import (
+from diffusers_far.training.vae import (
     Autoencoding,
     decoder_last_layer,
     measure_reconstruction,

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_dc
 
-from diffusers_far.data.encoded import EncodedDataset
+from diffusers_far.data.latents import EncodedDataset
 from diffusers_far.models.transformer_far import FARTransformer3DModel
 from diffusers_far.training.clips import TrainingBatches, clip_loss, encode_batches
 from diffusers_far.training.objective import TrainingObjective

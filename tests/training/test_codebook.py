@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_vq
 
 from diffusers_far.models.codec import nearest_codes
-from diffusers_far.training.codebook import CodebookRestart, measure_codebook
+from diffusers_far.training.vae import CodebookRestart, measure_codebook
 
 
 def generator(seed: int = 0) -> torch.Generator:

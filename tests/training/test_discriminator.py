@@ -1,6 +1,6 @@
 import torch
 
-from diffusers_far.training.discriminator import (
+from diffusers_far.training.vae import (
     PatchDiscriminator,
     adaptive_weight,
     hinge_discriminator_loss,

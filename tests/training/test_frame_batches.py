@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from datasets import Dataset, Features, Image, List, Value
 from video_files import gray_frames, write_video
 
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.loading import load_split, stream_split
-from diffusers_far.training.frame_batches import FrameBatches, StreamedFrames
+from diffusers_far.data.rows import BadExampleError
+from diffusers_far.training.vae import FrameBatches, StreamedFrames
 
 
 LENGTHS = (5, 3, 4, 6, 2, 4)
@@ -62,7 +62,7 @@ def test_a_resumed_stream_shows_what_the_uninterrupted_one_did(folder, tmp_path)
 
 
 def test_frames_to_measure_come_from_the_first_trajectories(folder, monkeypatch):
-    monkeypatch.setattr("diffusers_far.training.frame_batches.SAMPLED_TRAJECTORIES", 2)
+    monkeypatch.setattr("diffusers_far.training.vae.SAMPLED_TRAJECTORIES", 2)
     assert len(streamed(folder).sample) == 8
 
 

@@ -6,7 +6,7 @@ from local_hub import run_python
 from tiny_models import tiny_pipeline
 
 from diffusers_far.pipelines.model_card import model_card
-from diffusers_far.training.arguments import add_data_arguments, add_hub_arguments
+from diffusers_far.training.config import add_data_arguments, add_hub_arguments
 from diffusers_far.training.hub import is_unedited, known_metadata, results_section, signed, write_card
 from diffusers_far.training.lora import add_lora, lora_card
 

@@ -6,12 +6,16 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_pipeline, tiny_transformer
 
-from diffusers_far.data.encoded import EncodedDataset
-from diffusers_far.data.faults import BadExampleError
-from diffusers_far.data.latents import LatentClip
+from diffusers_far.data.latents import EncodedDataset, LatentClip
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.models.codec import decode_video
-from diffusers_far.training.measurement import describe_metrics, measure, side_by_side
-from diffusers_far.training.validation import psnr_per_horizon, validation_clips
+from diffusers_far.training.validation import (
+    describe_metrics,
+    measure,
+    psnr_per_horizon,
+    side_by_side,
+    validation_clips,
+)
 
 
 class Trajectories:

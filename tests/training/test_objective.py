@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffusers_far.training.clips import step_generator
 from diffusers_far.training.objective import (
     ObjectiveDraw,
     TrainingObjective,
@@ -11,7 +12,6 @@ from diffusers_far.training.objective import (
     draw_timesteps,
     velocity_loss,
 )
-from diffusers_far.training.order import step_generator
 
 
 LATENT_SHAPE = (2, 4, 4)

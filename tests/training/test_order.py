@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_far.training.order import StepBatchSampler, epoch_order, step_generator, step_indices
+from diffusers_far.training.clips import StepBatchSampler, epoch_order, step_generator, step_indices
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,8 +9,8 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from tiny_models import tiny_transformer
 
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.latents import LatentClip
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.training import clip_sources, run
 from diffusers_far.training.checkpoints import save_checkpoint
 from diffusers_far.training.clips import ClipBatch, TrainingBatches, clip_loss

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import property_test
 
-from diffusers_far.training.streams import TrajectoryStream
+from diffusers_far.training.streaming import TrajectoryStream
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from diffusers_far.data.latents import LatentClip
 from diffusers_far.models.codec import decode_codes
 from diffusers_far.training.clips import ClipBatch
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
-from diffusers_far.training.token_clips import continue_clips, measure_tokens, token_conditions, token_loss
+from diffusers_far.training.tokens import continue_clips, measure_tokens, token_conditions, token_loss
 from diffusers_far.training.validation import psnr_per_horizon
 
 

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, Features, Image, Video
 
 from ..pictures import upright_rgb
-from .faults import BadExampleError
+from .rows import BadExampleError
 from .video import FrameTimes, count_frames, read_frame_times, read_frames
 
 

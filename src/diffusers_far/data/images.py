@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from .faults import BadExampleError
+from .rows import BadExampleError
 
 
 MAX_PIXELS = 2**26  # of one frame, unless a reader is told otherwise

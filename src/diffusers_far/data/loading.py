@@ -1,13 +1,60 @@
-"""Opening a dataset's split, with errors that say what is there."""
+"""Opening a split of a dataset, with errors that say what is there.
 
+A trajectory's split is a function of its name alone, so that it never moves as a dataset grows. A dataset and a VAE are
+identified by their content, not by where they lie or when they were written.
+"""
+
+import hashlib
+import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset, Image, Video, get_dataset_split_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
+from ..models.identity import model_identity
 from .streaming import StreamedSplit, require_own_file
+
+
+def choose_split(name: str, validation_share: float, test_share: float, rest: str = "train") -> str:
+    """Place a name in [0, 1) by its hash: test from the lower end, validation from the upper, `rest` in between.
+
+    So a share that grows takes trajectories from `rest` only.
+    """
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    if place < test_share:
+        return "test"
+    return "validation" if place >= 1 - validation_share else rest
+
+
+def dataset_fingerprint(dataset: Dataset, num_rows: int = 32) -> str:
+    """Sha256 (hex) of the features, the number of rows and the content of up to `num_rows` evenly spaced rows.
+
+    Of a video in a file of its own the content counts, not where it lies.
+    """
+    digest = hashlib.sha256(json.dumps([dataset.num_rows, str(dataset.features)]).encode())
+    rows = dataset.with_format("arrow")
+    for row in np.unique(np.linspace(0, dataset.num_rows - 1, min(num_rows, dataset.num_rows)).astype(int)):
+        for name, column in zip(dataset.column_names, rows[int(row)].columns):
+            values = column.to_pylist()
+            if isinstance(dataset.features[name], Video):
+                values = [_content_hash(file) for file in values]
+            digest.update(repr(values).encode())
+    return digest.hexdigest()
+
+
+def _content_hash(file: dict) -> str:
+    content = Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]
+    return hashlib.sha256(content).hexdigest()
+
+
+def vae_hash(vae: torch.nn.Module) -> str:
+    """What latents are known to be made by: a VAE's [`~models.identity.model_identity`], the same in float32 and in
+    float16."""
+    return model_identity(vae, rounded_to=torch.float16)
 
 
 def load_split(dataset_name: str, split: str) -> Dataset:

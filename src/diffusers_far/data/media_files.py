@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from ..pictures import upright_rgb
-from .faults import BadExampleError
 from .images import MAX_PIXELS, fit_frame, require_pixels
+from .rows import BadExampleError
 from .video import VIDEO_SUFFIXES, iter_video
 
 

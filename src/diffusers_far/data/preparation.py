@@ -12,9 +12,8 @@ from datasets import ClassLabel, Features, Image, List, Value
 
 from ..files import written_whole
 from .actions import CONTINUOUS_RULES, DISCRETE_RULES, ActionCombiner, align_actions, group_actions
-from .faults import BadExampleError
 from .images import encode_png, fit_frame
-from .rows import SOURCE_COLUMN
+from .rows import SOURCE_COLUMN, BadExampleError
 from .sources.trajectory import Trajectory
 
 

@@ -7,7 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .actions import align_actions, are_discrete, read_actions
-from .faults import BadExampleError
+
+
+class BadExampleError(ValueError):
+    """One trajectory cannot be used. The message names its file; a run may skip it and go on with the others."""
 
 
 SOURCE_COLUMN = "source"  # what prepare_dataset.py calls the name that a trajectory had in its source

@@ -19,9 +19,8 @@ import torch
 from datasets import Dataset, IterableDataset, List, Value
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .faults import BadExampleError
 from .frames import decode_file, decode_images, holds_video_files
-from .rows import SOURCE_COLUMN
+from .rows import SOURCE_COLUMN, BadExampleError
 from .sources.trajectory import path_inside
 from .video import count_frames, read_frame_times
 from .video_clips import VideoClip, cut_actions

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..pictures import upright_rgb
-from .faults import BadExampleError
 from .images import MAX_PIXELS, require_pixels
+from .rows import BadExampleError
 
 
 VIDEO_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")

@@ -10,9 +10,8 @@ import torch
 from datasets import Dataset
 
 from .actions import align_actions, clip_actions, count_actions, read_actions
-from .faults import BadExampleError
 from .frames import VideoFrames
-from .rows import SOURCE_COLUMN, check_actions, check_labels, row_name
+from .rows import SOURCE_COLUMN, BadExampleError, check_actions, check_labels, row_name
 
 
 PNG_SIZE_BYTES = 24  # signature, name of the first chunk, width and height

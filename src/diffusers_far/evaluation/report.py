@@ -9,8 +9,7 @@ from dataclasses import asdict
 import torch
 from PIL import Image
 
-from .frechet import Gaussian, frechet_distance
-from .metrics import Estimate, best_trajectory, mean_where
+from .metrics import Estimate, Gaussian, best_trajectory, frechet_distance, mean_where
 from .protocols import Case, ContinuationProtocol, RolloutProtocol, Task
 from .results import ResultFolder
 from .rollouts import MetricNetworks

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save
 
-from ..data.fingerprint import dataset_fingerprint
+from ..data.loading import dataset_fingerprint
 from ..files import UNFINISHED, written_whole
 from ..models.identity import model_identity, settings_hash
 from .protocols import Case

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from ..data.frames import evenly_spaced
-from ..models.lpips import LPIPS
 from ..pipelines import FARPipeline
-from .image_features import EfficientNetLite0
 from .media import contact_sheet, write_mp4
 from .metrics import frame_lpips, frame_psnr, frame_ssim, seen_before
+from .networks import LPIPS, EfficientNetLite0
 from .protocols import Case, ContinuationProtocol, RolloutProtocol, Task
 from .results import ResultFolder
 from .videos import TrueVideo, TrueVideos

@@ -13,8 +13,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
-from ..models.attention_far import AttentionFrames, FARAttentionBias
 from ..models.functional import frame_causal_mask
+from ..models.transformer_far import AttentionFrames, FARAttentionBias
 
 
 FLEX_ROPE_HOOK = "flex_rope"

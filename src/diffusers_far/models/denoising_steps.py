@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from .frame_batch import FrameBatch
+from .frames import FrameBatch
 
 
 # Of a product. Beyond, a step has enough rows of its own to make the reading of weights worth it, and what is kept would

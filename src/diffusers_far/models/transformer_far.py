@@ -1,7 +1,9 @@
 """The FAR transformer: a DiT whose attention is full inside a frame and causal between frames.
 
-B batch, F frames, C latent channels, H/W latent height/width, T tokens of a frame, L tokens of a pass, N heads,
-D head dim.
+The file reads from the inside out: attention, condition embedding, modulated norm, block, and the model that runs them.
+
+B batch, F frames, C latent channels, H/W latent height/width, T tokens of a frame, L tokens of a pass (long ones first),
+N heads, D head dim.
 """
 
 from dataclasses import dataclass
@@ -11,26 +13,26 @@ from typing import Any
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.hooks import HookRegistry
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from ..checks import check_condition, check_count, check_finite, check_memory
 from .adapters import AdapterMixin, lora_scale, scaled_adapters
-from .attention_far import AttentionFrames, FARAttentionBias, attention_frames_of
-from .blocks_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
-from .cache_options import CacheOptions
-from .causal_chunks import CausalChunks, frame_causal_chunks
-from .conditions import check_condition
-from .config_checks import check_config
 from .context_plan import ContextPlan
 from .denoising_steps import DenoisingSteps
-from .frame_batch import FrameBatch
+from .frames import FrameBatch, pair_with_clean
 from .functional import (
+    CausalChunks,
+    apply_rotary_embedding,
     frame_causal_block_mask,
+    frame_causal_chunks,
     frame_causal_mask,
+    frame_ids,
     patchify,
     position_ids,
     rotary_embedding,
@@ -38,9 +40,390 @@ from .functional import (
 )
 from .int8 import Int8Mixin
 from .internals import attention_backend, call_uncompiled, execution_device, group_offloading, is_compiled
-from .kv_cache import CachePass, FARKVCache
+from .kv_cache import CacheOptions, CachePass, FARKVCache, LayerKVCache
 from .loading import CompleteWeightsMixin
-from .twins import pair_with_clean
+
+
+@dataclass(frozen=True)
+class AttentionFrames:
+    """When the queries and keys of a pass are; what a hook on the attention needs to know of time.
+
+    Args:
+        query_frames (`torch.Tensor` of shape `(L,)`): Absolute frame index of each query; with a cache, where the
+            queries attend frame by frame, of each frame of the pass: `(F,)`.
+        key_frames (`torch.Tensor` of shape `(L_key,)`): Same clock, in the order of the keys.
+        first_query_frame (`int`), last_query_frame (`int`): Known on the host, so that no decision waits for a device.
+        is_twin (`torch.Tensor` of shape `(L,)`, bool, *optional*): Marks the noisy twins of clean frames, where a pass
+            has such.
+    """
+
+    query_frames: torch.Tensor
+    key_frames: torch.Tensor
+    first_query_frame: int
+    last_query_frame: int
+    is_twin: torch.Tensor | None = None
+
+
+def attention_frames_of(
+    plan: ContextPlan,
+    key_frames: torch.Tensor | None,
+    device: torch.device | None = None,
+    *,
+    has_twins: bool = False,
+) -> AttentionFrames:
+    """When the queries and keys of a pass are; without a cache the keys are those of the pass itself."""
+    is_twin = None
+    if has_twins:
+        query_frames = frame_ids(plan, device)
+        is_twin = torch.arange(plan.num_tokens + plan.num_short_tokens, device=device) >= plan.num_tokens
+        query_frames = key_frames = torch.cat([query_frames, query_frames[plan.num_long_tokens :]])
+    elif key_frames is None:
+        query_frames = key_frames = frame_ids(plan, device)
+    else:
+        long_frames = torch.arange(plan.first_frame, plan.end_long_frame, device=device)
+        query_frames = torch.cat([long_frames, torch.arange(plan.first_short_frame, plan.end_frame, device=device)])
+    return AttentionFrames(query_frames, key_frames, plan.first_frame, plan.end_frame - 1, is_twin)
+
+
+class FARAttentionBias(nn.Module):
+    """The attention mask of a pass as it is: a place where hooks, such as FlexRoPE's, change it, once for all layers.
+
+    It has no weights and is not compiled with the blocks, so a hook on it neither binds nor recompiles anything.
+    """
+
+    def forward(self, attention_mask, frames: AttentionFrames):
+        """Return `attention_mask`: `None` (against a cache, or where all see all), [`CausalChunks`], a dense mask or a
+        `BlockMask`."""
+        return attention_mask
+
+    # A hook hides `forward` behind a function that cannot be pickled, and that a copy would share with its original.
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "forward"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        registry = HookRegistry.check_if_exists_or_initialize(self)
+        hooks = dict(registry.hooks)
+        registry.__init__(self)
+        for name, hook in hooks.items():
+            registry.register_hook(hook, name)
+
+
+class FARAttnProcessor:
+    """Default processor of [`FARAttention`]; runs on any backend of `dispatch_attention_fn`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "FARAttention",
+        hidden_states: torch.Tensor,
+        long_hidden_states: torch.Tensor | None = None,
+        rotary_emb: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        kv_cache: LayerKVCache | None = None,
+        num_output_tokens: int | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        query_states, long_query_states = hidden_states, long_hidden_states
+        if num_output_tokens is not None:
+            query_states = hidden_states[:, hidden_states.shape[1] - num_output_tokens :]
+            long_query_states = None
+        key, value = self._project_keys(attn, hidden_states, long_hidden_states)  # (B, L, N, D)
+        # Rotated before caching: positions never change, so old keys are rotated once.
+        key = apply_rotary_embedding(key, rotary_emb).to(value.dtype)
+        if kv_cache is not None:
+            kv_cache.write(key, value)
+        if num_output_tokens == 0:
+            return None, None
+
+        query = self._project_queries(attn, query_states, long_query_states)  # (B, L_query, N, D)
+        num_unread = key.shape[1] - query.shape[1]
+        query = apply_rotary_embedding(query, rotary_emb[num_unread:]).to(value.dtype)
+        if kv_cache is None:
+            hidden_states = self._attend_to_pass(query, key, value, attention_mask)
+        else:
+            hidden_states = self._attend_to_cache(query, attention_mask, kv_cache)
+        hidden_states = hidden_states.flatten(2)  # (B, L_query, N * D)
+
+        num_long_tokens = 0 if long_query_states is None else long_query_states.shape[1]
+        long_output = None
+        if num_long_tokens and not attn.context_pre_only:
+            long_output = attn.to_add_out(hidden_states[:, :num_long_tokens])
+        output = attn.to_out[0](hidden_states[:, num_long_tokens:])
+        return attn.to_out[1](output), long_output
+
+    def _project_queries(self, attn: "FARAttention", hidden_states, long_hidden_states) -> torch.Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))
+        if long_hidden_states is None:
+            return query
+        long_query = attn.norm_added_q(attn.add_q_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
+        return torch.cat([long_query, query], dim=1)
+
+    def _project_keys(
+        self, attn: "FARAttention", hidden_states, long_hidden_states
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)))
+        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
+        if long_hidden_states is None:
+            return key, value
+        long_key = attn.norm_added_k(attn.add_k_proj(long_hidden_states).unflatten(-1, (attn.heads, -1)))
+        long_value = attn.add_v_proj(long_hidden_states).unflatten(-1, (attn.heads, -1))
+        return torch.cat([long_key, key], dim=1), torch.cat([long_value, value], dim=1)
+
+    def _attend(self, query, key, value, attention_mask):
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=fitting_bias(attention_mask, query),
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+
+    def _attend_to_pass(self, query, key, value, attention_mask):
+        if isinstance(attention_mask, CausalChunks):
+            return attention_mask.attend(self._attend, query, key, value)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-2] > query.shape[1]:
+            attention_mask = attention_mask[..., attention_mask.shape[-2] - query.shape[1] :, :]
+        return self._attend(query, key, value, attention_mask)
+
+    def _attend_to_cache(self, query, attention_bias, kv_cache: LayerKVCache):
+        """Frame by frame: each sees one contiguous view of the stores, so causality needs no mask."""
+        first_key = kv_cache.cache_pass.view_start
+        outputs = []
+        for frame, span in enumerate(kv_cache.cache_pass.queries):
+            bias = None
+            if attention_bias is not None:  # a row for each frame of the pass, a column for each key in view
+                columns = slice(span.view_start - first_key, span.view_end - first_key)
+                bias = attention_bias[..., frame : frame + 1, columns]
+            outputs.append(self._attend(query[:, span.start : span.end], *kv_cache.view(span), bias))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def fitting_bias(attention_mask: Any, query: torch.Tensor) -> Any:
+    """An additive mask as the kernels of an accelerator take it: in the dtype of the queries, and in memory of its own. Other
+    masks, and the CPU's, are returned as they are.
+
+    Some kernels refuse another dtype, and some misread it; they load blocks that are aligned, but a part of a mask may start
+    anywhere.
+    """
+    is_bias = isinstance(attention_mask, torch.Tensor) and attention_mask.dtype != torch.bool
+    if not is_bias or query.device.type == "cpu":
+        return attention_mask
+    return attention_mask.to(query.dtype, copy=True)
+
+
+class FARAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention over a pass; `add_*` projections serve the long tokens, as in MM-DiT.
+
+    Args:
+        dim (`int`): Width of the tokens.
+        heads (`int`), dim_head (`int`): Attention heads and their channels.
+        added_kv_proj_dim (`int`, *optional*): Width of the long tokens; `None` builds no projections for them.
+        context_pre_only (`bool`): The long tokens are attended to but not updated, so they have no output projection.
+        eps (`float`): Of the RMS norms on queries and keys.
+    """
+
+    _default_processor_cls = FARAttnProcessor
+    _available_processors = [FARAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        added_kv_proj_dim: int | None = None,
+        context_pre_only: bool = False,
+        eps: float = 1e-6,
+        processor=None,
+    ):
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.added_kv_proj_dim = added_kv_proj_dim
+        self.context_pre_only = context_pre_only
+
+        self.to_q = nn.Linear(dim, inner_dim)
+        self.to_k = nn.Linear(dim, inner_dim)
+        self.to_v = nn.Linear(dim, inner_dim)
+        self.norm_q = nn.RMSNorm(dim_head, eps=eps)
+        self.norm_k = nn.RMSNorm(dim_head, eps=eps)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(0.0)])
+
+        if added_kv_proj_dim is not None:
+            self.add_q_proj = nn.Linear(added_kv_proj_dim, inner_dim)
+            self.add_k_proj = nn.Linear(added_kv_proj_dim, inner_dim)
+            self.add_v_proj = nn.Linear(added_kv_proj_dim, inner_dim)
+            self.norm_added_q = nn.RMSNorm(dim_head, eps=eps)
+            self.norm_added_k = nn.RMSNorm(dim_head, eps=eps)
+            if not context_pre_only:
+                self.to_add_out = nn.Linear(inner_dim, dim)
+
+        self.set_processor(processor or self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        long_hidden_states: torch.Tensor | None = None,
+        rotary_emb: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        kv_cache: LayerKVCache | None = None,
+        num_output_tokens: int | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, L_short, dim)`).
+            long_hidden_states (`torch.Tensor` of shape `(B, L_long, dim)`, *optional*).
+            rotary_emb (`torch.Tensor` of shape `(L, D / 2)`): Rotations of the pass's tokens, long ones first.
+            attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)`, `CausalChunks` or `BlockMask`, *optional*):
+                With a cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
+            kv_cache (`LayerKVCache`, *optional*): Stores the pass's keys and values and adds the cached ones.
+            num_output_tokens (`int`, *optional*): Only the last so many short tokens have an output that anybody reads;
+                against a cache 0 or all. With 0 the pass only stores.
+
+        Returns:
+            The outputs for the short and for the long tokens; `None` where nobody reads them.
+        """
+        return self.processor(
+            self, hidden_states, long_hidden_states, rotary_emb, attention_mask, kv_cache, num_output_tokens
+        )
+
+
+class FARActionEmbedding(nn.Module):
+    """Embeds the action that each frame is fed: a table for discrete actions, an MLP for continuous ones. Either knows
+    a null action, which stands for "none given".
+
+    Args:
+        dim (`int`): Width of the embedding.
+        num_actions (`int`, *optional*): Size of the discrete action space; its null action has this index.
+        action_dim (`int`, *optional*): Channels of a continuous action; its null action is a learned embedding.
+    """
+
+    def __init__(self, dim: int, num_actions: int | None = None, action_dim: int | None = None):
+        super().__init__()
+        self.num_actions = num_actions
+        if num_actions is not None:
+            self.embedding_table = nn.Embedding(num_actions + 1, dim)
+        else:
+            self.proj = TimestepEmbedding(action_dim, dim)
+            self.null_embedding = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, actions: torch.Tensor, action_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed `(B, F)` int64 or `(B, F, action_dim)` float actions; those masked `False` are null. -> (B, F, dim)"""
+        if self.num_actions is not None:
+            if action_mask is not None:
+                actions = actions.masked_fill(~action_mask, self.num_actions)
+            return self.embedding_table(actions)
+        embedding = self.proj(actions.to(self.null_embedding.dtype))
+        if action_mask is not None:
+            embedding = torch.where(action_mask[..., None], embedding, self.null_embedding)
+        return embedding
+
+
+class FARAdaLayerNorm(nn.Module):
+    """Layer norm whose shift, scale (and further chunks, such as a gate) come from an embedding, once per frame."""
+
+    def __init__(self, dim: int, num_chunks: int):
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(dim, num_chunks * dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+    def modulation(self, temb: torch.Tensor, steps: DenoisingSteps | None = None) -> tuple[torch.Tensor, ...]:
+        """Chunks of the modulation of each frame, `(B, F, dim)` -> `num_chunks` times `(B, F, 1, dim)`; with `steps`
+        from what those keep."""
+        projected = self._project(temb) if steps is None else steps.product(self, self._project)
+        return projected[:, :, None].chunk(self.num_chunks, dim=-1)
+
+    def _project(self, temb: torch.Tensor) -> torch.Tensor:
+        return self.linear(nn.functional.silu(temb))
+
+
+class FARTransformerBlock(nn.Module):
+    """Attention over all tokens of a pass, then an MLP that long and short tokens share."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float,
+        added_kv_proj_dim: int | None = None,
+        context_pre_only: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = FARAdaLayerNorm(dim, num_chunks=3)
+        self.attn = FARAttention(
+            dim,
+            heads=num_attention_heads,
+            dim_head=attention_head_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            context_pre_only=context_pre_only,
+        )
+        self.norm2 = FARAdaLayerNorm(dim, num_chunks=3)
+        self.mlp = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        long_hidden_states: torch.Tensor | None,
+        temb: torch.Tensor,
+        long_temb: torch.Tensor | None,
+        rotary_emb: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        kv_cache: LayerKVCache | None,
+        num_output_frames: int | None = None,
+        steps: DenoisingSteps | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`hidden_states` (B, F_short, T_short, dim) with `temb` (B, F_short, dim), and likewise for the long frames.
+
+        In the last block nobody reads every output. With `num_output_frames` it returns the last so many short frames
+        alone; with 0, which needs a `kv_cache`, it only stores keys and values.
+
+        `steps` are those of the one noisy frame, where `temb` is its embedding at one of them.
+        """
+        # 1. Attention, over the tokens of all frames at once
+        attn_input, gate = self._modulated_norm1(hidden_states, temb, steps)
+        long_attn_input, long_gate = None, None
+        if long_hidden_states is not None:
+            long_attn_input, long_gate = self._modulated_norm1(long_hidden_states, long_temb)
+        num_output_tokens = None
+        if num_output_frames is not None:
+            num_output_tokens = num_output_frames * hidden_states.shape[2]
+        attn_output, long_attn_output = self.attn(
+            attn_input,
+            long_attn_input,
+            rotary_emb=rotary_emb,
+            attention_mask=attention_mask,
+            kv_cache=kv_cache,
+            num_output_tokens=num_output_tokens,
+        )
+        if num_output_frames == 0:
+            return None, None
+
+        # 2. Gated residuals and MLP, for each kind of token
+        if num_output_frames is not None:
+            hidden_states, temb, gate = (each[:, -num_output_frames:] for each in (hidden_states, temb, gate))
+        hidden_states = self._feed_forward(hidden_states + gate * attn_output.view_as(hidden_states), temb, steps)
+        if long_attn_output is None:
+            return hidden_states, None
+        long_attn_output = long_gate * long_attn_output.view_as(long_hidden_states)
+        return hidden_states, self._feed_forward(long_hidden_states + long_attn_output, long_temb)
+
+    def _modulated_norm1(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, steps: DenoisingSteps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shift, scale, gate = self.norm1.modulation(temb, steps)
+        return (self.norm1.norm(hidden_states) * (1 + scale) + shift).flatten(1, 2), gate
+
+    def _feed_forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, steps: DenoisingSteps | None = None
+    ) -> torch.Tensor:
+        shift, scale, gate = self.norm2.modulation(temb, steps)
+        return hidden_states + gate * self.mlp(self.norm2.norm(hidden_states) * (1 + scale) + shift)
 
 
 CLEAN_TIMESTEP = -1.0  # outside the schedule: a finished frame
@@ -530,3 +913,66 @@ def initialize_weights(model: FARTransformer3DModel) -> None:
         if isinstance(module, FARAdaLayerNorm):
             nn.init.zeros_(module.linear.weight)
     nn.init.zeros_(model.proj_out.weight)
+
+
+# Fields that count, with the most that they may be; `None` is allowed where it is a default.
+COUNTS = {
+    "in_channels": 2**16,
+    "out_channels": 2**16,
+    "num_layers": 2**10,
+    "num_attention_heads": 2**10,
+    "attention_head_dim": 2**12,
+    "patch_size": 2**10,
+    "long_patch_size": 2**10,
+    "short_window": 2**20,
+    "num_actions": 2**24,
+    "action_dim": 2**16,
+    "num_classes": 2**24,
+    "trained_frames": 2**31,
+}
+
+
+OPTIONAL = ("out_channels", "long_patch_size", "num_actions", "action_dim", "num_classes", "trained_frames")
+
+
+def check_config(config) -> None:
+    """Refuse impossible sizes at construction, the values named."""
+    if not isinstance(config.short_window, int) or config.short_window < 1:
+        raise ValueError(f"`short_window` is {config.short_window}; the noisy frame alone needs 1.")
+    for name, most in COUNTS.items():
+        check_count(name, config[name], most=most, optional=name in OPTIONAL)
+    check_finite("mlp_ratio", config.mlp_ratio)
+    check_finite("rope_theta", config.rope_theta)
+    axes = config.axes_dims_rope
+    if not isinstance(axes, (list, tuple)) or [type(dim) for dim in axes] != [int] * 3 or min(axes) < 0:
+        raise ValueError(f"`axes_dims_rope` is {axes!r}; give three whole numbers, for time, height and width.")
+    if sum(config.axes_dims_rope) != config.attention_head_dim or any(dim % 2 for dim in config.axes_dims_rope):
+        raise ValueError(
+            f"`axes_dims_rope` is {tuple(config.axes_dims_rope)} and `attention_head_dim` {config.attention_head_dim}; "
+            "the axes must be even and add up to the head dim."
+        )
+    if config.long_patch_size is not None and config.long_patch_size % config.patch_size:
+        raise ValueError(
+            f"`long_patch_size` is {config.long_patch_size} and `patch_size` {config.patch_size}; a long patch must "
+            "cover whole short patches, so choose a multiple."
+        )
+    if config.action_shift not in (0, 1):
+        raise ValueError(f"`action_shift` is {config.action_shift}; it is 0 or 1.")
+    if config.num_actions is not None and config.action_dim is not None:
+        raise ValueError(
+            f"`num_actions` is {config.num_actions} and `action_dim` {config.action_dim}; actions are discrete or "
+            "continuous, so give one of the two."
+        )
+    if not isinstance(config.condition_dropout, (int, float)) or not 0 <= config.condition_dropout < 1:
+        raise ValueError(f"`condition_dropout` is {config.condition_dropout}; it is a share, at least 0 and below 1.")
+    if not isinstance(config.frame_causal, bool):
+        raise ValueError(f"`frame_causal` is {config.frame_causal!r}; it is `True` or `False`.")
+    width = config.num_attention_heads * config.attention_head_dim
+    if not 1 <= width * config.mlp_ratio < 2**40:
+        raise ValueError(
+            f"`mlp_ratio` is {config.mlp_ratio}; of a width of {width} it makes no possible hidden layer."
+        )
+    conditions = sum(config[name] or 0 for name in ("num_actions", "action_dim", "num_classes"))
+    attention = 4 if config.long_patch_size is None else 8
+    num_weights = int((config.num_layers * (attention + 2 * config.mlp_ratio) * width + conditions) * width)
+    check_memory(num_weights, ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio"), config)

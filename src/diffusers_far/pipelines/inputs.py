@@ -13,8 +13,9 @@ import PIL.Image
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..models.cache_options import CacheOptions, is_whole_number
+from ..checks import check_count, is_whole_number
 from ..models.codec import spatial_compression
+from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import FARTransformer3DModel
 from ..pictures import upright_rgb
 
@@ -421,13 +422,6 @@ def check_latents(name: str, latents: Any, expected: tuple[int | None, ...]) -> 
         raise ValueError(f"`{name}` has shape {tuple(latents.shape)}: no frames; leave it out to start from nothing.")
     if not torch.isfinite(latents).all():
         raise ValueError(f"`{name}` contains NaN or infinite values; pass finite latents.")
-
-
-def check_count(name: str, value: Any, rule: str | None = None, *, least: int = 1, most: int | None = None) -> None:
-    """Refuse what is no whole number, or one out of range."""
-    if not is_whole_number(value) or value < least or (most is not None and value > most):
-        rule = rule or f"pass a whole number of at least {least}{'' if most is None else f' and at most {most}'}"
-        raise ValueError(f"`{name}` is {value!r}; {rule}.")
 
 
 def frame_noise(

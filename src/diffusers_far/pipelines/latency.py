@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .inputs import NUM_TIMESTEPS, check_count
+from ..checks import check_count
+from .inputs import NUM_TIMESTEPS
 
 
 logger = logging.get_logger(__name__)

@@ -14,19 +14,18 @@ from diffusers.utils import logging
 
 from ..hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from ..loaders.lora import FARLoraLoaderMixin
-from ..models.cache_options import CacheOptions
 from ..models.codec import decode_video, encode_video, latent_statistics
+from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import FARTransformer3DModel
 from .generation import Callbacks, Generation, GenerationInterrupted
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
 from .inputs import CALLBACK_TENSORS, PipelineInputs, check_call, repeat_samples
 from .latency import LatencyBudget
-from .noise import NoiseSource, new_generator
 from .pipeline_output import FARPipelineOutput, Frame, join_frames
 from .precision import warn_of_slow_dtype
 from .rollout import Rollout, RolloutConfig, check_scheduler
 from .session import FARSession
-from .session_history import SessionHistory, check_max_history, smallest_history
+from .session_history import NoiseSource, SessionHistory, check_max_history, new_generator, smallest_history
 
 
 logger = logging.get_logger(__name__)

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from diffusers import SchedulerMixin
 
+from ..checks import check_count
 from ..models.adapters import lora_scale
-from ..models.cache_options import CacheOptions
 from ..models.denoising_steps import DenoisingSteps
-from ..models.frame_batch import FrameBatch
+from ..models.frames import FrameBatch
+from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
-from .inputs import NUM_TIMESTEPS, check_count, check_guidance
+from .inputs import NUM_TIMESTEPS, check_guidance
 
 
 MOST_REMAINING_NOISE = 0.02  # timesteps that are rounded to whole numbers leave 0.001

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.cache_options import is_whole_number
-from ..models.frame_batch import FrameBatch
+from ..checks import is_whole_number
+from ..models.frames import FrameBatch
 from .inputs import check_generator, check_options, check_step_action
 from .latency import LatencyBudget
-from .noise import NoiseSource, new_generator
 from .pipeline_output import Frame
 from .rollout import Rollout, RolloutConfig
 from .session_file import load_session, save_session
-from .session_history import SessionFrame, SessionHistory, smallest_history
+from .session_history import NoiseSource, SessionFrame, SessionHistory, new_generator, smallest_history
 
 
 if TYPE_CHECKING:

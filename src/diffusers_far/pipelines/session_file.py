@@ -16,17 +16,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..checks import check_count
 from ..files import tensors_sha256, written_whole
 from ..hooks.flex_rope import applied_config
-from ..models.cache_options import CacheOptions
-from ..models.frame_batch import FrameBatch
+from ..models.frames import FrameBatch
 from ..models.identity import model_identity, public_config
+from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import FARTransformer3DModel
-from .inputs import check_action_values, check_class_labels, check_count, check_options
+from .inputs import check_action_values, check_class_labels, check_options
 from .latency import LatencyBudget
-from .noise import NoiseSource, NoiseState
 from .rollout import Rollout, RolloutConfig, check_scheduler, computing_dtype
-from .session_history import SessionFrame, SessionHistory, check_max_history
+from .session_history import NoiseSource, NoiseState, SessionFrame, SessionHistory, check_max_history
 
 
 if TYPE_CHECKING:

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 
 from ..data import loading
-from ..data.encoded import EncodedDataset
-from ..data.latents import LatentDataset
-from .arguments import action_combiner
+from ..data.latents import EncodedDataset, LatentDataset
 from .clips import usable_trajectories
-from .streamed_clips import StreamedClips
+from .config import action_combiner
+from .streaming import StreamedClips
 
 
 def open_clips(

@@ -18,16 +18,14 @@ from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, parse_flag_from_env
 
-from ..data.encoded import EncodedDataset
-from ..data.latents import LatentDataset
+from ..checks import check_count
+from ..data.latents import EncodedDataset, LatentDataset
 from ..models.loading import name_some
-from ..pipelines.inputs import check_count
-from .arguments import STREAM_IDENTITY
 from .checkpoints import way_back
-from .clips import ClipBatch, TrainingBatches, clip_loss
+from .clips import ClipBatch, TrainingBatches, clip_loss, step_generator
+from .config import STREAM_IDENTITY
 from .objective import ObjectiveDraw, TrainingObjective
-from .order import step_generator
-from .streamed_clips import StreamedBatches, StreamedClips
+from .streaming import StreamedBatches, StreamedClips
 
 
 logger = get_logger(__name__)

@@ -1,7 +1,7 @@
 import pytest
 from video_files import frame_numbers, gray_frames, truncate, write_video
 
-from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.sources import ClassFolderSource
 
 

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data.faults import BadExampleError
 from diffusers_far.data.images import encode_png
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.sources import LeRobotSource
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from video_files import gray_frames, write_video
 
-from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.sources import ClassFolderSource, NpzSource, VideoFolderSource
 from diffusers_far.data.sources.trajectory import path_inside
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data.faults import BadExampleError
+from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.sources import VideoFolderSource
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..faults import BadExampleError
+from ..rows import BadExampleError
 from ..video import iter_video
 from .trajectory import Trajectory, choose_columns, path_inside, read_json_lines
 

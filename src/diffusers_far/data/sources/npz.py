@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..faults import BadExampleError
+from ..rows import BadExampleError
 from ..video import iter_video
 from .trajectory import Trajectory, choose_columns, path_inside
 

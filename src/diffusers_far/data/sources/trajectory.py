@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..faults import BadExampleError
+from ..rows import BadExampleError
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..faults import BadExampleError
+from ..rows import BadExampleError
 from ..video import iter_video
 from .trajectory import Trajectory, choose_columns, path_inside, read_json_lines
 

@@ -138,7 +138,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    """What [`~training.measurement.measure`] measures, and how often."""
+    """What [`~training.validation.measure`] measures, and how often."""
     parser.add_argument("--validation_steps", type=int, default=500)
     parser.add_argument("--num_validation_clips", type=int, default=64, help="Clips of the held-out loss.")
     parser.add_argument("--num_validation_videos", type=int, default=8, help="Clips that are continued; 0: none.")

@@ -1,28 +1,117 @@
 """The token-autoregressive baseline: a video as one sequence of tokens, and a decoder of transformers that continues it.
 
 A frame is an opening token, the action that led to the frame or the null token, and after it the codes of a VQ
-autoencoder, row by row. Opening tokens are given, never predicted.
+autoencoder, row by row. Opening tokens are given, never predicted. Codes are sampled from logits by random numbers that
+are drawn beforehand.
 
 B batch, F frames, T codes per frame, N size of the codebook.
 """
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .code_sampling import CodeSampling, draw_uniform
-from .conditions import check_condition, shift_actions
-from .config_checks import check_count, check_decoder, check_memory
-from .loading import describe_key_errors, explained_loading_errors, require_safetensors
+from ..checks import check_condition, check_count, check_memory
+from ..models.frames import shift_actions
+from ..models.loading import describe_key_errors, explained_loading_errors, require_safetensors
+
+
+@dataclass(frozen=True)
+class CodeSampling:
+    """Chooses a code for each video.
+
+    Args:
+        temperature (`float`): At least 0; 0 takes the likeliest code.
+        top_k (`int`, *optional*): Draw only from the k likeliest codes.
+        top_p (`float`, *optional*): Above 0, at most 1: draw only from the likeliest codes that together have
+            probability p.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"`temperature` is {self.temperature}; give 0 for the likeliest code, or a number above 0."
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"`top_k` is {self.top_k!r}; it counts codes, so give a whole number from 1, or None.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` is {self.top_p}; it is a probability above 0 and at most 1, or None.")
+
+    def __call__(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Choose.
+
+        Args:
+            logits (`torch.Tensor` of shape `(B, N)`): Of the next code.
+            uniform (`torch.Tensor` of shape `(B,)`): Random numbers in [0, 1).
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, int64.
+        """
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        scores = logits.double() / self.temperature
+        if self.top_k is not None:
+            scores = TopKLogitsWarper(self.top_k)(None, scores)
+        if self.top_p is not None:
+            scores = TopPLogitsWarper(self.top_p)(None, scores)
+        # The inverse of the distribution function, in float64: a float32 draw times the total stays below the total, so
+        # a code that was ruled out, whose step has no height, is never hit.
+        cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+        threshold = uniform.double()[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def draw_uniform(
+    batch_size: int, num_draws: int, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> torch.Tensor:
+    """Random numbers in [0, 1), of each video from its own generator where there is a list of them.
+
+    Args:
+        batch_size (`int`): B.
+        num_draws (`int`): Numbers for each video.
+        generator (`torch.Generator` or a list of B, *optional*): On any device, where the numbers then lie; on the CPU
+            they are the same whatever device computes the rest.
+
+    Returns:
+        `torch.Tensor` of shape `(B, num_draws)`, float32.
+
+    Raises:
+        ValueError: There are more or fewer generators than videos.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        device = None if generator is None else generator.device
+        return torch.rand(batch_size, num_draws, generator=generator, device=device)
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` has {len(generator)} for a batch of {batch_size} videos; give one for each, or a single one."
+        )
+    return torch.stack([torch.rand(num_draws, generator=each, device=each.device) for each in generator])
 
 
 COUNTS = {"num_codes": 2**24, "tokens_per_frame": 2**20, "num_actions": 2**24, "trained_frames": 2**31}
@@ -56,7 +145,7 @@ class TokenARConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name, most in COUNTS.items():
-            check_count(name, getattr(self, name), most, optional=name in ("num_actions", "trained_frames"))
+            check_count(name, getattr(self, name), most=most, optional=name in ("num_actions", "trained_frames"))
         if self.decoder is not None:
             if not isinstance(self.decoder, (Mapping, PretrainedConfig)):
                 raise ValueError(
@@ -148,7 +237,7 @@ class TokenARForVideo(PreTrainedModel):
         Args:
             codes (`torch.Tensor` of shape `(B, F, T)`): Integers in `[0, num_codes)`, row by row.
             actions (`torch.Tensor` of shape `(B, F)`, *optional*): The action that led to each frame, in
-                `[0, num_actions)`; needed where the model has actions. [`~models.conditions.shift_actions`] makes it of
+                `[0, num_actions)`; needed where the model has actions. [`~models.frames.shift_actions`] makes it of
                 the actions taken at each frame.
             action_mask (`torch.Tensor` of shape `(B, F)`, bool, *optional*): `False`: the frame opens with the null
                 token. The first frame of a video is opened so.
@@ -287,3 +376,30 @@ def _check_range(name: str, values: torch.Tensor, limit_name: str, limit: int) -
 # So that transformers' Auto classes load what was saved, as soon as one of these classes is imported.
 AutoConfig.register(TokenARConfig.model_type, TokenARConfig)
 AutoModel.register(TokenARConfig, TokenARForVideo)
+
+
+# Fields of transformers' decoders that count.
+DECODER_COUNTS = {
+    "hidden_size": 2**16,
+    "n_embd": 2**16,
+    "intermediate_size": 2**18,
+    "n_inner": 2**18,
+    "num_hidden_layers": 2**10,
+    "n_layer": 2**10,
+    "num_attention_heads": 2**10,
+    "n_head": 2**10,
+    "num_key_value_heads": 2**10,
+    "head_dim": 2**12,
+    "max_position_embeddings": 2**31,
+    "n_positions": 2**31,
+}
+
+
+def check_decoder(decoder: Mapping) -> None:
+    """Refuse impossible sizes of a decoder of transformers, and numbers that are not finite; the values named."""
+    for name, value in decoder.items():
+        if name in DECODER_COUNTS:
+            check_count(f"decoder.{name}", value, most=DECODER_COUNTS[name], optional=True)
+        for inner_name, number in value.items() if isinstance(value, Mapping) else ((name, value),):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"`decoder.{inner_name}` is {number}; give a finite number.")

@@ -7,13 +7,12 @@ B batch, F frames, H/W codes along a frame's sides, T = H * W codes per frame; h
 
 import torch
 
+from ..baselines.token_ar import TokenARConfig, TokenARForVideo
 from ..data.latents import LatentDataset
 from ..models.codec import decode_codes
-from ..models.conditions import shift_actions
-from ..models.token_ar import TokenARConfig, TokenARForVideo
-from .clips import ClipBatch
+from ..models.frames import shift_actions
+from .clips import ClipBatch, step_generator
 from .objective import ObjectiveDraw
-from .order import step_generator
 from .validation import psnr_metrics, validation_clips
 
 

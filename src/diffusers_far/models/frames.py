@@ -1,8 +1,14 @@
-"""Frames with what belongs to each of them."""
+"""What the transformer is fed: latent frames, each with the action that belongs to it, and for teacher forcing a noisy
+twin beside each clean frame.
+
+B batch, F frames, C latent channels, H/W latent height/width, A action channels.
+"""
 
 from dataclasses import dataclass
 
 import torch
+
+from .context_plan import ContextPlan
 
 
 @dataclass(frozen=True)
@@ -75,3 +81,50 @@ class FrameBatch:
         if self.action_mask is not None:
             return self.action_mask
         return torch.ones(self.latents.shape[:2], dtype=torch.bool, device=self.latents.device)
+
+
+def shift_actions(actions: torch.Tensor, action_shift: int, num_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feed each frame the action taken at it, or the action that led to it.
+
+    Everywhere outside the model `actions[:, t]` is the action taken at frame t, which leads to frame t + 1.
+
+    Args:
+        actions (`torch.Tensor` of shape `(B, F)` or `(B, F, A)`): With `action_shift` 1 the last frame's action leads
+            out of the clip and may be left out.
+        action_shift (`int`): 0: frame t is fed `actions[:, t]`. 1: it is fed `actions[:, t - 1]`, and frame 0, which
+            no action of the clip led to, the null action.
+        num_frames (`int`): F.
+
+    Returns:
+        The fed actions, shape `(B, F)` or `(B, F, A)`, and the mask for the model, shape `(B, F)`, bool: `False` where
+        a frame is fed the null action.
+
+    Raises:
+        ValueError: The number of actions does not fit the frames, or `action_shift` is neither 0 nor 1.
+    """
+    if action_shift not in (0, 1):
+        raise ValueError(f"`action_shift` is {action_shift}; it is 0 or 1.")
+    if actions.ndim not in (2, 3) or actions.shape[1] not in (num_frames, num_frames - action_shift):
+        left_out = "; the last one may be left out" if action_shift else ""
+        raise ValueError(
+            f"`actions` has shape {tuple(actions.shape)} but there are {num_frames} frames; pass one action per frame, "
+            f"(batch, {num_frames}) or (batch, {num_frames}, action_dim){left_out}."
+        )
+    action_mask = torch.ones(actions.shape[0], num_frames, dtype=torch.bool, device=actions.device)
+    if action_shift == 0:
+        return actions, action_mask
+    action_mask[:, 0] = False
+    # Zeros only fill the place of the null action: the mask makes the model ignore them.
+    filler = actions.new_zeros(actions.shape[0], 1, *actions.shape[2:])
+    return torch.cat([filler, actions[:, : num_frames - 1]], dim=1), action_mask
+
+
+def pair_with_clean(
+    frames: FrameBatch, timestep: torch.Tensor, clean_latents: torch.Tensor, plan: ContextPlan, clean_timestep: float
+) -> tuple[FrameBatch, torch.Tensor]:
+    """All frames clean, and after them the short ones as they were given: their twins. Timesteps likewise."""
+    clean_frames = FrameBatch(clean_latents, frames.actions, frames.action_mask)
+    twins = frames.last(plan.num_short_frames)
+    return clean_frames.append(twins), torch.cat(
+        [torch.full_like(timestep, clean_timestep), timestep[:, plan.num_long_frames :]], dim=1
+    )

@@ -11,15 +11,14 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
 from diffusers.utils import logging
 
-from ..models.cache_options import CacheOptions
-from ..models.conditions import shift_actions
 from ..models.denoising_steps import DenoisingSteps
-from ..models.frame_batch import FrameBatch
+from ..models.frames import FrameBatch, shift_actions
+from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
-from .inputs import PipelineInputs, frame_noise, repeat_samples
-from .pipeline_far import FARPipeline
-from .pipeline_output import FARPipelineOutput, join_frames
-from .rollout import Rollout, RolloutConfig
+from ..pipelines.inputs import PipelineInputs, frame_noise, repeat_samples
+from ..pipelines.pipeline_far import FARPipeline
+from ..pipelines.pipeline_output import FARPipelineOutput, join_frames
+from ..pipelines.rollout import Rollout, RolloutConfig
 
 
 logger = logging.get_logger(__name__)

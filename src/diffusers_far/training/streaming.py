@@ -1,0 +1,428 @@
+"""Training on a streamed split: the endless order of its trajectories, clips of them, and the processes that load them.
+
+The order is a function of the seed. The shards follow each other epoch after epoch, each epoch in an order of its own, and
+are dealt to lanes like cards. A process reads from several lanes at once, so that what it mixes comes from several shards.
+What it has read makes a block, and is served in a random order before the next one is read. A place is therefore a few
+numbers: where each lane stood when the block began, and how much of the block is served. Checkpoints keep it; resuming
+reads one block again, and nothing is guessed.
+
+B batch, F frames, C latent channels, H/W latent height/width.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ..data.latents import EncodedDataset, LatentClip
+from ..data.rows import BadExampleError
+from ..data.streaming import StoredClip, StoredTrajectory, StreamedSplit
+from .clips import CLIP_STREAM, START_STREAM, StepBatches, VideoBatch, draw_start, stack_clips, step_indices
+from .launch import leave_signals_to_parent
+from .objective import ObjectiveDraw, TrainingObjective
+
+
+MAX_LANES = 8  # of a process
+FILES_PER_BLOCK = 8192  # where rows only name their files, and so are small
+MAX_EPOCHS_WITHOUT_USE = 8
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """A place in a stream.
+
+    Args:
+        lanes (tuple of `(int, int)`): Of each lane, at the beginning of a block: the number of its shard in the endless
+            row of shards, and the next row in it.
+        num_served (`int`): How many of the block's draws are served.
+    """
+
+    lanes: tuple[tuple[int, int], ...]
+    num_served: int = 0
+
+
+class TrajectoryStream:
+    """The trajectories that one process draws, in order and without end.
+
+    Args:
+        split (`StreamedSplit`): Where they come from.
+        draws_per_row (`int`, *optional*): How often a row is drawn each time it is read; `None`: once for each frame.
+        min_frames (`int`): Shorter trajectories are passed over.
+        block_size (`int`): Rows that are held in memory and mixed.
+        seed (`int`): Of the run.
+        process_index, num_processes (`int`): This process's share; two processes read different shards.
+    """
+
+    def __init__(
+        self,
+        split: StreamedSplit,
+        draws_per_row: int | None = 1,
+        *,
+        min_frames: int,
+        block_size: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        if block_size < 1:
+            raise ValueError(f"`block_size` is {block_size}; a block holds at least 1 row.")
+        self.split = split
+        self.draws_per_row = draws_per_row
+        self.min_frames = min_frames
+        self.seed = seed
+        self.process_index = process_index
+        self.num_lanes = int(np.clip(split.num_shards // num_processes, 1, MAX_LANES))
+        self.stride = self.num_lanes * num_processes
+        self.first_lane = process_index * self.num_lanes
+        size = FILES_PER_BLOCK if split.points_to_files else block_size
+        self.rows_per_lane = -(-size // self.num_lanes)
+
+    @property
+    def identity(self) -> list:
+        """What a position depends on; JSON values."""
+        return [self.split.fingerprint, self.rows_per_lane, self.stride, self.draws_per_row, self.seed]
+
+    @property
+    def start(self) -> StreamPosition:
+        """Where a new run begins."""
+        return StreamPosition(tuple((self.first_lane + lane, 0) for lane in range(self.num_lanes)))
+
+    def draws(self, position: StreamPosition) -> Iterator[tuple[StoredTrajectory, int, StreamPosition]]:
+        """From `position` on: a trajectory, which draw of it this is (from 0), and the position after it.
+
+        Raises:
+            ValueError: No trajectory is long enough.
+        """
+        lanes = [_Lane(self, number, row) for number, row in position.lanes]
+        num_served, last_useful_epoch = position.num_served, self._epoch(lanes)
+        while self._epoch(lanes) <= last_useful_epoch + MAX_EPOCHS_WITHOUT_USE:
+            block_start = tuple(lane.position for lane in lanes)
+            rows = [row for lane in lanes for row in lane.take(self.rows_per_lane)]
+            entries = [(row, draw) for row in rows for draw in range(self._num_draws(row))]
+            order = np.random.default_rng((self.seed, *sum(block_start, ()))).permutation(len(entries))
+            for served in range(num_served, len(entries)):
+                row, draw = entries[order[served]]
+                trajectory = self.split.trajectory(row.values, row.name)
+                if trajectory.num_frames >= self.min_frames:
+                    last_useful_epoch = self._epoch(lanes)
+                    yield trajectory, draw, StreamPosition(block_start, served + 1)
+            num_served = 0
+            del rows, entries  # before the next block is read
+        raise ValueError(
+            f"No trajectory of the stream has {self.min_frames} frames; lower `--num_frames` or `--frame_interval`."
+        )
+
+    def _num_draws(self, row: "_Row") -> int:
+        return len(row.values[self.split.column]) if self.draws_per_row is None else self.draws_per_row
+
+    def _epoch(self, lanes: list["_Lane"]) -> int:
+        """The epoch of the lane that is furthest behind."""
+        return min(lane.number for lane in lanes) // self.split.num_shards
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    values: dict
+
+
+class _Lane:
+    """The rows of every `stride`-th shard of the endless row of shards."""
+
+    def __init__(self, stream: TrajectoryStream, number: int, row: int) -> None:
+        self.stream, self.number, self.row = stream, number, row
+        self._rows = None
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self.number, self.row
+
+    def take(self, num_rows: int) -> list[_Row]:
+        """The next rows: `num_rows`, or those that are left of the epoch."""
+        split, rows = self.stream.split, []
+        while len(rows) < num_rows:
+            (shard,) = step_indices(split.num_shards, 1, self.stream.seed, self.number)
+            if self._rows is None:
+                self._rows = split.rows(int(shard), self.row)
+            values = next(self._rows, None)
+            if values is not None:
+                rows.append(_Row(f"row {self.row} of shard {shard}", values))
+                self.row += 1
+                continue
+            epoch = self.number // split.num_shards
+            self.number, self.row, self._rows = self.number + self.stream.stride, 0, None
+            if rows and self.number // split.num_shards > epoch:
+                break
+        return rows
+
+
+logger = logging.getLogger(__name__)
+
+
+class StreamLoader(Dataset):
+    """What one process takes from a stream, step after step.
+
+    However many processes decode, one alone reads, so that the order does not depend on their number.
+
+    Args:
+        stream (`TrajectoryStream`): Where it comes from.
+        read_step (callable): From the stream's draws, without end, and the number of a step to what the step takes, not
+            yet decoded: an iterator over one or more batches.
+        decode (callable): From such a batch to what the training loop takes.
+        num_read_ahead (`int`): Batches that are read before they are needed, where a process reads.
+
+    Attributes:
+        position (`StreamPosition`): After the last batch that was taken from `load`.
+    """
+
+    def __init__(
+        self,
+        stream: TrajectoryStream,
+        read_step: Callable[[Iterator[tuple[StoredTrajectory, int]], int], Iterator[Any]],
+        decode: Callable[[Any], Any],
+        num_read_ahead: int = 2,
+    ) -> None:
+        self.stream, self.read_step, self.decode, self.num_read_ahead = stream, read_step, decode, num_read_ahead
+        self.position = stream.start
+
+    def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[Any]:
+        """The batches of the steps from `first_step` to before `last_step`, from `position` on.
+
+        Args:
+            first_step, last_step (`int`): Of the run.
+            num_workers (`int`): Processes that decode; one more reads. 0: all in this process.
+        """
+        reader = DataLoader(
+            _Reader(self, range(first_step, last_step)),
+            batch_size=None,
+            num_workers=min(num_workers, 1),
+            prefetch_factor=self.num_read_ahead if num_workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_signals_to_parent,
+        )
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=reader,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_signals_to_parent,
+        )
+        # Begun here and not with the first batch: to begin draws from the generator that the network draws from.
+        return self._take(iter(loader))
+
+    def _take(self, loaded: Iterator[tuple[Any, StreamPosition]]) -> Iterator[Any]:
+        for batch, position in loaded:
+            self.position = position
+            yield batch
+
+    def __getitem__(self, read: tuple[Any, StreamPosition]) -> tuple[Any, StreamPosition]:
+        batch, position = read
+        return self.decode(batch), position
+
+    def save_with(self, accelerator: Accelerator) -> None:
+        """Let the checkpoints of `accelerator` hold the position: each process's own, as each reads other shards."""
+        accelerator.register_save_state_pre_hook(self._save)
+        accelerator.register_load_state_pre_hook(self._load)
+
+    def _file(self, folder: str) -> Path:
+        return Path(folder) / f"stream-{self.stream.process_index}.json"
+
+    def _save(self, models: list, weights: list, folder: str) -> None:
+        self._file(folder).write_text(json.dumps(asdict(self.position) | {"order": self.stream.identity}))
+
+    def _load(self, models: list, folder: str) -> None:
+        file = self._file(folder)
+        saved = json.loads(file.read_text()) if file.is_file() else {}
+        if saved.get("order") != self.stream.identity:
+            logger.warning("The checkpoint holds no position in a stream of this order; it begins anew.")
+            return
+        self.position = StreamPosition(tuple((number, row) for number, row in saved["lanes"]), saved["num_served"])
+
+
+class _Reader(IterableDataset):
+    def __init__(self, loader: StreamLoader, steps: range) -> None:
+        self.loader, self.steps = loader, steps
+        self._position = loader.position
+
+    def __iter__(self) -> Iterator[tuple[Any, StreamPosition]]:
+        draws = self._draws()
+        for step in self.steps:
+            for batch in self.loader.read_step(draws, step):
+                yield batch, self._position
+
+    def _draws(self) -> Iterator[tuple[StoredTrajectory, int]]:
+        for trajectory, draw, self._position in self.loader.stream.draws(self._position):
+            yield trajectory, draw
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class StreamedClips:
+    """As [`EncodedDataset`], of a split that is streamed: what a training must know before it reads it.
+
+    Args:
+        split (`StreamedSplit`): Its rows.
+        vae (`nn.Module`): Encodes, where it lies.
+        combine_actions (callable, *optional*): As for [`LatentDataset`].
+        num_actions (`int`, *optional*): Number of discrete actions, which a stream cannot be asked for.
+
+    Attributes:
+        latent_shape (`tuple`): `(C, H, W)`.
+        dataset_fingerprint (`str`), vae_hash (`str`): What it is made of.
+
+    Raises:
+        ValueError: The actions are discrete and `num_actions` is missing, or the VAE cannot encode the frames.
+    """
+
+    def __init__(
+        self,
+        split: StreamedSplit,
+        vae: torch.nn.Module,
+        combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
+        num_actions: int | None = None,
+    ) -> None:
+        if split.has_discrete_actions and num_actions is None:
+            raise ValueError(
+                "`--num_actions` is missing: the actions are discrete, and a stream is not read to its end to count them; "
+                "say how many there are."
+            )
+        self.split = split
+        self.combine_actions = combine_actions
+        self.num_actions = num_actions if split.has_discrete_actions else None
+        self._first = EncodedDataset(split.head(1), vae, split.column, combine_actions)
+        self.latent_shape, self.vae_hash = self._first.latent_shape, self._first.vae_hash
+        self.dataset_fingerprint = split.fingerprint
+        self.frame_size = tuple(self._first.videos.clip(0, 0, 1).frames.shape[2:])
+        self.num_classes = None
+
+    def __getstate__(self) -> dict:
+        # The processes that load need no VAE.
+        return {name: value for name, value in self.__dict__.items() if name != "_first"}
+
+    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> LatentClip:
+        """A clip of the first trajectory, number 0: the others can only be had in the order of the stream."""
+        return self._first.clip(trajectory, start, length, interval)
+
+    def check_rows(self, num_actions: int | None = None, num_classes: int | None = None) -> None:
+        """Look at the first row now, and at each of the others when it is read; see [`VideoClips.check_rows`]."""
+        self._first.check_rows(num_actions, num_classes)
+        self.num_classes = num_classes
+
+    def cut(self, trajectory: StoredTrajectory, start: int, length: int, interval: int = 1) -> StoredClip:
+        """A clip of a trajectory of the stream, not yet decoded.
+
+        Raises:
+            BadExampleError: Its actions do not fit its frames, or one of them or its label is not below what there is.
+        """
+        if self.num_classes is not None and not (
+            trajectory.label is not None and 0 <= trajectory.label < self.num_classes
+        ):
+            raise BadExampleError(
+                f"{trajectory.name!r} has the label {trajectory.label}, but there are {self.num_classes} classes, 0 to "
+                f"{self.num_classes - 1}; give the model a larger `num_classes`."
+            )
+        clip = trajectory.cut(start, length, interval, self.combine_actions, self.frame_size)
+        highest = max(trajectory.actions, default=0) if self.num_actions is not None else 0
+        if self.num_actions is not None and highest >= self.num_actions:
+            raise BadExampleError(
+                f"{trajectory.name!r} has the action {highest}, but `--num_actions` is {self.num_actions}; it must be "
+                "above every action."
+            )
+        return clip
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """The clips of one batch, not yet decoded, and which batch it is: of which step, and which of those that the step
+    accumulates."""
+
+    step: int
+    accumulated: int
+    clips: list[StoredClip]
+    names: list[str]  # of their trajectories
+
+
+class StreamedBatches(StepBatches):
+    """The batches of one process, of a stream.
+
+    Args:
+        clips (`StreamedClips`): Where the clips come from.
+        objective (`TrainingObjective`): Draws what is noisy.
+        block_size (`int`): Trajectories that are held in memory and mixed.
+        clips_per_trajectory (`int`): Clips that are cut of a trajectory each time it is read.
+        sizes: As of [`StepBatches`].
+
+    Attributes:
+        loader (`StreamLoader`): Reads, decodes and remembers the position.
+    """
+
+    def __init__(
+        self,
+        clips: StreamedClips,
+        objective: TrainingObjective,
+        *,
+        block_size: int,
+        clips_per_trajectory: int = 1,
+        **sizes,
+    ) -> None:
+        super().__init__(objective, clips.latent_shape, **sizes)
+        if clips_per_trajectory < 1:
+            raise ValueError(f"`clips_per_trajectory` is {clips_per_trajectory}; it must be at least 1.")
+        self.clips = clips
+        self.stream = TrajectoryStream(
+            clips.split,
+            draws_per_row=clips_per_trajectory,
+            min_frames=(self.num_frames - 1) * self.interval + 1,
+            block_size=block_size,
+            seed=self.seed,
+            process_index=self.process_index,
+            num_processes=self.num_processes,
+        )
+        # As much as a block, so that the next one is read while this one is served.
+        block = block_size * clips_per_trajectory // self.batch_size
+        self._num_read_ahead = 2 if clips.split.points_to_files else max(2, block)
+        self.loader = self._build_loader()
+
+    def _build_loader(self) -> StreamLoader:
+        return StreamLoader(self.stream, self._read_step, self._decode, self._num_read_ahead)
+
+    @property
+    def longest(self) -> "StreamedBatches":
+        batches = super().longest
+        batches.loader = batches._build_loader()
+        return batches
+
+    @property
+    def extent(self) -> str:
+        return f"a stream of {len(self.clips.split.files)} files"
+
+    def load(
+        self, first_step: int, last_step: int, num_workers: int = 0
+    ) -> Iterator[tuple[VideoBatch, ObjectiveDraw]]:
+        """The batches of the steps from `first_step` to before `last_step`, see [`StreamLoader`]."""
+        return self.loader.load(first_step, last_step, num_workers)
+
+    def _read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[StoredBatch]:
+        length = self.clip_length(step)
+        for accumulated in range(self.num_accumulated):
+            clips, names = [], []
+            for generator in self.generators(step, accumulated, START_STREAM):
+                trajectory, _ = next(draws)
+                names.append(trajectory.name)
+                start = draw_start(trajectory.num_frames, length, self.interval, generator)
+                clips.append(self.clips.cut(trajectory, start, length, self.interval))
+            yield StoredBatch(step, accumulated, clips, names)
+
+    def _decode(self, stored: StoredBatch) -> tuple[VideoBatch, ObjectiveDraw]:
+        clips = stack_clips([clip.decode() for clip in stored.clips], stored.names)
+        return clips, self.draw(stored.step, self.generators(stored.step, stored.accumulated, CLIP_STREAM))

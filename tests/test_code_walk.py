@@ -1,0 +1,61 @@
+"""A reader can follow what runs: a call passes through few files and lines. These numbers may fall, not rise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from code_walk import lines_of_functions, walked
+
+import diffusers_far
+from diffusers_far import FARPipeline
+
+
+PACKAGE = Path(diffusers_far.__file__).parent
+WORLD = PACKAGE.parents[1] / "checkpoints" / "far-maze"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FARPipeline:
+    pipe = FARPipeline.from_pretrained(WORLD)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_call_of_the_pipeline_can_be_followed(pipe):
+    video, actions = torch.rand(1, 12, 3, 64, 64), torch.zeros(1, 14, dtype=torch.int64)
+    with walked(PACKAGE) as walk:
+        pipe(video=video, actions=actions, num_frames=2, num_inference_steps=2)
+    assert len(walk.lines) <= 18 and sum(walk.lines.values()) <= 1850, walk
+
+
+def test_a_cached_denoising_step_can_be_followed(pipe):
+    transformer = pipe.transformer
+    latents = torch.randn(1, 13, transformer.config.in_channels, 8, 8)
+    actions = torch.zeros(1, 13, dtype=torch.int64)
+    cache = transformer.init_kv_cache(1, 8, 8, max_frames=13)
+    transformer(latents[:, :12], -1, actions=actions[:, :12], kv_cache=cache, update_cache=True)
+    with walked(PACKAGE) as walk:
+        transformer(latents[:, 12:], 500, actions=actions[:, 12:], kv_cache=cache)
+    assert len(walk.lines) <= 8 and sum(walk.lines.values()) <= 570, walk
+
+
+def test_whole_functions_are_counted_without_what_is_no_code():
+    source = '''"""A docstring."""
+
+def one(value):
+    """Of one.
+
+    Two lines.
+    """
+    # A comment.
+    return value + (
+        1
+    )
+
+@decorated
+def two():
+    return 2
+'''
+    assert lines_of_functions(source, {3}) == 4
+    assert lines_of_functions(source, {3, 14}) == 7
+    assert lines_of_functions(source, set()) == 0
