@@ -51,6 +51,15 @@ def test_rooms_import_only_rooms_before_them():
             assert not forbidden, f"{path.relative_to(PACKAGE)} imports from {forbidden}"
 
 
+def test_no_module_gives_a_name_twice():
+    for path in PACKAGE.rglob("*.py"):
+        made = []
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            made += [name for each in targets if (name := getattr(each, "name", getattr(each, "id", None)))]
+        assert len(made) == len(set(made)), f"{path.relative_to(PACKAGE)}: {sorted(made)}"
+
+
 @pytest.mark.parametrize("package", ["diffusers_far", "diffusers_far.models", "diffusers_far.baselines"])
 def test_names_for_type_checkers_are_those_that_are_imported_on_demand(package):
     module = importlib.import_module(package)

@@ -26,7 +26,7 @@ def check_count(
     if optional and value is None:
         return
     if not is_whole_number(value) or value < least or (most is not None and value > most):
-        rule = rule or f"pass a whole number of at least {least}{'' if most is None else f' and at most {most}'}"
+        rule = rule or f"pass a whole number {f'of at least {least}' if most is None else f'from {least} to {most}'}"
         raise ValueError(f"`{name}` is {value!r}; {rule}.")
 
 

@@ -487,7 +487,7 @@ def test_conditions_of_another_shape_are_refused(condition, name, shape):
         ({"num_actions": 3, "action_dim": 2}, "`num_actions` is 3 and `action_dim` 2.*give one"),
         ({"condition_dropout": 1.0}, "`condition_dropout` is 1.0; it is a share, at least 0 and below 1"),
         ({"condition_dropout": None}, "`condition_dropout` is None"),
-        ({"num_layers": 10**9}, "`num_layers` is 1000000000; it counts, so give a whole number from 1 to"),
+        ({"num_layers": 10**9}, "`num_layers` is 1000000000; pass a whole number from 1 to"),
         ({"num_layers": 0}, "`num_layers` is 0"),
         ({"num_layers": -1}, "`num_layers` is -1"),
         ({"num_layers": True}, "`num_layers` is True"),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 
 # Channels of VGG-16's convolutions in the five stages whose outputs are compared; the pooling comes between stages.
-STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 class LPIPS(nn.Module):
@@ -29,13 +29,13 @@ class LPIPS(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList()
         in_channels = 3
-        for index, widths in enumerate(STAGES):
+        for index, widths in enumerate(VGG_STAGES):
             layers: list[nn.Module] = [nn.MaxPool2d(2)] if index > 0 else []
             for width in widths:
                 layers += [nn.Conv2d(in_channels, width, 3, 1, 1), nn.ReLU()]
                 in_channels = width
             self.stages.append(nn.Sequential(*layers))
-        self.weights = nn.ParameterList(nn.Parameter(torch.ones(1, widths[-1], 1, 1)) for widths in STAGES)
+        self.weights = nn.ParameterList(nn.Parameter(torch.ones(1, widths[-1], 1, 1)) for widths in VGG_STAGES)
         # ImageNet's statistics, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)

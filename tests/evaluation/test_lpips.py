@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_far.evaluation.networks import STAGES, load_lpips
+from diffusers_far.evaluation.networks import VGG_STAGES, load_lpips
 
 
 # Where torchvision's VGG-16 keeps the convolutions of each stage, as the `lpips` package's state dict names them.
@@ -15,7 +15,7 @@ CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 def weights():
     torch.manual_seed(0)
     state, in_channels = {}, 3
-    for index, (widths, layers) in enumerate(zip(STAGES, CONVOLUTIONS)):
+    for index, (widths, layers) in enumerate(zip(VGG_STAGES, CONVOLUTIONS)):
         for width, layer in zip(widths, layers):
             name = f"net.slice{index + 1}.{layer}"
             state[f"{name}.weight"] = torch.randn(width, in_channels, 3, 3) * (2 / (9 * in_channels)) ** 0.5
