@@ -1183,7 +1183,7 @@ def test_a_video_that_the_long_patches_do_not_divide_is_refused_before_any_work(
         ({"height": -8, "width": 12}, "`height`x`width` is -8x12 pixels"),
         ({"height": 8.0, "width": 12}, "`height` is 8.0; pass a whole number of pixels"),
         ({"guidance_scale": "2", **CONTEXT}, "`guidance_scale` is '2'"),
-        ({"num_inference_steps": 10**9, **CONTEXT}, "`num_inference_steps` is 1000000000; .* at most 1000"),
+        ({"num_inference_steps": 10**9, **CONTEXT}, "`num_inference_steps` is 1000000000; .* to 1000"),
         ({"max_long_frames": "3", **CONTEXT}, "`max_long_frames` is '3'; it is a number of frames"),
         (
             {"height": 16, **CONTEXT},
@@ -1215,3 +1215,45 @@ def test_empty_inputs_are_refused_before_any_work(config, name, value):
 
 def test_a_transformer_that_makes_whole_clips_is_refused():
     Refused(frame_causal=False).expect("`frame_causal=False`", **CONTEXT)
+
+
+# Noise levels of the user's
+
+
+def test_the_schedulers_own_sigmas_make_the_same_frames_when_they_are_given():
+    pipe, context = tiny_pipeline(), random_latents(2)
+    pipe.scheduler.set_timesteps(4)
+    own = pipe.scheduler.sigmas[:-1].tolist()
+    arguments = {"video_latents": context, "num_frames": 2, "output_type": "latent"}
+    expected = pipe(**arguments, num_inference_steps=4, generator=seeds(1, 2)).frames
+    frames = pipe(**arguments, sigmas=own, generator=seeds(1, 2)).frames
+    assert pipe.num_timesteps == 8
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=1e-5)
+    streamed = torch.stack(list(pipe.stream(**arguments, sigmas=own, generator=seeds(1, 2))), dim=1)
+    assert torch.equal(streamed, frames)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sigmas": []}, "`num_inference_steps` is 0"),
+        ({"sigmas": [0.5, 1.0]}, "`sigmas` is .*; pass noise levels that fall"),
+        ({"sigmas": [1.5, 0.5]}, "`sigmas` is .*; pass noise levels that fall"),
+        ({"sigmas": [1.0, 0.0]}, "`sigmas` is .*; pass noise levels that fall"),
+        ({"sigmas": [1.0, float("nan")]}, "`sigmas` is .*; pass noise levels that fall"),
+        (
+            {"sigmas": [1.0, 0.5], "num_inference_steps": 3},
+            "`sigmas` has 2 noise levels but `num_inference_steps` is 3",
+        ),
+    ],
+)
+def test_sigmas_that_are_no_schedule_are_refused(arguments, message):
+    Refused().expect(message, video_latents=random_latents(1), **arguments)
+
+
+def test_a_scheduler_that_takes_no_sigmas_is_refused_by_name():
+    refused = Refused()
+    refused.pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    refused.expect(
+        "`sigmas` was given but the scheduler, FlowMatchHeunDiscreteScheduler, takes none", sigmas=[1.0, 0.5]
+    )

@@ -6,7 +6,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from tiny_models import random_clip, spy_attention, tensors_of, tiny_transformer
 
 from diffusers_far.models.frames import FrameBatch
-from diffusers_far.pipelines.rollout import Rollout, RolloutConfig
+from diffusers_far.pipelines.rollout import Rollout
+from diffusers_far.pipelines.settings import GenerationSettings
 
 
 cached_and_not = pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
@@ -25,7 +26,7 @@ def start(model, scheduler=None, batch_size=2, class_labels=None, max_frames=9, 
         max_frames=max_frames,
         device=torch.device("cpu"),
         class_labels=class_labels,
-        config=RolloutConfig(**{"num_inference_steps": 2, **config}),
+        config=GenerationSettings(**{"num_inference_steps": 2, **config}),
     )
 
 

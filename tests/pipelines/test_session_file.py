@@ -310,7 +310,7 @@ def poison(facts, tensors):
         (set_fact("clock", "num_frames", 10**9), "has forgotten"),
         (set_fact("clock", "cache", "num_frames", 10**9), "the cache's clock is"),
         (set_fact("config", "num_inference_steps", 0), "`num_inference_steps` is 0"),
-        (set_fact("config", "num_inference_steps", 10**9), "`num_inference_steps` is 1000000000; .* at most 1000"),
+        (set_fact("config", "num_inference_steps", 10**9), "`num_inference_steps` is 1000000000; .* to 1000"),
         (set_fact("config", "guidance_scale", NAN), "NaN is no number of JSON"),
         (set_fact("config", "guidance_scale", 1e999), "Infinity is no number of JSON"),
         (set_fact("config", "guidance_scale", "2"), "`guidance_scale` is '2'"),

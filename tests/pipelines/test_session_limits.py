@@ -71,12 +71,12 @@ def test_what_is_forgotten_of_a_long_context_is_freed():
 
 def test_a_stream_holds_no_more_as_it_goes_on():
     pipe = pipeline()
-    sessions, start_rollout = [], pipe._start
-    pipe._start = lambda *args, **kwargs: sessions.append(start_rollout(*args, **kwargs)) or sessions[-1]
+    generations, begin = [], pipe._begin
+    pipe._begin = lambda *args: generations.append(begin(*args)) or generations[-1]
     stream = pipe.stream(
         height=8, width=12, actions=[[0] * 20], num_frames=20, num_inference_steps=1, max_long_frames=4
     )
-    num_bytes = [held(sessions[0])[0] for _ in stream]
+    num_bytes = [held(generations[0])[0] for _ in stream]
     assert len(set(num_bytes[10:])) == 1
 
 

@@ -13,12 +13,12 @@ from diffusers.utils import logging
 
 from ..models.denoising_steps import DenoisingSteps
 from ..models.frames import FrameBatch, shift_actions
-from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
-from ..pipelines.inputs import PipelineInputs, frame_noise, repeat_samples
+from ..pipelines.inputs import PipelineInputs, frame_noise
 from ..pipelines.pipeline_far import FARPipeline
 from ..pipelines.pipeline_output import FARPipelineOutput, join_frames
-from ..pipelines.rollout import Rollout, RolloutConfig
+from ..pipelines.rollout import Rollout
+from ..pipelines.settings import GenerationRequest
 
 
 logger = logging.get_logger(__name__)
@@ -150,11 +150,7 @@ class VideoDiTPipeline(FARPipeline):
             ValueError: An argument has the wrong shape, type or values, or the transformer is frame-causal.
         """
         # 1. Check the inputs
-        if num_inference_steps is None:
-            num_inference_steps = self.default_inference_steps
-        if guidance_scale is None:
-            guidance_scale = self.default_guidance_scale
-        inputs = self.check_inputs(
+        request = GenerationRequest(
             video=video,
             video_latents=video_latents,
             actions=actions,
@@ -168,12 +164,12 @@ class VideoDiTPipeline(FARPipeline):
             generator=generator,
             latents=latents,
             use_cache=False,
-            cache_options=CacheOptions(short_cache or self.default_short_cache),
+            short_cache=short_cache or self.default_short_cache,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=[],
-            is_whole_clip=True,
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end_tensor_inputs=(),
         )
-        config = RolloutConfig(num_inference_steps, guidance_scale, use_cache=False, attention_kwargs=attention_kwargs)
+        request, inputs = self.check_inputs(request, is_whole_clip=True)
         self._warn_of_long_clips(inputs.num_context_frames + inputs.num_frames)
 
         # 2. Show the context, and denoise all new frames beside it
@@ -184,8 +180,8 @@ class VideoDiTPipeline(FARPipeline):
             latent_shape=(new.latents.shape[0], *new.latents.shape[2:]),
             max_frames=inputs.num_context_frames + inputs.num_frames,
             device=self._execution_device,
-            class_labels=self._on_device(inputs.class_labels, inputs),
-            config=config,
+            class_labels=self._for_videos(inputs.class_labels, inputs),
+            config=request.settings,
             context_mode=self.config.context_mode,
             context_noise=self._context_noise(context, generator),
         )
@@ -209,18 +205,12 @@ class VideoDiTPipeline(FARPipeline):
                 f"{trained_frames}; shorten the context or make fewer frames."
             )
 
-    def _on_device(self, tensor: torch.Tensor | None, inputs: PipelineInputs) -> torch.Tensor | None:
-        """A tensor of B contexts for all of their videos, where the transformer runs."""
-        if tensor is None:
-            return None
-        return repeat_samples(tensor.to(self._execution_device), inputs.num_videos_per_context)
-
     def _frame_batches(
         self, inputs: PipelineInputs, generator: torch.Generator | list[torch.Generator] | None
     ) -> tuple[FrameBatch | None, FrameBatch]:
         """The context, if any, and the noise that the new frames start from, with the actions that they are fed."""
         device, num_context = self._execution_device, inputs.num_context_frames
-        context = self._on_device(self._encode_context(inputs, device), inputs)
+        context = self._for_videos(self._encode_context(inputs, device), inputs)
         noise = None if inputs.latents is None else inputs.latents.to(device).float()
         if noise is None:
             shape = (self.transformer.config.in_channels, inputs.latent_height, inputs.latent_width)
@@ -230,7 +220,7 @@ class VideoDiTPipeline(FARPipeline):
             return None if context is None else FrameBatch(context), FrameBatch(noise)
         num_frames = num_context + inputs.num_frames
         actions, mask = shift_actions(
-            self._on_device(inputs.actions, inputs), self.transformer.config.action_shift, num_frames
+            self._for_videos(inputs.actions, inputs), self.transformer.config.action_shift, num_frames
         )
         new = FrameBatch(noise, actions[:, num_context:], mask[:, num_context:])
         if context is None:

@@ -18,6 +18,7 @@ from ..models.codec import spatial_compression
 from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import FARTransformer3DModel
 from ..pictures import upright_rgb
+from .settings import GenerationRequest, GenerationSettings
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -43,106 +44,100 @@ class PipelineInputs:
     latent_width: int
 
 
-def check_call(
+def check_request(
     transformer: FARTransformer3DModel,
     vae: torch.nn.Module,
     own_size: tuple[int | None, int | None],
+    request: GenerationRequest,
     *,
-    video: Any,
-    video_latents: torch.Tensor | None,
-    actions: Any,
-    class_labels: Any,
-    num_frames: int,
-    height: int | None,
-    width: int | None,
-    num_inference_steps: int,
-    guidance_scale: float,
-    num_videos_per_context: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    latents: torch.Tensor | None,
-    use_cache: bool,
-    cache_options: CacheOptions,
-    output_type: str,
-    callback_on_step_end_tensor_inputs: list[str],
     is_session: bool = False,
     is_whole_clip: bool = False,
 ) -> PipelineInputs:
-    """Check all arguments of a call, or of the start of a session, before any work is done; `own_size` is the pipeline's
-    height and width, if any. `is_whole_clip`: the pipeline makes all frames at once, not one after the other.
+    """Check all arguments of a call, or of the start of a session, before any work is done.
+
+    Args:
+        own_size (`tuple`): The pipeline's own height and width, if any.
+        request ([`GenerationRequest`]): Filled in with the pipeline's defaults.
+        is_session (`bool`): The action at the last frame of the context is yet to be taken.
+        is_whole_clip (`bool`): The pipeline makes all frames at once, not one after the other.
 
     Raises:
         ValueError: Names the argument, its value, the rule and the cure.
     """
-    config = transformer.config
-    check_options(
-        transformer,
-        num_inference_steps,
-        guidance_scale,
-        use_cache,
-        cache_options,
-        output_type,
-        callback_on_step_end_tensor_inputs,
-        is_whole_clip=is_whole_clip,
-    )
-    check_count("num_frames", num_frames)
-    check_count("num_videos_per_context", num_videos_per_context)
-    if video is not None and video_latents is not None:
+    config, latents = transformer.config, request.latents
+    check_settings(transformer, request.settings, is_whole_clip=is_whole_clip)
+    check_output_type(request.output_type)
+    unknown = [name for name in request.callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {CALLBACK_TENSORS}.")
+    check_count("num_frames", request.num_frames)
+    check_count("num_videos_per_context", request.num_videos_per_context)
+    if request.video is not None and request.video_latents is not None:
         raise ValueError("`video` and `video_latents` were both given; pass the context in one of the two forms.")
 
-    latent_channels = (config.in_channels, None, None)
-    if video is not None:
-        video = video_to_tensor(video)
-    if video_latents is not None:
-        check_latents("video_latents", video_latents, (None, None, *latent_channels))
+    # 1. Context, noise and size
+    video, latent_channels = None, (config.in_channels, None, None)
+    if request.video is not None:
+        video = video_to_tensor(request.video)
+    if request.video_latents is not None:
+        check_latents("video_latents", request.video_latents, (None, None, *latent_channels))
     if latents is not None:
-        check_latents("latents", latents, (None, num_frames, *latent_channels))
+        check_latents("latents", latents, (None, request.num_frames, *latent_channels))
     latent_height, latent_width = latent_size(
-        transformer.config, spatial_compression(vae), own_size, video, video_latents, latents, height, width
+        config,
+        spatial_compression(vae),
+        own_size,
+        video,
+        request.video_latents,
+        latents,
+        request.height,
+        request.width,
     )
-    context = video if video is not None else video_latents
+    context = video if video is not None else request.video_latents
 
+    # 2. Batch
     batch_size = infer_batch_size(
-        context, latents, actions, class_labels, num_videos_per_context, 3 if config.action_dim else 2
+        context,
+        latents,
+        request.actions,
+        request.class_labels,
+        request.num_videos_per_context,
+        3 if config.action_dim else 2,
     )
     if batch_size < 1:
         raise ValueError(f"`actions` or `class_labels` are of {batch_size} samples; pass at least one.")
+    num_videos = batch_size * request.num_videos_per_context
     if latents is not None:
-        num_videos = batch_size * num_videos_per_context
-        check_latents("latents", latents, (num_videos, num_frames, config.in_channels, latent_height, latent_width))
-    check_generator(generator, batch_size * num_videos_per_context)
+        frame_shape = (config.in_channels, latent_height, latent_width)
+        check_latents("latents", latents, (num_videos, request.num_frames, *frame_shape))
+    check_generator(request.generator, num_videos)
+
+    # 3. Conditions
     num_context_frames = 0 if context is None else context.shape[1]
-    num_all_frames = num_context_frames + num_frames
+    num_all_frames = num_context_frames + request.num_frames
     lengths = (num_all_frames, num_all_frames - config.action_shift) if config.action_shift else (num_all_frames,)
-    if is_session:  # the action at the last frame of the context is yet to be taken
+    if is_session:
         lengths = (max(num_context_frames - 1, 0),)
     return PipelineInputs(
         video=video,
-        video_latents=video_latents,
-        actions=check_actions(actions, config, batch_size, lengths),
-        class_labels=check_class_labels(class_labels, config.num_classes, batch_size),
+        video_latents=request.video_latents,
+        actions=check_actions(request.actions, config, batch_size, lengths),
+        class_labels=check_class_labels(request.class_labels, config.num_classes, batch_size),
         latents=latents,
         batch_size=batch_size,
         num_context_frames=num_context_frames,
-        num_frames=num_frames,
-        num_videos_per_context=num_videos_per_context,
+        num_frames=request.num_frames,
+        num_videos_per_context=request.num_videos_per_context,
         latent_height=latent_height,
         latent_width=latent_width,
     )
 
 
-def check_options(
-    transformer: FARTransformer3DModel,
-    num_inference_steps: int,
-    guidance_scale: float,
-    use_cache: bool,
-    cache_options: CacheOptions,
-    output_type: str,
-    callback_on_step_end_tensor_inputs: list[str],
-    *,
-    is_whole_clip: bool = False,
+def check_settings(
+    transformer: FARTransformer3DModel, settings: GenerationSettings, *, is_whole_clip: bool = False
 ) -> None:
     """Refuse ways of generating that this model does not know or that contradict each other."""
-    config = transformer.config
+    config, options = transformer.config, settings.cache_options
     if config.frame_causal and is_whole_clip:
         raise ValueError(
             "The transformer has `frame_causal=True` and makes frame after frame, but this pipeline makes whole clips; "
@@ -152,19 +147,38 @@ def check_options(
         raise ValueError(
             "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
         )
-    check_count("num_inference_steps", num_inference_steps, most=NUM_TIMESTEPS)
-    cache_options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
-    if not use_cache and cache_options != CacheOptions():
+    check_count("num_inference_steps", settings.num_inference_steps, most=NUM_TIMESTEPS)
+    check_sigmas(settings)
+    options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
+    if not settings.use_cache and options != CacheOptions():
         raise ValueError(
-            f"`use_cache` is False but {cache_options} was asked for; leave `short_cache`, `max_long_frames` and "
+            f"`use_cache` is False but {options} was asked for; leave `short_cache`, `max_long_frames` and "
             "`num_sink_frames` at their defaults, or use the cache."
         )
+    check_guidance(transformer, settings.guidance_scale)
+
+
+def check_sigmas(settings: GenerationSettings) -> None:
+    """Refuse noise levels that do not fall from at most 1 to above 0, one for each step."""
+    sigmas = settings.sigmas
+    if sigmas is None:
+        return
+    are_numbers = all(isinstance(sigma, numbers.Real) and 0 < sigma <= 1 for sigma in sigmas)
+    if not sigmas or not are_numbers or any(later >= sigma for sigma, later in zip(sigmas, sigmas[1:])):
+        raise ValueError(
+            f"`sigmas` is {list(sigmas)}; pass noise levels that fall from at most 1 to above 0, one for each step."
+        )
+    if len(sigmas) != settings.num_inference_steps:
+        raise ValueError(
+            f"`sigmas` has {len(sigmas)} noise levels but `num_inference_steps` is {settings.num_inference_steps}; leave the "
+            "latter out."
+        )
+
+
+def check_output_type(output_type: Any) -> None:
+    """Refuse a form of frames that there is not."""
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
-    unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
-    if unknown:
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {CALLBACK_TENSORS}.")
-    check_guidance(transformer, guidance_scale)
 
 
 def check_guidance(transformer: FARTransformer3DModel, guidance_scale: Any) -> None:

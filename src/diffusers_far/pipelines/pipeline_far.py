@@ -4,7 +4,7 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,22 +15,20 @@ from diffusers.utils import logging
 from ..hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from ..loaders.lora import FARLoraLoaderMixin
 from ..models.codec import decode_video, encode_video, latent_statistics
-from ..models.kv_cache import CacheOptions
+from ..models.frames import FrameBatch, shift_actions
 from ..models.transformer_far import FARTransformer3DModel
-from .generation import Callbacks, Generation, GenerationInterrupted
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
-from .inputs import CALLBACK_TENSORS, PipelineInputs, check_call, repeat_samples
+from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, frame_noise, repeat_samples
 from .latency import LatencyBudget
 from .pipeline_output import FARPipelineOutput, Frame, join_frames
 from .precision import warn_of_slow_dtype
-from .rollout import Rollout, RolloutConfig, check_scheduler
+from .rollout import Rollout, check_scheduler
 from .session import FARSession
-from .session_history import NoiseSource, SessionHistory, check_max_history, new_generator, smallest_history
+from .session_history import NoiseSource, SessionHistory, check_max_history, new_generator
+from .settings import DEFAULT_INFERENCE_STEPS, GenerationInterrupted, GenerationRequest
 
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_INFERENCE_STEPS = 50
 
 ENCODED_FRAMES = 32  # frames that the VAE encodes at once; one at a time with `vae.enable_slicing()`
 
@@ -42,6 +40,32 @@ EXAMPLE_DOC_STRING = """
         >>> pipe = FARPipeline.from_pretrained("checkpoints/far-maze")
         >>> frames = pipe(video=video, actions=actions, num_frames=16).frames[0]
 """
+
+
+@dataclass
+class Generation:
+    """A call in the making.
+
+    Args:
+        request ([`GenerationRequest`]), inputs ([`PipelineInputs`]): What was asked for, checked.
+        rollout ([`Rollout`]): The context so far.
+        actions, action_mask (`torch.Tensor`, *optional*): What each frame is fed, those to come included.
+        unwritten (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): Clean frames that the rollout has not been given.
+    """
+
+    request: GenerationRequest
+    inputs: PipelineInputs
+    rollout: Rollout
+    actions: torch.Tensor | None
+    action_mask: torch.Tensor | None
+    unwritten: torch.Tensor | None
+
+    def as_fed(self, latents: torch.Tensor, first_frame: int) -> FrameBatch:
+        """Frames from `first_frame` on, with their actions."""
+        if self.actions is None:
+            return FrameBatch(latents)
+        frames = slice(first_frame, first_frame + latents.shape[1])
+        return FrameBatch(latents, self.actions[:, frames], self.action_mask[:, frames])
 
 
 class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
@@ -58,8 +82,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         height (`int`, *optional*), width (`int`, *optional*): The model's own size in pixels.
         flex_rope (`dict`, *optional*): Fields of a [`FlexRoPEConfig`] to apply; written by `enable_flex_rope`.
         num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str` or `int`,
-            *optional*): Of a call that does not say; 50, 1, which is no guidance, and `"exact"`, where these do not say
-            either.
+            *optional*): What a call takes that does not give them. Where the pipeline has none either: 50 steps, a guidance of
+            1 (none), and `"exact"`.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -163,6 +187,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         callback_on_frame_end: Callable | None = None,
+        sigmas: list[float] | None = None,
     ) -> FARPipelineOutput | tuple:
         r"""
         Generate `num_frames` new frames.
@@ -201,13 +226,15 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             callback_on_step_end_tensor_inputs (`list[str]`): Tensors that it is given: `"latents"`, the noisy frame.
             callback_on_frame_end (callable, *optional*): `(pipe, frame_index, tensors) -> tensors`, with the finished
                 frame as `"latents"`; frames are counted from the first new one.
+            sigmas (`list[float]`, *optional*): Noise levels of a frame's steps, falling from at most 1 to above 0, instead of
+                `num_inference_steps`; for a scheduler that takes them, which applies its `shift` to them.
 
         Examples:
 
         Returns:
             [`FARPipelineOutput`], the new frames only.
         """
-        generation = self._prepare(
+        request = GenerationRequest(
             video=video,
             video_latents=video_latents,
             actions=actions,
@@ -229,9 +256,18 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback_on_frame_end=callback_on_frame_end,
+            sigmas=sigmas,
         )
-        finished = list(self._generate(generation))
-        frames = join_frames([self.decode_frame(frame, output_type) for frame in finished], output_type)
+        request, inputs = self.check_inputs(request)
+        generation, frames = self._begin(request, inputs), []
+        with self.progress_bar(total=self.num_timesteps) as progress_bar:
+            for frame_index in range(num_frames):
+                try:
+                    latents = self._make_frame(generation, frame_index, progress_bar)
+                except GenerationInterrupted:
+                    break
+                frames.append(self.decode_frame(latents, output_type))
+        frames = join_frames(frames, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames,)
@@ -241,12 +277,17 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         """Like a call, with its arguments by name, but yields each frame of the batch as soon as it is decoded: a list of
         B images, `(B, h, w, 3)`, `(B, 3, h, w)` or latents `(B, C, H, W)`. Bit-equal to the call. Inputs are checked at
         once, not when the first frame is asked for."""
-        generation = self._prepare(output_type=output_type, **arguments)
+        request, inputs = self.check_inputs(GenerationRequest(output_type=output_type, **arguments))
 
+        @torch.no_grad()
         def decoded_frames():
             try:
-                for frame in self._generate(generation):
-                    yield self.decode_frame(frame, output_type)
+                generation = self._begin(request, inputs)
+                with self.progress_bar(total=self.num_timesteps) as progress_bar:
+                    for frame_index in range(inputs.num_frames):
+                        yield self.decode_frame(self._make_frame(generation, frame_index, progress_bar), output_type)
+            except GenerationInterrupted:
+                return
             finally:
                 self.maybe_free_model_hooks()
 
@@ -290,7 +331,7 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         check_max_history(max_history, self.transformer)
         device = self._execution_device
         latency = LatencyBudget(max_seconds_per_frame, min_inference_steps, device=device)
-        generation = self._prepare(
+        request = GenerationRequest(
             video=video,
             video_latents=video_latents,
             actions=actions,
@@ -306,179 +347,122 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             num_sink_frames=num_sink_frames,
             output_type=output_type,
             attention_kwargs=attention_kwargs,
-            is_session=True,
         )
-        return self._start(
-            generation, generation.inputs.actions, max_history, latency=latency, output_type=output_type
-        )
+        request, inputs = self.check_inputs(request, is_session=True)
+        rollout, context = self._start_rollout(request, inputs)
+        history = SessionHistory.of_context(context, self._for_videos(inputs.actions, inputs), max_history)
+        noise = NoiseSource(request.generator)
+        return FARSession(self, rollout, history=history, noise=noise, latency=latency, output_type=output_type)
 
-    def _prepare(
-        self,
-        *,
-        use_cache: bool = True,
-        short_cache: str | int | None = None,
-        max_long_frames: int | None = None,
-        num_sink_frames: int = 0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = CALLBACK_TENSORS,
-        callback_on_frame_end: Callable | None = None,
-        **arguments,
-    ) -> Generation:
-        """Check the arguments of a call, by name."""
-        if num_inference_steps is None:
-            num_inference_steps = self.default_inference_steps
-        if guidance_scale is None:
-            guidance_scale = self.default_guidance_scale
-        if short_cache is None:
-            short_cache = self.default_short_cache if use_cache else "exact"
-        cache_options = CacheOptions(short_cache, max_long_frames, num_sink_frames)
-        inputs = self.check_inputs(
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            use_cache=use_cache,
-            cache_options=cache_options,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            **arguments,
-        )
-        config = RolloutConfig(num_inference_steps, guidance_scale, use_cache, cache_options, attention_kwargs)
-        callbacks = Callbacks(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs), callback_on_frame_end)
-        return Generation(inputs, config, generator, callbacks)
+    def check_inputs(self, request: GenerationRequest, **kind: bool) -> tuple[GenerationRequest, PipelineInputs]:
+        """Fill a request in with the pipeline's defaults, and check it before any work is done.
 
-    def check_inputs(
-        self,
-        video: Any = None,
-        video_latents: torch.Tensor | None = None,
-        actions: Any = None,
-        class_labels: Any = None,
-        num_frames: int = 16,
-        height: int | None = None,
-        width: int | None = None,
-        num_videos_per_context: int = 1,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        **arguments,
-    ) -> PipelineInputs:
-        """Check all arguments of a call before any work is done; see [`~pipelines.inputs.check_call`]."""
+        Args:
+            request ([`GenerationRequest`]): As the user gave it.
+            kind: See [`~pipelines.inputs.check_request`].
+        """
         left_out = [name for name, component in self.components.items() if component is None]
         if left_out:
             raise ValueError(f"This pipeline was loaded without {', '.join(left_out)}; load it whole to make frames.")
-        check_scheduler(self.scheduler)  # which users replace
-        return check_call(
-            self.transformer,
-            self.vae,
-            (self.config.height, self.config.width),
-            video=video,
-            video_latents=video_latents,
-            actions=actions,
-            class_labels=class_labels,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_videos_per_context=num_videos_per_context,
-            latents=latents,
-            output_type=output_type,
-            **arguments,
-        )
+        check_scheduler(self.scheduler, takes_sigmas=request.sigmas is not None)  # users replace it
+        request = request.with_defaults(self.config)
+        own_size = (self.config.height, self.config.width)
+        return request, check_request(self.transformer, self.vae, own_size, request, **kind)
+
+    def _for_videos(self, tensor: torch.Tensor | None, inputs: PipelineInputs) -> torch.Tensor | None:
+        """A tensor of B contexts for all of their videos, where the transformer runs."""
+        if tensor is None:
+            return None
+        return repeat_samples(tensor.to(self._execution_device), inputs.num_videos_per_context)
 
     @torch.no_grad()
-    def _start(
-        self,
-        generation: Generation,
-        known_actions: torch.Tensor | None,
-        max_history: int | None,
-        **arguments,
-    ) -> FARSession:
-        """A session that has seen the context but made no frame yet; `arguments` are its own."""
+    def _start_rollout(
+        self, request: GenerationRequest, inputs: PipelineInputs
+    ) -> tuple[Rollout, torch.Tensor | None]:
+        """A rollout that was written no frame yet, and the latents of the context, `(B * num_videos_per_context, F, C, H,
+        W)`."""
         if self.transformer.training:
             logger.warning("The transformer is in training mode and drops conditions; call `pipe.transformer.eval()`.")
-        inputs, device = generation.inputs, self._execution_device
+        device = self._execution_device
         warn_of_slow_dtype(self.transformer.dtype, device.type)
-        repeats = inputs.num_videos_per_context
-
-        def on_device(tensor):
-            return None if tensor is None else repeat_samples(tensor.to(device), repeats)
-
+        num_videos = inputs.batch_size * inputs.num_videos_per_context
         rollout = Rollout(
             self.transformer,
             self.scheduler,
-            latent_shape=(
-                inputs.batch_size * repeats,
-                self.transformer.config.in_channels,
-                inputs.latent_height,
-                inputs.latent_width,
-            ),
+            latent_shape=(num_videos, self.transformer.config.in_channels, inputs.latent_height, inputs.latent_width),
             max_frames=inputs.num_context_frames + inputs.num_frames,
             device=device,
-            class_labels=on_device(inputs.class_labels),
-            config=generation.config,
+            class_labels=self._for_videos(inputs.class_labels, inputs),
+            config=request.settings,
         )
-        context = on_device(self._encode_context(inputs, device))
-        history = SessionHistory.of_context(context, on_device(known_actions), max_history)
-        return FARSession(self, rollout, history=history, noise=NoiseSource(generation.generator), **arguments)
+        return rollout, self._for_videos(self._encode_context(inputs, device), inputs)
 
-    @torch.no_grad()
-    def _generate(self, generation: Generation) -> Iterator[torch.Tensor]:
-        """Latents of each new frame, `(B * num_videos_per_context, C, H, W)`, as soon as it is finished."""
-        inputs, callbacks = generation.inputs, generation.callbacks
-        num_context = inputs.num_context_frames
-        known_actions = None if inputs.actions is None else inputs.actions[:, : max(num_context - 1, 0)]
-        session = self._start(generation, known_actions, max_history=smallest_history(self.transformer))
-        num_steps = session.rollout.num_steps
+    def _begin(self, request: GenerationRequest, inputs: PipelineInputs) -> Generation:
+        """Encode the context; no frame is made yet."""
+        rollout, context = self._start_rollout(request, inputs)
         self._interrupt = False
-        self._guidance_scale = generation.config.guidance_scale
-        self._num_timesteps = inputs.num_frames * num_steps
+        self._guidance_scale = rollout.config.guidance_scale
+        self._num_timesteps = inputs.num_frames * rollout.num_steps
+        num_frames = inputs.num_context_frames + inputs.num_frames
+        actions, action_mask = self._fed_actions(inputs, num_frames, rollout.device)
+        return Generation(request, inputs, rollout, actions, action_mask, unwritten=context)
 
-        def action_at(frame: int) -> torch.Tensor | None:
-            if inputs.actions is None or not 0 <= frame < inputs.actions.shape[1]:
-                return None
-            return repeat_samples(inputs.actions[:, frame], inputs.num_videos_per_context).to(session.rollout.device)
+    def _fed_actions(
+        self, inputs: PipelineInputs, num_frames: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What each frame of context and new ones is fed, with the mask of the null actions."""
+        config, actions = self.transformer.config, self._for_videos(inputs.actions, inputs)
+        if not self.transformer.takes_actions:
+            return None, None
+        if actions is None:  # a first frame from nothing, to which no action led
+            num_videos = inputs.batch_size * inputs.num_videos_per_context
+            form = FrameBatch.form(self.transformer, num_videos, num_frames, inputs.latent_height, inputs.latent_width)
+            return tuple(
+                torch.zeros(form[name][0], dtype=form[name][1], device=device) for name in ("actions", "action_mask")
+            )
+        return shift_actions(actions, config.action_shift, num_frames)
 
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for frame_index in range(inputs.num_frames):
+    def _make_frame(self, generation: Generation, frame_index: int, progress_bar) -> torch.Tensor:
+        """Latents of the next frame, `(B * num_videos_per_context, C, H, W)`.
 
-                def on_step_end(step_index, timestep, latents):
-                    step = frame_index * num_steps + step_index
-                    latents = self._call_back(
-                        session, callbacks.on_step_end, callbacks.tensor_inputs, latents, step, timestep
-                    )
-                    progress_bar.update()
-                    if self.interrupt:
-                        raise GenerationInterrupted
-                    return latents
+        The clean frames that came last, the whole context or the frame before, become context; then the new one is made
+        from noise.
+        """
+        request, rollout = generation.request, generation.rollout
+        frame = generation.inputs.num_context_frames + frame_index
+        if generation.unwritten is not None:
+            rollout.write(generation.as_fed(generation.unwritten, rollout.num_frames))
 
-                def on_frame_end(latents):
-                    return self._call_back(session, callbacks.on_frame_end, ("latents",), latents, frame_index)
+        noise = generation.inputs.latents
+        if noise is None:
+            batch_size, *frame_shape = rollout.latent_shape
+            noise = frame_noise((batch_size, 1, *frame_shape), request.generator, rollout.device)
+        else:
+            noise = noise[:, frame_index : frame_index + 1].to(rollout.device)
 
-                noise = None
-                if inputs.latents is not None:
-                    noise = inputs.latents[:, frame_index : frame_index + 1].to(session.rollout.device)
-                frame = num_context + frame_index
-                try:
-                    yield session.advance(
-                        action_at(frame - 1),
-                        own_action=action_at(frame),
-                        noise=noise,
-                        on_step_end=on_step_end,
-                        on_frame_end=on_frame_end,
-                    )
-                except GenerationInterrupted:
-                    return
+        def on_step_end(step_index, timestep, latents):
+            step, names = frame_index * rollout.num_steps + step_index, request.callback_on_step_end_tensor_inputs
+            latents = self._call_back(rollout, request.callback_on_step_end, names, latents, step, timestep)
+            progress_bar.update()
+            if self.interrupt:
+                raise GenerationInterrupted
+            return latents
+
+        latents = rollout.denoise(generation.as_fed(noise, frame), on_step_end, request.generator)
+        latents = self._call_back(rollout, request.callback_on_frame_end, ("latents",), latents, frame_index)
+        generation.unwritten = latents.clone()  # a callback may use its memory again
+        return generation.unwritten[:, 0]
 
     def _call_back(
-        self, session: FARSession, callback, tensor_inputs: tuple[str, ...], latents: torch.Tensor, *position
+        self, rollout: Rollout, callback, tensor_inputs: tuple[str, ...], latents: torch.Tensor, *position
     ) -> torch.Tensor:
         """Let the user see, and replace, the latents and the guidance of what comes next."""
         if callback is None:
             return latents
-        self._guidance_scale = session.config.guidance_scale  # streams of one pipeline may take turns
+        self._guidance_scale = rollout.config.guidance_scale  # streams of one pipeline may take turns
         outputs = callback(self, *position, dict.fromkeys(tensor_inputs, latents))
-        if self._guidance_scale != session.config.guidance_scale:
-            session.rollout.set_guidance(self._guidance_scale)
+        if self._guidance_scale != rollout.config.guidance_scale:
+            rollout.set_guidance(self._guidance_scale)
         return (outputs or {}).get("latents", latents)
 
     def _encode_context(self, inputs: PipelineInputs, device: torch.device) -> torch.Tensor | None:

@@ -6,58 +6,37 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 from diffusers import SchedulerMixin
 
 from ..checks import check_count
-from ..models.adapters import lora_scale
 from ..models.denoising_steps import DenoisingSteps
 from ..models.frames import FrameBatch
-from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
 from .inputs import NUM_TIMESTEPS, check_guidance
+from .settings import GenerationSettings
 
 
 MOST_REMAINING_NOISE = 0.02  # timesteps that are rounded to whole numbers leave 0.001
 
 
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How frames are made.
-
-    Args:
-        num_inference_steps (`int`): Denoising steps of a frame.
-        guidance_scale (`float`): Above 1 the model also runs with the null condition, in the same batch.
-        use_cache (`bool`): `False` computes the whole context anew at every step.
-        cache_options (`CacheOptions`): How the cache saves time and memory.
-        attention_kwargs (`dict`, *optional*): Passed to the transformer: `scale` scales LoRA layers.
-
-    Raises:
-        ValueError: `attention_kwargs` has another key, or no finite number.
-    """
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.0
-    use_cache: bool = True
-    cache_options: CacheOptions = CacheOptions()
-    attention_kwargs: dict | None = None
-
-    def __post_init__(self):
-        lora_scale(self.attention_kwargs)
-
-
-def check_scheduler(scheduler: SchedulerMixin) -> None:
+def check_scheduler(scheduler: SchedulerMixin, *, takes_sigmas: bool = False) -> None:
     """Refuse a scheduler that does not bring noise to the data along the model's velocities.
 
     It is tried on velocities that point at known data: classes of diffusers come and go, and one class may follow flows
     under one config only.
 
+    Args:
+        takes_sigmas (`bool`): It must take noise levels of the user's.
+
     Raises:
         ValueError: Names the scheduler and the reason.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if takes_sigmas and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"`sigmas` was given but the scheduler, {name}, takes none; give `num_inference_steps`.")
     prediction_type, reason = config.get("prediction_type", "flow_prediction"), None
     if prediction_type != "flow_prediction":
         reason = f"has `prediction_type` {prediction_type!r}, but the transformer predicts a flow's velocity"
@@ -122,7 +101,7 @@ class Rollout:
         max_frames (`int`): Frames that the cache has room for at first, context included; it grows.
         device (`torch.device`): Where the transformer runs.
         class_labels (`torch.Tensor` of shape `(B,)`, *optional*).
-        config (`RolloutConfig`).
+        config (`GenerationSettings`).
 
     Attributes:
         num_steps (`int`): Denoising steps of a frame; some schedulers make more than `num_inference_steps`.
@@ -140,7 +119,7 @@ class Rollout:
         max_frames: int,
         device: torch.device,
         class_labels: torch.Tensor | None = None,
-        config: RolloutConfig = RolloutConfig(),
+        config: GenerationSettings = GenerationSettings(),
     ):
         self.transformer = transformer
         self.scheduler = copy.deepcopy(scheduler)
@@ -201,13 +180,20 @@ class Rollout:
         """Whether frames that are written at once leave another cache than frames that are written one by one."""
         return self.config.cache_options.is_rolling or self.config.cache_options.max_long_frames is not None
 
-    def set_config(self, config: RolloutConfig) -> None:
+    def set_config(self, config: GenerationSettings) -> None:
         """Make the next frames another way; what is cached must fit, so guidance must not cross 1."""
         self.config = config
-        self.scheduler.set_timesteps(config.num_inference_steps, device=self.device)
-        self.num_steps = len(self.scheduler.timesteps)
+        self.num_steps = len(self._set_timesteps())
 
-    def restarted(self, config: RolloutConfig) -> "Rollout":
+    def _set_timesteps(self, num_inference_steps: int | None = None) -> torch.Tensor:
+        """Timesteps of a frame: as many as are asked for, else as the config has it."""
+        if num_inference_steps is None and self.config.sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=list(self.config.sigmas), device=self.device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=self.device)
+        return self.scheduler.timesteps
+
+    def restarted(self, config: GenerationSettings) -> "Rollout":
         """The same rollout before its first frame, with another config."""
         return Rollout(
             self.transformer,
@@ -219,7 +205,7 @@ class Rollout:
             config=config,
         )
 
-    def without_null_half(self, config: RolloutConfig) -> "Rollout":
+    def without_null_half(self, config: GenerationSettings) -> "Rollout":
         """The same rollout with the same past, but unguided from here on, as `config` has it: nothing is encoded anew."""
         twin = self.restarted(config)
         tensors, clock = self.state()
@@ -329,8 +315,8 @@ class Rollout:
         Returns:
             `torch.Tensor` of shape `(B, 1, C, H, W)`, float32.
         """
-        self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=self.device)
-        steps, num_steps = DenoisingSteps(self.scheduler.timesteps), len(self.scheduler.timesteps)
+        steps = DenoisingSteps(self._set_timesteps(num_inference_steps))
+        num_steps = len(steps.timesteps)
         latents = frame.latents.float()
         for step_index, timestep in enumerate(steps.timesteps):
             steps.index = step_index

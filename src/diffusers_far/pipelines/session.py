@@ -14,12 +14,13 @@ import torch
 
 from ..checks import is_whole_number
 from ..models.frames import FrameBatch
-from .inputs import check_generator, check_options, check_step_action
+from .inputs import check_generator, check_settings, check_step_action
 from .latency import LatencyBudget
 from .pipeline_output import Frame
-from .rollout import Rollout, RolloutConfig
+from .rollout import Rollout
 from .session_file import load_session, save_session
 from .session_history import NoiseSource, SessionFrame, SessionHistory, new_generator, smallest_history
+from .settings import GenerationSettings
 
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class FARSession:
     """One rollout, or a batch of them: give an action, see the next frame; go back, try another way.
 
-    Made by [`FARPipeline.start_session`]; a call of the pipeline is a session in a loop. A finished frame is written to
+    Made by [`FARPipeline.start_session`]. A finished frame is written to
     the cache when the next one is asked for: only then is it known which action was taken at it.
 
     One caller at a time: a verb that is called while another one runs is refused and changes nothing. A step that fails
@@ -73,7 +74,7 @@ class FARSession:
         )
 
     @property
-    def config(self) -> RolloutConfig:
+    def config(self) -> GenerationSettings:
         """Steps, guidance and the cache's options; see `set_config`."""
         return self.rollout.config
 
@@ -147,15 +148,7 @@ class FARSession:
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         with self._alone("set_config"):
             config = replace(self.config, **{name: value for name, value in given.items() if value is not None})
-            check_options(
-                self.rollout.transformer,
-                config.num_inference_steps,
-                config.guidance_scale,
-                config.use_cache,
-                config.cache_options,
-                self.output_type,
-                [],
-            )
+            check_settings(self.rollout.transformer, config)
             is_guided = config.guidance_scale > 1
             if is_guided == self.rollout.is_guided:
                 self.rollout.set_config(config)
@@ -225,7 +218,7 @@ class FARSession:
             return decoded
 
     def advance(self, action: torch.Tensor | None, **arguments) -> torch.Tensor:
-        """Make the next frame, in latents; what the pipeline's call does.
+        """Make the next frame, in latents.
 
         Args:
             action (`torch.Tensor` of shape `(B,)` or `(B, A)`, *optional*): Taken at the last frame.

@@ -23,10 +23,11 @@ from ..models.frames import FrameBatch
 from ..models.identity import model_identity, public_config
 from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import FARTransformer3DModel
-from .inputs import check_action_values, check_class_labels, check_options
+from .inputs import check_action_values, check_class_labels, check_output_type, check_settings
 from .latency import LatencyBudget
-from .rollout import Rollout, RolloutConfig, check_scheduler, computing_dtype
+from .rollout import Rollout, check_scheduler, computing_dtype
 from .session_history import NoiseSource, NoiseState, SessionFrame, SessionHistory, check_max_history
+from .settings import GenerationSettings
 
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def save_session(session: "FARSession", path: str | os.PathLike) -> None:
     facts = {
         "version": VERSION,
         "made_by": maker_facts(rollout.transformer, rollout.scheduler, rollout.kv_cache and rollout.kv_cache.dtype),
-        "config": asdict(rollout.config),
+        "config": saved_settings(rollout.config),
         "clock": clock,
         "num_frames": history.num_frames,
         "num_context_frames": history.num_context_frames,
@@ -187,22 +188,20 @@ def stored_session(
     )
 
 
-def stored_config(transformer: FARTransformer3DModel, facts: dict[str, Any]) -> RolloutConfig:
+def saved_settings(settings: GenerationSettings) -> dict[str, Any]:
+    """Settings as a file holds them: no session has noise levels of its own."""
+    return {name: value for name, value in asdict(settings).items() if name != "sigmas"}
+
+
+def stored_config(transformer: FARTransformer3DModel, facts: dict[str, Any]) -> GenerationSettings:
     """How the session's frames are made."""
-    fields = dict_with("config", facts["config"], asdict(RolloutConfig()))
+    fields = dict_with("config", facts["config"], saved_settings(GenerationSettings()))
     options = CacheOptions(**dict_with("cache_options", fields["cache_options"], asdict(CacheOptions())))
     if not isinstance(fields["use_cache"], bool):
         raise ValueError(f"`use_cache` is {fields['use_cache']!r}; it is true or false")
-    config = RolloutConfig(**{**fields, "cache_options": options})
-    check_options(
-        transformer,
-        config.num_inference_steps,
-        config.guidance_scale,
-        config.use_cache,
-        config.cache_options,
-        facts["output_type"],
-        [],
-    )
+    config = GenerationSettings(**{**fields, "cache_options": options})
+    check_settings(transformer, config)
+    check_output_type(facts["output_type"])
     return config
 
 
