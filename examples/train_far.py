@@ -310,7 +310,6 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
             config,
             loaded,
             num_accumulated=num_accumulated,
-            teacher_forcing=args.teacher_forcing,
         )
         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         require_finite(

@@ -210,14 +210,14 @@ def test_a_training_step_under_autocast_gives_finite_gradients_and_the_loss_of_t
     draw = ObjectiveDraw.stack([objective.draw(num_frames, num_long_frames, (4, 4, 6), generator) for _ in range(2)])
     clip = random_clip(transformer, num_frames)
     clips = ClipBatch(clip.latents, clip.actions, None)
-    expected = clip_loss(transformer, transformer.config, clips, draw, teacher_forcing=True)
+    expected = clip_loss(transformer, transformer.config, clips, draw)
     expected.backward()
     gradients = {name: each.grad for name, each in transformer.named_parameters() if each.grad is not None}
 
     trained = copy.deepcopy(transformer).cuda()
     trained.zero_grad(set_to_none=True)
     with torch.autocast("cuda", torch.bfloat16):
-        loss = clip_loss(trained, trained.config, clips.to("cuda"), draw.to("cuda"), teacher_forcing=True)
+        loss = clip_loss(trained, trained.config, clips.to("cuda"), draw.to("cuda"))
     loss.backward()
     assert abs(loss.item() / expected.item() - 1) < 0.02
     ours = {name: each.grad.cpu() for name, each in trained.named_parameters() if each.grad is not None}

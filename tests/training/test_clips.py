@@ -161,19 +161,22 @@ def test_the_loss_reaches_every_parameter_that_can_matter():
 
 def test_teacher_forcing_feeds_the_transformer_the_clean_latents():
     transformer = make_transformer()
-    clips, draw = make_batches()[0]
+    clips, draw = make_batches(objective=TrainingObjective(teacher_forcing=True))[0]
     fed = {}
     transformer.register_forward_pre_hook(lambda module, args, kwargs: fed.update(kwargs), with_kwargs=True)
-    clip_loss(transformer, transformer.config, clips, draw, teacher_forcing=True)
+    clip_loss(transformer, transformer.config, clips, draw.to("cpu"))
     assert torch.equal(fed["clean_hidden_states"], clips.latents)
 
 
 def test_a_repeated_clip_feeds_frames_with_the_actions_that_were_taken_at_them():
-    transformer, objective = make_transformer(), TrainingObjective(repeat_ratio=1.0, condition_dropout=0.0)
+    transformer, objective = (
+        make_transformer(),
+        TrainingObjective(teacher_forcing=True, repeat_ratio=1.0, condition_dropout=0.0),
+    )
     clips, draw = make_batches(objective=objective, short_window=None)[0]
     fed = {}
     transformer.register_forward_pre_hook(lambda module, args, kwargs: fed.update(kwargs), with_kwargs=True)
-    clip_loss(transformer, transformer.config, clips, draw, teacher_forcing=True)
+    clip_loss(transformer, transformer.config, clips, draw)
     for clip, order in enumerate(draw.frame_order):
         assert torch.equal(fed["clean_hidden_states"][clip], clips.latents[clip, order])
         assert torch.equal(fed["actions"][clip, 1:], clips.actions[clip, order[:-1]])

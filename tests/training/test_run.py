@@ -257,14 +257,10 @@ def test_accumulated_gradients_are_those_of_one_batch():
         transformer.config,
         iter(zip(clips, draws)),
         num_accumulated=2,
-        teacher_forcing=True,
     )
     gradient = transformer.x_embedder.weight.grad.clone()
     transformer.zero_grad()
-    losses = [
-        clip_loss(transformer, transformer.config, clip, draw, teacher_forcing=True)
-        for clip, draw in zip(clips, draws)
-    ]
+    losses = [clip_loss(transformer, transformer.config, clip, draw) for clip, draw in zip(clips, draws)]
     loss = torch.stack(losses).mean()
     loss.backward()
     torch.testing.assert_close(gradient, transformer.x_embedder.weight.grad)

@@ -34,9 +34,7 @@ def test_the_tokens_of_a_step_count_the_twins_of_teacher_forcing(teacher_forcing
     pipe = tiny_pipeline(tiny_transformer(num_actions=3))
     sizes = {"num_frames": 4, "short_window": None, "interval": 1, "batch_size": 2, "num_accumulated": 1, "seed": 0}
     batches = TrainingBatches(Trajectories(), TrainingObjective(teacher_forcing=teacher_forcing), **sizes)
-    args = argparse.Namespace(
-        max_train_steps=10, num_frames=4, gradient_accumulation_steps=1, teacher_forcing=teacher_forcing
-    )
+    args = argparse.Namespace(max_train_steps=10, num_frames=4, gradient_accumulation_steps=1)
     optimizer = torch.optim.SGD(pipe.transformer.parameters(), 0.0)
     text = describe_step_cost(args, Accelerator(cpu=True), pipe.transformer, pipe.vae, optimizer, batches)
     assert text.startswith("64 tokens per clip of 4 frames, 0 of them long")

@@ -390,14 +390,12 @@ def clip_loss(
     transformer_config,
     clips: ClipBatch,
     draw: ObjectiveDraw,
-    *,
-    teacher_forcing: bool = False,
 ) -> torch.Tensor:
     """The loss of one pass. `model` is the transformer, or what wraps it for training on several devices."""
     clips = clips.in_order(draw.frame_order)
     noisy_latents = add_noise(clips.latents, draw.noise, draw.timestep)
     conditions = clips.conditions(transformer_config, draw)
-    if teacher_forcing:
+    if draw.teacher_forcing:
         conditions["clean_hidden_states"] = clips.latents
     velocity = model(noisy_latents, draw.timestep, **conditions).sample
     return velocity_loss(velocity, clips.latents, draw.noise, draw.timestep)

@@ -213,7 +213,7 @@ def action_combiner(args: argparse.Namespace) -> ActionCombiner | None:
     """What makes one action of those of skipped frames; `None` where `--combine_actions` was left out."""
     if args.combine_actions is None:
         return None
-    # A stream is told the number of actions for a reason of its own.
+    # A stream needs the number of actions in any case; the combiner needs it only to join them.
     is_for_stream = args.streaming and args.combine_actions != "joint"
     return ActionCombiner(args.combine_actions, None if is_for_stream else args.num_actions)
 
@@ -227,7 +227,7 @@ def training_objective(args: argparse.Namespace) -> "TrainingObjective":
     """The objective that `add_objective_arguments` asked for.
 
     Raises:
-        ValueError: A share is none, or the arguments contradict each other.
+        ValueError: A share is not between 0 and 1, or the arguments contradict each other.
     """
     from .objective import TrainingObjective
 

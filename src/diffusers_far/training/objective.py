@@ -4,7 +4,7 @@ B batch, F frames (long ones first), F_short short frames, C latent channels, H/
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -25,6 +25,7 @@ class ObjectiveDraw:
         keeps_action (`torch.Tensor` of shape `(F,)`, bool): `False`: the frame's action is dropped.
         keeps_label (`torch.Tensor` of shape `()`, bool): `False`: the clip's class is dropped.
         frame_order (`torch.Tensor` of shape `(F,)`, int64): Which frame of the trajectory's clip stands at each place.
+        teacher_forcing (`bool`): The objective's; the same for all clips of a batch.
     """
 
     noise: torch.Tensor
@@ -32,13 +33,19 @@ class ObjectiveDraw:
     keeps_action: torch.Tensor
     keeps_label: torch.Tensor
     frame_order: torch.Tensor
+    teacher_forcing: bool = False
 
     @classmethod
     def stack(cls, draws: Sequence["ObjectiveDraw"]) -> "ObjectiveDraw":
-        return cls(*(torch.stack([getattr(draw, field.name) for draw in draws]) for field in fields(cls)))
+        stacked = {name: torch.stack([getattr(draw, name) for draw in draws]) for name in cls._tensor_names()}
+        return cls(**stacked, teacher_forcing=draws[0].teacher_forcing)
 
     def to(self, device: torch.device | str) -> "ObjectiveDraw":
-        return ObjectiveDraw(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return replace(self, **{name: getattr(self, name).to(device) for name in self._tensor_names()})
+
+    @classmethod
+    def _tensor_names(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name != "teacher_forcing"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ class TrainingObjective:
             keeps_action=keeps_action,
             keeps_label=keeps_label,
             frame_order=frame_order,
+            teacher_forcing=self.teacher_forcing,
         )
 
 

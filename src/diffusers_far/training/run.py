@@ -314,7 +314,6 @@ def accumulate_gradients(
     loaded: Iterator[tuple[ClipBatch, ObjectiveDraw]],
     *,
     num_accumulated: int,
-    teacher_forcing: bool = False,
 ) -> StepOutcome:
     """Forward and backward of one step; the mean gradient is left in the parameters, the same on all processes.
 
@@ -324,7 +323,6 @@ def accumulate_gradients(
         transformer_config: Of the transformer.
         loaded (iterator): Gives the step's `num_accumulated` batches next.
         num_accumulated (`int`): Batches of the step on this process.
-        teacher_forcing (`bool`): See [`TrainingObjective`].
     """
     step_loss, num_frames, batches = torch.zeros((), device=accelerator.device), 0, []
     for accumulated in range(num_accumulated):
@@ -332,7 +330,7 @@ def accumulate_gradients(
         batches.append(clips)
         is_last = accumulated == num_accumulated - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            loss = clip_loss(model, transformer_config, clips, draw, teacher_forcing=teacher_forcing) / num_accumulated
+            loss = clip_loss(model, transformer_config, clips, draw) / num_accumulated
             accelerator.backward(loss)
         step_loss += loss.detach()
         num_frames += clips.latents.shape[0] * clips.latents.shape[1]

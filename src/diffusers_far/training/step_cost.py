@@ -46,7 +46,6 @@ def describe_step_cost(
             transformer.config,
             loaded,
             num_accumulated=args.gradient_accumulation_steps,
-            teacher_forcing=args.teacher_forcing,
         )
         optimizer.step()
         optimizer.zero_grad()
@@ -55,7 +54,7 @@ def describe_step_cost(
         seconds = time.perf_counter() - start_time
     plan = transformer.context_plan(args.num_frames, *batches.latent_shape[1:])
     tokens = f"{plan.num_tokens} tokens per clip of {args.num_frames} frames, {plan.num_long_tokens} of them long"
-    if args.teacher_forcing:
+    if batches.objective.teacher_forcing:
         tokens += f"; {plan.num_tokens + plan.num_short_tokens} with the noisy twins of teacher forcing"
     cost = describe_cost(args, accelerator.device, transformer, seconds, f"{batches.clips_per_step} clips")
     return f"{tokens}\n{cost}"
