@@ -1,4 +1,4 @@
-"""What numbers must be, checked before a size of theirs takes memory or time."""
+"""What numbers and conditions must be, checked before they take memory or time."""
 
 import math
 import numbers

@@ -1233,14 +1233,34 @@ def test_the_schedulers_own_sigmas_make_the_same_frames_when_they_are_given():
     assert torch.equal(streamed, frames)
 
 
+def test_a_frame_takes_its_steps_at_the_sigmas_that_are_given():
+    pipe, seen = tiny_pipeline(), []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append(float(timestep))
+
+    pipe(video_latents=random_latents(1), num_frames=2, sigmas=[0.9, 0.5, 0.1], callback_on_step_end=note)
+    assert seen == pytest.approx([900, 500, 100] * 2)
+
+
+def test_frames_are_decoded_when_all_are_made():
+    pipe, order = tiny_pipeline(), []
+    make, decode = pipe._make_frame, pipe.decode_frame
+    pipe._make_frame = lambda *arguments: order.append("made") or make(*arguments)
+    pipe.decode_frame = lambda *arguments: order.append("decoded") or decode(*arguments)
+    pipe(video_latents=random_latents(1), num_frames=2, num_inference_steps=1)
+    assert order == ["made", "made", "decoded", "decoded"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"sigmas": []}, "`num_inference_steps` is 0"),
-        ({"sigmas": [0.5, 1.0]}, "`sigmas` is .*; pass noise levels that fall"),
-        ({"sigmas": [1.5, 0.5]}, "`sigmas` is .*; pass noise levels that fall"),
-        ({"sigmas": [1.0, 0.0]}, "`sigmas` is .*; pass noise levels that fall"),
-        ({"sigmas": [1.0, float("nan")]}, "`sigmas` is .*; pass noise levels that fall"),
+        ({"sigmas": []}, "`sigmas` is .*; pass a list of noise levels that fall"),
+        ({"sigmas": 0.5}, "`sigmas` is 0.5; pass a list of noise levels that fall"),
+        ({"sigmas": [0.5, 1.0]}, "`sigmas` is .*; pass a list of noise levels that fall"),
+        ({"sigmas": [1.5, 0.5]}, "`sigmas` is .*; pass a list of noise levels that fall"),
+        ({"sigmas": [1.0, 0.0]}, "`sigmas` is .*; pass a list of noise levels that fall"),
+        ({"sigmas": [1.0, float("nan")]}, "`sigmas` is .*; pass a list of noise levels that fall"),
         (
             {"sigmas": [1.0, 0.5], "num_inference_steps": 3},
             "`sigmas` has 2 noise levels but `num_inference_steps` is 3",

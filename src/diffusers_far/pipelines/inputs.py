@@ -148,7 +148,6 @@ def check_settings(
             "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
         )
     check_count("num_inference_steps", settings.num_inference_steps, most=NUM_TIMESTEPS)
-    check_sigmas(settings)
     options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
     if not settings.use_cache and options != CacheOptions():
         raise ValueError(
@@ -158,20 +157,20 @@ def check_settings(
     check_guidance(transformer, settings.guidance_scale)
 
 
-def check_sigmas(settings: GenerationSettings) -> None:
+def check_sigmas(sigmas: Any, num_inference_steps: int | None) -> None:
     """Refuse noise levels that do not fall from at most 1 to above 0, one for each step."""
-    sigmas = settings.sigmas
     if sigmas is None:
         return
-    are_numbers = all(isinstance(sigma, numbers.Real) and 0 < sigma <= 1 for sigma in sigmas)
-    if not sigmas or not are_numbers or any(later >= sigma for sigma, later in zip(sigmas, sigmas[1:])):
+    levels = list(sigmas) if isinstance(sigmas, (list, tuple, np.ndarray)) else []
+    are_numbers = all(isinstance(level, numbers.Real) and 0 < level <= 1 for level in levels)
+    if not levels or not are_numbers or any(later >= level for level, later in zip(levels, levels[1:])):
         raise ValueError(
-            f"`sigmas` is {list(sigmas)}; pass noise levels that fall from at most 1 to above 0, one for each step."
+            f"`sigmas` is {sigmas!r}; pass a list of noise levels that fall from at most 1 to above 0, one for each step."
         )
-    if len(sigmas) != settings.num_inference_steps:
+    if num_inference_steps not in (None, len(levels)):
         raise ValueError(
-            f"`sigmas` has {len(sigmas)} noise levels but `num_inference_steps` is {settings.num_inference_steps}; leave the "
-            "latter out."
+            f"`sigmas` has {len(levels)} noise levels but `num_inference_steps` is {num_inference_steps}; leave the latter "
+            "out."
         )
 
 

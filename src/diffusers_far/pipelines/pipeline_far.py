@@ -18,7 +18,7 @@ from ..models.codec import decode_video, encode_video, latent_statistics
 from ..models.frames import FrameBatch, shift_actions
 from ..models.transformer_far import FARTransformer3DModel
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
-from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, frame_noise, repeat_samples
+from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, check_sigmas, frame_noise, repeat_samples
 from .latency import LatencyBudget
 from .pipeline_output import FARPipelineOutput, Frame, join_frames
 from .precision import warn_of_slow_dtype
@@ -263,11 +263,11 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for frame_index in range(num_frames):
                 try:
-                    latents = self._make_frame(generation, frame_index, progress_bar)
+                    frames.append(self._make_frame(generation, frame_index, progress_bar))
                 except GenerationInterrupted:
                     break
-                frames.append(self.decode_frame(latents, output_type))
-        frames = join_frames(frames, output_type)
+        # Decoded in the end: where models are offloaded, transformer and VAE then change places once.
+        frames = join_frames([self.decode_frame(latents, output_type) for latents in frames], output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames,)
@@ -365,7 +365,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         if left_out:
             raise ValueError(f"This pipeline was loaded without {', '.join(left_out)}; load it whole to make frames.")
         check_scheduler(self.scheduler, takes_sigmas=request.sigmas is not None)  # users replace it
-        request = request.with_defaults(self.config)
+        check_sigmas(request.sigmas, request.num_inference_steps)
+        request = request.with_defaults(self)
         own_size = (self.config.height, self.config.width)
         return request, check_request(self.transformer, self.vae, own_size, request, **kind)
 

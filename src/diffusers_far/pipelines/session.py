@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class FARSession:
     """One rollout, or a batch of them: give an action, see the next frame; go back, try another way.
 
-    Made by [`FARPipeline.start_session`]. A finished frame is written to
-    the cache when the next one is asked for: only then is it known which action was taken at it.
+    Made by [`FARPipeline.start_session`]. A finished frame is written to the cache when the next one is asked for: only
+    then is it known which action was taken at it.
 
     One caller at a time: a verb that is called while another one runs is refused and changes nothing. A step that fails
     changes nothing either. Sessions of one pipeline are independent, but share its models: let them take turns.

@@ -68,15 +68,15 @@ class GenerationRequest:
     callback_on_frame_end: Callable | None = None
     sigmas: list[float] | None = None
 
-    def with_defaults(self, own) -> "GenerationRequest":
-        """Filled in with what a pipeline's config, `own`, says of calls that do not say."""
+    def with_defaults(self, pipe) -> "GenerationRequest":
+        """What was left out filled in with a pipeline's own."""
         num_steps, guidance, short_cache = self.num_inference_steps, self.guidance_scale, self.short_cache
         if num_steps is None:
-            num_steps = own.num_inference_steps or DEFAULT_INFERENCE_STEPS if self.sigmas is None else len(self.sigmas)
+            num_steps = pipe.default_inference_steps if self.sigmas is None else len(self.sigmas)
         if guidance is None:
-            guidance = 1.0 if own.guidance_scale is None else own.guidance_scale
+            guidance = pipe.default_guidance_scale
         if short_cache is None:
-            short_cache = own.short_cache if self.use_cache and own.short_cache else "exact"
+            short_cache = pipe.default_short_cache if self.use_cache else "exact"
         return replace(self, num_inference_steps=num_steps, guidance_scale=guidance, short_cache=short_cache)
 
     @property
