@@ -22,6 +22,16 @@ time.sleep(60)
 """
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """As in a terminal: tests that are started in the background or under nohup inherit signals that are ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
+    earlier = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
 def args(tmp_path, **others):
     return argparse.Namespace(output_dir=str(tmp_path / "new" / "run"), **others)
 
