@@ -29,7 +29,6 @@ from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
 from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
-from diffusers_far.data.loading import choose_split
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.sources import SOURCES, TrajectorySource
 
@@ -104,6 +103,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
 
+from diffusers_far.data.loading import choose_split
 from diffusers_far.data.preparation import (
     RESERVED_COLUMNS,
     Preparation,

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.full
-
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     path.relative_to(ROOT)
