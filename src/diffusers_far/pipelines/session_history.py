@@ -9,7 +9,7 @@ import torch
 
 from ..checks import check_count
 from ..models.transformer_far import FARTransformer3DModel
-from .inputs import frame_noise
+from .rollout import frame_noise
 
 
 @dataclass(frozen=True)
