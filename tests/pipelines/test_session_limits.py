@@ -212,7 +212,7 @@ def test_a_rewind_to_noise_of_a_device_that_is_not_here_leaves_the_session_as_it
         session.step()
     frame, latents = session.history.frames[1], session.latents
     frame.noise = replace(frame.noise, device="elsewhere")
-    with pytest.raises(ValueError, match="'elsewhere', which is not to be had here"):
+    with pytest.raises(ValueError, match="'elsewhere', which this machine does not have"):
         session.rewind(1)
     assert torch.equal(session.latents, latents) and session.num_frames == 2
 

@@ -144,7 +144,7 @@ class VideoDiTPipeline(VideoPipeline):
             if self.config.context_mode == "noised":
                 rollout.context_noise = frame_noise(context.shape, request.generator, rollout.device)
             rollout.write(generation.as_fed(context, 0))
-        with self.progress_bar(total=rollout.num_steps) as progress_bar:
+        with self.progress_bar(total=self.num_timesteps) as progress_bar:
             made = rollout.denoise(new, partial(count_step, progress_bar), request.generator)
 
         # 3. The new frames

@@ -34,6 +34,9 @@ logger = logging.get_logger(__name__)
 
 ENCODED_FRAMES = 32  # frames that the VAE encodes at once; one at a time with `vae.enable_slicing()`
 
+# What a transformer makes, with `frame_causal` and without, and the pipeline for it.
+MADE_BY = {True: ("frame after frame", "FARPipeline"), False: ("whole clips", "VideoDiTPipeline")}
+
 EXAMPLE_DOC_STRING = """
     Examples:
         >>> import torch
@@ -150,22 +153,32 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         )
 
     @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the last call, of all its frames."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the step that is being taken; a callback changes it through `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
     def default_inference_steps(self) -> int:
-        """Denoising steps of a frame where a call does not say."""
+        """Denoising steps of a frame, for calls that do not give them."""
         return self.config.num_inference_steps or DEFAULT_INFERENCE_STEPS
 
     @property
     def default_guidance_scale(self) -> float:
-        """Guidance where a call does not say; 1 is none."""
+        """Guidance, for calls that do not give it; 1 is no guidance."""
         return 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
 
     @property
     def default_short_cache(self) -> str | int:
-        """How the short window is cached where a call does not say, see [`CacheOptions`]."""
+        """How the short window is cached, for calls that do not give it; see [`CacheOptions`]."""
         return self.config.short_cache or "exact"
 
     def _check_scheduler(self) -> None:
-        """Refuse a scheduler that the transformer cannot be used with; users replace it, so whenever it is another one."""
+        """Refuse a scheduler that does not follow the transformer's flow. Users replace it: each new one is tried once."""
         scheduler = (self.scheduler, dict(getattr(self.scheduler, "config", {})))
         if self._checked_scheduler != scheduler:
             check_scheduler(self.scheduler)
@@ -186,11 +199,9 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
             raise ValueError(f"This pipeline was loaded without {', '.join(left_out)}; load it whole to make frames.")
         is_frame_causal = self.transformer.config.frame_causal
         if is_frame_causal != self.is_frame_causal:
-            makes, pipeline = (
-                ("frame after frame", "FARPipeline") if is_frame_causal else ("whole clips", "VideoDiTPipeline")
-            )
+            makes, its_pipeline = MADE_BY[is_frame_causal]
             raise ValueError(
-                f"The transformer has `frame_causal={is_frame_causal}` and makes {makes}; load it as a `{pipeline}`."
+                f"The transformer has `frame_causal={is_frame_causal}` and makes {makes}; load it as a `{its_pipeline}`."
             )
         self._check_scheduler()
         if request.sigmas is not None:
@@ -225,6 +236,9 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         if actions is not None:
             action_shift = self.transformer.config.action_shift
             actions, action_mask = shift_actions(actions.to(rollout.device), action_shift, inputs.num_frames)
+        self._interrupt = False
+        self._guidance_scale = inputs.settings.guidance_scale
+        self._num_timesteps = rollout.num_steps * (inputs.request.num_frames if self.is_frame_causal else 1)
         return Generation(inputs, rollout, actions, action_mask, unwritten=self._encode_context(inputs))
 
     @torch.no_grad()
@@ -282,23 +296,14 @@ class FARPipeline(VideoPipeline):
         height (`int`, *optional*), width (`int`, *optional*): The model's own size in pixels.
         flex_rope (`dict`, *optional*): Fields of a [`FlexRoPEConfig`] to apply; written by `enable_flex_rope`.
         num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str` or `int`,
-            *optional*): What a call takes that does not give them. Where the pipeline has none either: 50 steps, a guidance of
-            1 (none), and `"exact"`.
+            *optional*): Defaults of a call. A pipeline without them takes 50 steps, a guidance of 1 (no guidance) and `"exact"`.
     """
 
     _callback_tensor_inputs = CALLBACK_TENSORS
 
     @property
-    def num_timesteps(self) -> int:
-        """Denoising steps of all frames of the last call."""
-        return self._num_timesteps
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
     def interrupt(self) -> bool:
+        """Whether the call is to end with the frames that are finished; a callback sets `_interrupt`."""
         return self._interrupt
 
     def enable_flex_rope(self, config: FlexRoPEConfig | None = None) -> None:
@@ -466,14 +471,6 @@ class FARPipeline(VideoPipeline):
             latency=latency,
             output_type=output_type,
         )
-
-    def _begin(self, inputs: PipelineInputs) -> Generation:
-        """Encode the context; no frame is made yet."""
-        generation = super()._begin(inputs)
-        self._interrupt = False
-        self._guidance_scale = inputs.settings.guidance_scale
-        self._num_timesteps = inputs.request.num_frames * generation.rollout.num_steps
-        return generation
 
     def _make_frame(self, generation: Generation, frame_index: int, progress_bar) -> torch.Tensor:
         """Latents of the next frame, `(N, C, H, W)`.

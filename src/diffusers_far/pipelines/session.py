@@ -252,7 +252,7 @@ class FARSession:
         state = self.noise.state if noise is None else None
         if noise is None:
             noise = self.noise.draw(self.rollout.latent_shape, self.rollout.device)
-        new = SessionFrame(noise[:, 0], led_by=action, action=own_action, noise=state)
+        new = SessionFrame(noise[:, 0], previous_action=action, action=own_action, noise=state)
         num_steps = self.latency.choose_steps(self.config.num_inference_steps)
         with self.latency.denoising(num_steps):
             latents = self.rollout.denoise(self._as_fed([new]), on_step_end, self.generator, num_steps)
@@ -422,7 +422,7 @@ class FARSession:
         actions = torch.zeros((batch_size, len(frames), *action_shape), dtype=dtype, device=device)
         action_mask = torch.zeros((batch_size, len(frames)), dtype=torch.bool, device=device)
         for number, frame in enumerate(frames):
-            action = frame.action if self._is_fed_own_action else frame.led_by
+            action = frame.action if self._is_fed_own_action else frame.previous_action
             if action is not None:
                 actions[:, number], action_mask[:, number] = action, True
         return FrameBatch(latents, actions, action_mask)

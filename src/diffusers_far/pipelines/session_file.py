@@ -62,7 +62,9 @@ def save_session(
         tensors["class_labels"] = rollout.class_labels
     facts = {
         "version": VERSION,
-        "made_by": maker_facts(rollout.transformer, rollout.scheduler, rollout.kv_cache and rollout.kv_cache.dtype),
+        "made_by": facts_of_models(
+            rollout.transformer, rollout.scheduler, rollout.kv_cache and rollout.kv_cache.dtype
+        ),
         "config": saved_settings(rollout.config),
         "clock": clock,
         "num_frames": history.num_frames,
@@ -87,6 +89,7 @@ def write_session_file(tensors: dict[str, torch.Tensor], facts: str, path: str |
 
 
 def content_sha256(tensors: dict[str, torch.Tensor], facts: str) -> str:
+    """Sha256 (hex) of all that a file says."""
     return hashlib.sha256(f"{tensors_sha256(tensors)} {facts}".encode()).hexdigest()
 
 
@@ -103,11 +106,11 @@ def load_session(
     """
     tensors, facts = read_session_file(path)
     check_scheduler(scheduler)
-    check_makers(transformer, scheduler, device, facts, path)
+    check_models(transformer, scheduler, device, facts, path)
     try:
         return stored_state(transformer, scheduler, device, tensors, facts)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} cannot be gone on with: {error}") from error
+        raise ValueError(f"{str(path)!r} cannot be continued: {error}") from error
 
 
 def read_session_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -150,6 +153,7 @@ def read_session_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
 
 
 def refuse_constant(constant: str) -> NoReturn:
+    """Refuse what Python's JSON knows beside numbers: NaN and infinities."""
     raise ValueError(f"{constant} is no number of JSON")
 
 
@@ -324,7 +328,7 @@ def stored_noise(tensors: dict[str, torch.Tensor], name: str, device: str | None
 
 def frame_tensors(frame: SessionFrame) -> dict[str, torch.Tensor]:
     """What a file holds of a frame."""
-    tensors = {"latents": frame.latents, "led_by": frame.led_by, "action": frame.action}
+    tensors = {"latents": frame.latents, "led_by": frame.previous_action, "action": frame.action}
     if frame.noise is not None:
         tensors["noise_states"] = frame.noise.states
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -337,21 +341,21 @@ CURES = {
 }
 
 
-def check_makers(
+def check_models(
     transformer: FARTransformer3DModel,
     scheduler: SchedulerMixin,
     device: torch.device,
     facts: dict[str, Any],
     path: str | os.PathLike,
 ) -> None:
-    """Refuse a transformer or a scheduler that would go on with a session in another way.
+    """Refuse a transformer or a scheduler that would make the next frames of a session in another way.
 
     Raises:
         ValueError: Names what differs.
     """
     is_cached = isinstance(facts["config"], dict) and facts["config"].get("use_cache") is True
     dtype = computing_dtype(transformer, device) if is_cached else None
-    ours, theirs = maker_facts(transformer, scheduler, dtype), facts["made_by"]
+    ours, theirs = facts_of_models(transformer, scheduler, dtype), facts["made_by"]
     for name, cure in CURES.items():
         their_facts = theirs.get(name) if isinstance(theirs, dict) else None
         if not isinstance(their_facts, dict):
@@ -362,10 +366,10 @@ def check_makers(
             )
 
 
-def maker_facts(
+def facts_of_models(
     transformer: FARTransformer3DModel, scheduler: Any, cached_dtype: torch.dtype | None
 ) -> dict[str, dict[str, Any]]:
-    """What makes a session's frames, as JSON values: with other makers it would go on in another way."""
+    """The models that make a session's frames, as JSON values: with others the next frames would be different."""
     flex_rope, flex_rope_facts = applied_config(transformer), {}
     if flex_rope is not None:
         schedule = "a function" if callable(flex_rope.schedule) else flex_rope.schedule

@@ -71,7 +71,7 @@ class GenerationRequest:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> "GenerationRequest":
-        """The request among the arguments of a function, as its `locals()` have them before its first line."""
+        """The request among the arguments of a function, by their names, as `locals()` has them."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def settings(self, pipe) -> GenerationSettings:
