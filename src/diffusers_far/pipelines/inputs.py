@@ -323,7 +323,7 @@ def check_actions(actions: Any, config, lengths: Sequence[int]) -> torch.Tensor 
     Args:
         actions: Tensor, array or nested list.
         config: Of the transformer: `num_actions`, `action_dim`.
-        lengths: How many there may be; of 0, none need be given.
+        lengths: Numbers of actions that fit; where 0 is among them, `actions` may be `None`.
 
     Raises:
         ValueError: Missing, superfluous, of the wrong length, type, range or number of channels, or not finite.

@@ -41,7 +41,7 @@ class FARSession:
 
     Args:
         decode (callable): `(latents, output_type) -> frame`, of latents `(B, C, H, W)`, as [`FARPipeline.decode_frame`].
-        rollout ([`Rollout`]): Has been written no frame but those of the history.
+        rollout ([`Rollout`]): Was given no frames but those of the history.
         history ([`SessionHistory`], *optional*): The frames so far.
         noise ([`NoiseSource`], *optional*): Torch's global generator by default.
         latency ([`LatencyBudget`], *optional*): Switched off by default.
