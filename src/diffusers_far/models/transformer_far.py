@@ -41,11 +41,11 @@ from .functional import (
 from .int8 import Int8Mixin
 from .internals import (
     attention_backend,
+    bring_to_device,
     call_uncompiled,
     execution_device,
     group_offloading,
     is_compiled,
-    offloading_hooks,
 )
 from .kv_cache import CacheOptions, CachePass, FARKVCache, LayerKVCache
 from .loading import CompleteWeightsMixin
@@ -707,13 +707,13 @@ class FARTransformer3DModel(
             class_labels (`torch.Tensor` of shape `(B,)`, *optional*), attention_kwargs (`dict`, *optional*): As of a call.
 
         Returns:
-            S of them, for `forward`; `None` where each block has to compute its own, because it is compiled or offloaded,
-            or where that is as fast, for a large batch.
+            S of them, for `forward`; `None` where each block has to compute its own, because it is compiled or offloaded
+            in groups, or where that is as fast, for a large batch.
         """
         batch_size, num_steps = len(frame.latents), len(timesteps)
-        is_offloaded = offloading_hooks(self) or group_offloading(self)
-        if num_steps * batch_size > MAX_MODULATION_ROWS or self._has_compiled_blocks or is_offloaded:
+        if num_steps * batch_size > MAX_MODULATION_ROWS or self._has_compiled_blocks or group_offloading(self):
             return None
+        bring_to_device(self)
         frame.check_conditions(self, class_labels)
         with scaled_adapters(self, lora_scale(attention_kwargs)):
             timestep = timesteps.float().expand(batch_size, num_steps)
@@ -771,13 +771,9 @@ class FARTransformer3DModel(
             timestep = self._timestep_per_frame(timestep, frames, update_cache)
             frames.check_conditions(self, class_labels)
         else:
-            given = {
-                "timestep": timestep,
-                "actions": actions,
-                "action_mask": action_mask,
-                "class_labels": class_labels,
-            }
-            self._check_modulation(modulation, frames, given, kv_cache, update_cache)
+            self._check_modulation(
+                modulation, frames, timestep, class_labels, is_noisy=kv_cache is not None and not update_cache
+            )
         with scaled_adapters(self, scale), torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
                 sample = self._predict_clip(frames, timestep, class_labels, clean_hidden_states)
@@ -788,9 +784,7 @@ class FARTransformer3DModel(
                 temb = self._embed(frames, timestep, class_labels) if modulation is None else None
                 sample = self._run_pass(frames, plan, temb, kv_cache, cache_pass, modulation)
 
-        if not return_dict:
-            return (sample,)
-        return FARTransformerOutput(sample=sample)
+        return FARTransformerOutput(sample=sample) if return_dict else (sample,)
 
     def _predict_clip(
         self,
@@ -968,10 +962,12 @@ class FARTransformer3DModel(
         check_condition("clean_hidden_states", clean_latents, True, tuple(frames.latents.shape))
 
     def _check_modulation(
-        self, modulation: FrameModulation, frames: FrameBatch, given: dict[str, Any], kv_cache, update_cache: bool
+        self, modulation: FrameModulation, frames: FrameBatch, timestep, class_labels, *, is_noisy: bool
     ) -> None:
-        if kv_cache is None or update_cache:
+        if not is_noisy:
             raise ValueError("`modulation` was given, but it is for one noisy frame and its `kv_cache`; leave it out.")
+        given = {"timestep": timestep, "class_labels": class_labels}
+        given |= {"actions": frames.actions, "action_mask": frames.action_mask}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"`{name}` was given beside `modulation`, which knows it; leave one of the two out.")

@@ -21,11 +21,11 @@ from ..files import tensors_sha256, written_whole
 from ..hooks.flex_rope import applied_config
 from ..models.frames import FrameBatch
 from ..models.identity import model_identity, public_config
-from ..models.kv_cache import CacheOptions
+from ..models.kv_cache import CacheOptions, computing_dtype
 from ..models.transformer_far import FARTransformer3DModel
 from .inputs import check_action_values, check_class_labels, check_output_type, check_settings
 from .latency import LatencyBudget
-from .rollout import Rollout, check_scheduler, computing_dtype
+from .rollout import Rollout, check_scheduler
 from .session_history import NoiseSource, NoiseState, SessionFrame, SessionHistory, check_max_history
 from .settings import GenerationSettings
 
@@ -325,7 +325,7 @@ def check_makers(pipe: "FARPipeline", facts: dict[str, Any], path: str | os.Path
         ValueError: Names what differs.
     """
     is_cached = isinstance(facts["config"], dict) and facts["config"].get("use_cache") is True
-    dtype = computing_dtype(pipe.transformer, pipe._execution_device) if is_cached else None
+    dtype = computing_dtype(pipe.transformer.dtype, pipe._execution_device) if is_cached else None
     ours, theirs = maker_facts(pipe.transformer, pipe.scheduler, dtype), facts["made_by"]
     for name, cure in CURES.items():
         their_facts = theirs.get(name) if isinstance(theirs, dict) else None
