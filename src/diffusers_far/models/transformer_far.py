@@ -768,7 +768,7 @@ class FARTransformer3DModel(
         frames = FrameBatch(hidden_states, actions, action_mask)
         self._check_call(frames, kv_cache, update_cache, clean_hidden_states)
         if modulation is None:
-            timestep = self._timestep_per_frame(timestep, frames, update_cache)
+            timestep = self._timestep_per_frame(timestep, frames)
             frames.check_conditions(self, class_labels)
         else:
             self._check_modulation(
@@ -778,7 +778,7 @@ class FARTransformer3DModel(
             if kv_cache is None:
                 sample = self._predict_clip(frames, timestep, class_labels, clean_hidden_states)
             elif update_cache:
-                sample = self._write(frames, class_labels, kv_cache)
+                sample = self._write(frames, timestep, class_labels, kv_cache)
             else:
                 plan, cache_pass = kv_cache.begin_noisy()
                 temb = self._embed(frames, timestep, class_labels) if modulation is None else None
@@ -799,8 +799,15 @@ class FARTransformer3DModel(
             frames, timestep = pair_with_clean(frames, timestep, clean_latents, plan, CLEAN_TIMESTEP)
         return self._run_pass(frames, plan, self._embed(frames, timestep, class_labels, plan.num_long_frames))
 
-    def _write(self, frames: FrameBatch, class_labels: torch.Tensor | None, kv_cache: FARKVCache) -> None:
+    def _write(
+        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, kv_cache: FARKVCache
+    ) -> None:
         """Add clean frames to the cache."""
+        if bool((timestep != CLEAN_TIMESTEP).any()):
+            raise ValueError(
+                f"`timestep` is {timestep.unique().tolist()} in a write to `kv_cache`; only clean frames are cached, "
+                "and their timestep is -1."
+            )
         for piece in kv_cache.pieces(frames):
             encoded, plan, cache_pass = kv_cache.begin_write(piece)
             timestep = torch.full(encoded.latents.shape[:2], CLEAN_TIMESTEP, device=encoded.latents.device)
@@ -877,9 +884,7 @@ class FARTransformer3DModel(
         shift = torch.tensor([[num_frames, 0, 0]], device=execution_device(self))
         return rotary_embedding(shift, self.config.axes_dims_rope, self.config.rope_theta)
 
-    def _timestep_per_frame(
-        self, timestep: torch.Tensor | float | int | None, frames: FrameBatch, update_cache: bool
-    ) -> torch.Tensor:
+    def _timestep_per_frame(self, timestep: torch.Tensor | float | None, frames: FrameBatch) -> torch.Tensor:
         """`timestep` as `(B, F)`, float32."""
         batch_size, num_frames = frames.latents.shape[:2]
         if timestep is None:
@@ -891,11 +896,6 @@ class FARTransformer3DModel(
             raise ValueError(
                 f"`timestep` has shape {tuple(timestep.shape)} but the batch is {batch_size} clips of {num_frames} "
                 f"frames; pass one number, ({batch_size},) or ({batch_size}, {num_frames})."
-            )
-        if update_cache and bool((timestep != CLEAN_TIMESTEP).any()):
-            raise ValueError(
-                f"`timestep` is {timestep.unique().tolist()} in a write to `kv_cache`; only clean frames are cached, "
-                "and their timestep is -1."
             )
         return timestep.expand(batch_size, num_frames)
 
