@@ -17,10 +17,11 @@ from video_files import frame_numbers, gray_frames, write_video
 from diffusers_far.data.actions import ActionCombiner
 from diffusers_far.data.loading import stream_split
 from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.video_clips import StreamedClips
 from diffusers_far.models.codec import encode_video
 from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.objective import TrainingObjective
-from diffusers_far.training.streaming import StreamedBatches, StreamedClips
+from diffusers_far.training.streaming import StreamedBatches
 
 
 SIZES = {"num_frames": 6, "short_window": 2, "interval": 1, "batch_size": 2, "num_accumulated": 1, "seed": 0}

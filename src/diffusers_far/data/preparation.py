@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, List, Value
 
 from ..files import written_whole
+from ..pictures import encode_png, fit_frame
 from .actions import CONTINUOUS_RULES, DISCRETE_RULES, ActionCombiner, align_actions, group_actions
-from .images import encode_png, fit_frame
 from .rows import SOURCE_COLUMN, BadExampleError
 from .sources.trajectory import Trajectory
 

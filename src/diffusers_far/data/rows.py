@@ -21,6 +21,24 @@ def row_name(row: int, source: object | None) -> str:
     return f"Trajectory {row}" if source is None else f"Trajectory {row} ({str(source)!r})"
 
 
+def check_conditions(
+    actions: pa.ChunkedArray | None,
+    labels: pa.ChunkedArray | None,
+    num_frames: np.ndarray,
+    name_of: Callable[[int], str],
+    combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
+    num_actions: int | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Refuse columns of actions and labels that no model can be trained on, or not this one; see [`check_actions`] and
+    [`check_labels`]. Actions that are joined must be below the number of them that are joined."""
+    if actions is not None:
+        limit = getattr(combine_actions, "num_actions", None) or num_actions
+        check_actions(actions, num_frames, limit, name_of)
+    if labels is not None and num_classes is not None:
+        check_labels(labels, num_classes, name_of)
+
+
 def check_actions(
     actions: pa.ChunkedArray, num_frames: np.ndarray, num_actions: int | None, name_of: Callable[[int], str]
 ) -> None:
@@ -33,9 +51,11 @@ def check_actions(
         name_of (callable): The name of a row, for errors.
 
     Raises:
+        ValueError: The column can hold no actions.
         BadExampleError: A row has too few or too many actions, a negative or missing one, one that is not finite, another
             number of channels than the first row, or one that is not below `num_actions`; names the row.
     """
+    is_discrete = are_discrete(actions.type)
     lengths = pc.fill_null(pc.list_value_length(actions), 0).to_numpy().astype(np.int64)
     is_wrong = (lengths == 0) | ((lengths != num_frames) & (lengths != num_frames - 1))
     ends, values, per_action = np.cumsum(lengths), pc.list_flatten(actions), 1
@@ -45,11 +65,11 @@ def check_actions(
         # Where the numbers of channels differ, a value cannot be counted back to its row, and the error is found anyway.
         values, per_action = pc.list_flatten(values), max(1, int(channels[0])) if len(channels) else 1
     if not is_wrong.any():
-        _mark(is_wrong, ends, _are_unusable(values, are_discrete(actions.type)), per_action)
+        _mark(is_wrong, ends, _are_unusable(values, is_discrete), per_action)
     if is_wrong.any():
         row = int(is_wrong.argmax())
         raise BadExampleError(f"{name_of(row)}: {_what_is_wrong(actions[row], int(num_frames[row]))}")
-    if num_actions is not None and are_discrete(actions.type) and len(values):
+    if num_actions is not None and is_discrete and len(values):
         highest = int(np.argmax(values.to_numpy()))
         if values[highest].as_py() >= num_actions:
             row = int(np.searchsorted(ends, highest, side="right"))
