@@ -51,13 +51,14 @@ from datasets import Dataset
 from diffusers import AutoModel, VQModel
 
 from diffusers_far.data.latents import LatentSource, read_source, require_intact, write_shard
-from diffusers_far.data.loading import dataset_fingerprint, load_split, stream_split, vae_hash
+from diffusers_far.data.loading import dataset_fingerprint, load_split, stream_split
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.streaming import StreamedSplit
 from diffusers_far.data.video_clips import VideoClips
 from diffusers_far.data.workers import share_work
 from diffusers_far.files import UNFINISHED
 from diffusers_far.models.codec import encode_codes, encode_video
+from diffusers_far.models.identity import vae_hash
 
 
 def load_vae(args: argparse.Namespace) -> torch.nn.Module:

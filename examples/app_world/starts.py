@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_far.data.actions import align_actions
 from diffusers_far.data.loading import load_split
 from diffusers_far.data.media_files import read_clip
+from diffusers_far.data.rows import align_actions
 from diffusers_far.data.video_clips import VideoClips
 from diffusers_far.pictures import fit_frame
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_far.data.actions import ActionCombiner
+from diffusers_far.data.rows import ActionCombiner
 from diffusers_far.data.video_clips import EncodedDataset
 from diffusers_far.models.codec import encode_video
 

@@ -8,9 +8,8 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value, Video
 from video_files import frame_numbers, gray_frames, truncate, write_video
 
-from diffusers_far.data.actions import ActionCombiner
 from diffusers_far.data.loading import load_split, stream_split
-from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.rows import ActionCombiner, BadExampleError
 from diffusers_far.data.streaming import fetch_file
 from diffusers_far.data.video_clips import EncodedDataset, VideoClips
 

@@ -14,9 +14,8 @@ from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_dc
 from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data.actions import ActionCombiner
 from diffusers_far.data.loading import stream_split
-from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.rows import ActionCombiner, BadExampleError
 from diffusers_far.data.video_clips import StreamedClips
 from diffusers_far.models.codec import encode_video
 from diffusers_far.training.clips import encode_batches

@@ -18,8 +18,7 @@ from datasets import Features, Image, Video
 
 from ..models.codec import encode_video
 from ..pictures import upright_rgb
-from .actions import align_actions, clip_actions
-from .rows import BadExampleError
+from .rows import BadExampleError, align_actions, clip_actions
 from .video import FrameTimes, read_frame_times, read_frames
 
 

@@ -23,10 +23,9 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from ..files import written_whole
-from .actions import clip_actions, count_actions
+from ..models.identity import vae_hash
 from .clips import Clip
-from .loading import vae_hash
-from .rows import SOURCE_COLUMN, check_conditions, row_name
+from .rows import SOURCE_COLUMN, check_conditions, clip_actions, count_actions, row_name
 
 
 logger = logging.getLogger(__name__)
@@ -267,14 +266,7 @@ class LatentDataset:
                 "new folder."
             )
 
-    def clip(
-        self,
-        trajectory: int,
-        start: int,
-        length: int,
-        interval: int = 1,
-        combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> Clip:
+    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> Clip:
         """Cut `length` frames, `interval` apart, from frame `start` on.
 
         Args:
@@ -282,9 +274,6 @@ class LatentDataset:
             start (`int`): First frame.
             length (`int`): Number of frames, at least 1.
             interval (`int`): Distance between them in frames, at least 1.
-            combine_actions (callable, *optional*): Actions (length, interval) or (length, interval, A) to (length,) or
-                (length, A): what becomes of the actions between two kept frames; the dataset's own by default. Needed
-                when `interval` is above 1 and the dataset has actions.
 
         Raises:
             ValueError: If the trajectory is shorter than that, or actions would be lost.
@@ -303,21 +292,20 @@ class LatentDataset:
             del self._unchecked[shard]
         first = self._first_frame[trajectory] + start
         frames = self._views[shard][first : first + span : interval]
+        actions = None
+        if self._actions is not None:
+            stored = self._actions[trajectory].values
+            # The last frame's may be missing: the one before stands in.
+            stored = stored.slice(min(start, len(stored) - 1), length * interval)
+            actions = np.asarray(stored.to_pylist())
+            if actions.ndim == 1:
+                actions = actions.astype(np.int64)  # whole numbers are discrete, whatever type they are stored in
+            actions = torch.from_numpy(clip_actions(actions, length, interval, self.combine_actions))
         return Clip(
             latents=torch.from_numpy(frames.astype(np.float32 if frames.dtype.kind == "f" else np.int64)),
-            actions=self._clip_actions(trajectory, start, length, interval, combine_actions or self.combine_actions),
+            actions=actions,
             label=None if self._labels is None else self._labels[trajectory].as_py(),
         )
-
-    def _clip_actions(self, trajectory, start, length, interval, combine_actions) -> torch.Tensor | None:
-        if self._actions is None:
-            return None
-        actions = self._actions[trajectory].values
-        start = min(start, len(actions) - 1)  # the last frame's may be missing: the one before stands in
-        actions = np.asarray(actions.slice(start, length * interval).to_pylist())
-        if actions.ndim == 1:
-            actions = actions.astype(np.int64)  # whole numbers are discrete, whatever type they are stored in
-        return torch.from_numpy(clip_actions(actions, length, interval, combine_actions))
 
 
 def _latents_feature(channels: int, height: int, width: int, dtype: np.dtype) -> List:

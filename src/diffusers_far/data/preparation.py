@@ -12,8 +12,15 @@ from datasets import ClassLabel, Features, Image, List, Value
 
 from ..files import written_whole
 from ..pictures import encode_png, fit_frame
-from .actions import CONTINUOUS_RULES, DISCRETE_RULES, ActionCombiner, align_actions, group_actions
-from .rows import SOURCE_COLUMN, BadExampleError
+from .rows import (
+    CONTINUOUS_RULES,
+    DISCRETE_RULES,
+    SOURCE_COLUMN,
+    ActionCombiner,
+    BadExampleError,
+    align_actions,
+    group_actions,
+)
 from .sources.trajectory import Trajectory
 
 

@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 
 from ..models.codec import encode_video, spatial_compression
-from .actions import count_actions, read_actions
+from ..models.identity import vae_hash
 from .clips import Clip, StoredTrajectory, holds_video_files
-from .loading import dataset_fingerprint, vae_hash
-from .rows import SOURCE_COLUMN, BadExampleError, check_conditions, row_name
+from .loading import dataset_fingerprint
+from .rows import SOURCE_COLUMN, BadExampleError, check_conditions, count_actions, read_actions, row_name
 from .streaming import StreamedSplit
 from .video import FrameTimes, count_frames, read_frame_times
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.actions import COMBINATION_RULES, ActionCombiner
+from ..data.rows import COMBINATION_RULES, ActionCombiner
 
 
 if TYPE_CHECKING:  # a script reads its arguments before it imports what takes seconds
