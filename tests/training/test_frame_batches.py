@@ -52,11 +52,11 @@ def test_an_epoch_shows_each_frame_once(folder, is_streamed):
 def test_a_resumed_stream_shows_what_the_uninterrupted_one_did(folder, tmp_path):
     expected = numbers(streamed(folder).load(0, 11))
     accelerator, interrupted = Accelerator(cpu=True), streamed(folder)
-    interrupted.loader.save_with(accelerator)
+    interrupted.save_with(accelerator)
     seen = numbers(interrupted.load(0, 5))
     accelerator.save_state(str(tmp_path / "checkpoint"))
     accelerator, resumed = Accelerator(cpu=True), streamed(folder)
-    resumed.loader.save_with(accelerator)
+    resumed.save_with(accelerator)
     accelerator.load_state(str(tmp_path / "checkpoint"))
     assert seen + numbers(resumed.load(5, 11)) == expected
 

@@ -253,7 +253,7 @@ def training_batches(
             clips_per_trajectory=args.clips_per_trajectory,
             **sizes,
         )
-        batches.loader.save_with(accelerator)
+        batches.save_with(accelerator)
         return batches
     return TrainingBatches(latents, objective, **sizes)
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ..data.clips import StoredTrajectory, decode_images
+from ..data.clips import StoredTrajectory
 from ..data.loading import dataset_fingerprint, load_split, stream_split
 from ..data.rows import BadExampleError
 from ..data.streaming import StreamedSplit
@@ -48,7 +48,7 @@ def open_frames(args: argparse.Namespace, accelerator: Accelerator) -> "FrameBat
         return FrameBatches(load_split(args.dataset_name, args.dataset_split), args.video_column, **order)
     split = stream_split(args.dataset_name, args.dataset_split, args.video_column)
     frames = StreamedFrames(split, block_size=args.shuffle_buffer_size, **order)
-    frames.loader.save_with(accelerator)
+    frames.save_with(accelerator)
     return frames
 
 
@@ -113,7 +113,7 @@ class FrameBatches(torch.utils.data.Dataset):
         return torch.stack([self.sample[index] for index in own.tolist()])
 
 
-class StreamedFrames:
+class StreamedFrames(StreamLoader):
     """As [`FrameBatches`], of a split that is streamed: the frames of so many trajectories at a time are mixed.
 
     Args:
@@ -128,40 +128,32 @@ class StreamedFrames:
 
     def __init__(self, split: StreamedSplit, *, batch_size: int, block_size: int, **order) -> None:
         self.sample = FrameDataset(split.head(SAMPLED_TRAJECTORIES), split.column)
-        self.fingerprint = split.fingerprint
-        self.batch_size, self.num_files = batch_size, len(split.files)
-        stream = TrajectoryStream(split, draws_per_row=None, min_frames=1, block_size=block_size, **order)
-        self.loader = StreamLoader(stream, self._read_step, _decode_named)
+        super().__init__(TrajectoryStream(split, draws_per_row=None, min_frames=1, block_size=block_size, **order))
+        self.fingerprint, self.batch_size = split.fingerprint, batch_size
 
-    @property
-    def extent(self) -> str:
-        return f"a stream of {self.num_files} files"
-
-    def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
-        """As of [`FrameBatches`], from the position that a checkpoint saved."""
-        return self.loader.load(first_step, last_step, num_workers)
-
-    def _read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[list[tuple]]:
+    def read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[list[tuple]]:
+        """A step's trajectories, and which frame of each it takes."""
         yield [
-            (trajectory.name, trajectory.video[frame])
+            (trajectory.without_other_images(frame, 1), frame)
             for trajectory, frame in (next(draws) for _ in range(self.batch_size))
         ]
 
+    def decode(self, read: list[tuple[StoredTrajectory, int]]) -> torch.Tensor:
+        """The frames of a step, (B, 3, height, width), uint8.
 
-def _decode_named(images: list[tuple[str, dict]]) -> torch.Tensor:
-    """Images of trajectories that are named where they cannot be read, or are of another size than the first."""
-    frames = []
-    for name, image in images:
-        try:
-            frames.append(decode_images([image])[0])
-        except (ValueError, OSError) as error:
-            raise BadExampleError(f"{name} has an image that cannot be read: {error}") from error
-        if frames[-1].shape != frames[0].shape:
-            raise BadExampleError(
-                f"{name} has frames of {tuple(frames[-1].shape[1:])}, but those of {images[0][0]} are "
-                f"{tuple(frames[0].shape[1:])} (height, width); prepare the dataset with prepare_dataset.py and `--size`."
-            )
-    return torch.stack(frames)
+        Raises:
+            BadExampleError: One cannot be read, or is of another size than the first; names its trajectory.
+        """
+        frames = []
+        for trajectory, frame in read:
+            frames.append(trajectory.frames(frame, 1)[0])
+            if frames[-1].shape != frames[0].shape:
+                raise BadExampleError(
+                    f"{trajectory.name} has frames of {tuple(frames[-1].shape[1:])}, but those of {read[0][0].name} are "
+                    f"{tuple(frames[0].shape[1:])} (height, width); prepare the dataset with prepare_dataset.py and "
+                    "`--size`."
+                )
+        return torch.stack(frames)
 
 
 PATCH = 8  # side, in pixels, of the square whose reconstruction is worst
