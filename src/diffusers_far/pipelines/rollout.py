@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..checks import check_count
 from ..models.frames import FrameBatch
@@ -22,21 +23,16 @@ from .settings import GenerationSettings
 MOST_REMAINING_NOISE = 0.02  # timesteps that are rounded to whole numbers leave 0.001
 
 
-def check_scheduler(scheduler: SchedulerMixin, *, takes_sigmas: bool = False) -> None:
+def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler that does not bring noise to the data along the model's velocities.
 
     It is tried on velocities that point at known data: classes of diffusers come and go, and one class may follow flows
     under one config only.
 
-    Args:
-        takes_sigmas (`bool`): It must take noise levels of the user's.
-
     Raises:
         ValueError: Names the scheduler and the reason.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    if takes_sigmas and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"`sigmas` was given but the scheduler, {name}, takes none; give `num_inference_steps`.")
     prediction_type, reason = config.get("prediction_type", "flow_prediction"), None
     if prediction_type != "flow_prediction":
         reason = f"has `prediction_type` {prediction_type!r}, but the transformer predicts a flow's velocity"
@@ -82,6 +78,13 @@ def take_step(scheduler: SchedulerMixin, velocity, timestep, latents, generator)
     return scheduler.step(velocity, timestep, latents, return_dict=False, **arguments)[0]
 
 
+def frame_noise(
+    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+) -> torch.Tensor:
+    """Noise of frames, `(B, F, C, H, W)`, float32; each sample's from its own generator where a list is given."""
+    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+
 class Rollout:
     """Writes clean frames and denoises new ones. Writing and denoising are two calls: a denoised frame becomes context
     only when it is written.
@@ -118,7 +121,7 @@ class Rollout:
         self.latent_shape = latent_shape
         self.max_frames = max_frames
         self.device = device
-        self.class_labels = class_labels
+        self.class_labels = None if class_labels is None else class_labels.to(device)
         self.is_guided = config.guidance_scale > 1
         self.set_config(config)
         self.num_frames = 0
