@@ -1,4 +1,4 @@
-"""What numbers, tensors and conditions must be, checked before they take memory or time."""
+"""What numbers and tensors must be, checked before they take memory or time."""
 
 import math
 import numbers
@@ -65,16 +65,6 @@ def check_memory(num_weights: int, names: tuple[str, ...], config: Mapping) -> N
             f"With {sizes} the model takes {num_bytes / 2**30:.0f} GiB in float32, and this machine has "
             f"{memory / 2**30:.0f}; make one of them smaller."
         )
-
-
-def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError where a condition is missing, superfluous or of the wrong shape."""
-    if value is None and is_taken:
-        raise ValueError(f"`{name}` is None but this model is conditioned on it; pass {name} of shape {shape}.")
-    if value is not None and not is_taken:
-        raise ValueError(f"`{name}` was given but this model is not conditioned on it; leave it out.")
-    if value is not None and tuple(value.shape) != shape:
-        raise ValueError(f"`{name}` has shape {tuple(value.shape)}; with these latents it must be {shape}.")
 
 
 def as_tensor(name: str, value: Any, cure: str) -> torch.Tensor:

@@ -11,7 +11,8 @@ from tiny_models import CONDITIONS, property_test, tiny_pipeline, tiny_taesd, ti
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.baselines.pipeline_video_dit import load_pipeline
-from diffusers_far.evaluation.world_model import Walks, WorldModelProtocol, predict_walks
+from diffusers_far.data.clips import ClipBatch
+from diffusers_far.evaluation.world_model import WorldModelProtocol, predict_walks
 
 
 NUM_CONTEXT, NUM_NEW, BATCH_SIZE, SIZE = 3, 2, 2, (4, 6)
@@ -267,10 +268,10 @@ def test_a_folder_is_loaded_as_what_it_is(tmp_path):
 def test_it_takes_a_far_pipeline_s_place_in_the_world_model_protocol():
     pipe = video_dit("clean", num_actions=3, action_shift=1)
     generator = torch.Generator().manual_seed(0)
-    walks = Walks(
-        torch.rand(3, 5, 3, 8, 12, generator=generator),
-        torch.randint(0, 3, (3, 5), generator=generator),
-        torch.zeros(3, 5, 3),
+    walks = ClipBatch(
+        frames=torch.randint(0, 256, (3, 5, 3, 8, 12), generator=generator, dtype=torch.uint8),
+        actions=torch.randint(0, 3, (3, 5), generator=generator),
+        pose=torch.zeros(3, 5, 3),
     )
     protocol = WorldModelProtocol(
         num_walks=3,

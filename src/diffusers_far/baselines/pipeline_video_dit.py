@@ -11,7 +11,6 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMi
 from diffusers.utils import logging
 
 from ..checks import check_choice
-from ..models.denoising_steps import DenoisingSteps
 from ..models.frames import FrameBatch
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
 from ..pipelines.pipeline_far import FARPipeline, FARPipelineOutput, VideoPipeline
@@ -51,17 +50,16 @@ class ClipRollout(Rollout):
         self.context_mode = context_mode
         self.context_noise: torch.Tensor | None = None
 
-    def _velocity(self, noisy: FrameBatch, steps: DenoisingSteps) -> torch.Tensor:
+    def _velocity(self, noisy: FrameBatch, timestep: torch.Tensor, modulation: None = None) -> torch.Tensor:
         """Velocity of the noisy frames at a step, `(B, F, C, H, W)`."""
-        timestep = steps.timestep
         if self.frames is None:
-            return self._predict(noisy, timestep)
+            return self._predict(noisy, timestep, class_labels=self._model_labels())
         context = self._context_at(timestep)
         batch_size, num_context = context.latents.shape[:2]
         timesteps = torch.full((batch_size, num_context + noisy.num_frames), float(timestep), device=self.device)
         if self.context_mode == "clean":
             timesteps[:, :num_context] = CLEAN_TIMESTEP
-        return self._predict(context.append(noisy), timesteps)[:, num_context:]
+        return self._predict(context.append(noisy), timesteps, class_labels=self._model_labels())[:, num_context:]
 
     def _context_at(self, timestep: torch.Tensor) -> FrameBatch:
         """The context as the model is shown it where the new frames are at `timestep`."""

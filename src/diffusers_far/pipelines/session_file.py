@@ -22,11 +22,11 @@ from ..files import tensors_sha256, written_whole
 from ..hooks.flex_rope import applied_config
 from ..models.frames import FrameBatch
 from ..models.identity import model_identity, public_config
-from ..models.kv_cache import CacheOptions
+from ..models.kv_cache import CacheOptions, computing_dtype
 from ..models.transformer_far import FARTransformer3DModel
 from .inputs import OUTPUT_TYPES, check_action_values, check_class_labels, check_settings, rows_of_videos
 from .latency import LatencyBudget
-from .rollout import Rollout, check_scheduler, computing_dtype
+from .rollout import Rollout, check_scheduler
 from .session_history import NoiseSource, NoiseState, SessionFrame, SessionHistory, check_max_history
 from .settings import GenerationSettings
 
@@ -354,7 +354,7 @@ def check_models(
         ValueError: Names what differs.
     """
     is_cached = isinstance(facts["config"], dict) and facts["config"].get("use_cache") is True
-    dtype = computing_dtype(transformer, device) if is_cached else None
+    dtype = computing_dtype(transformer.dtype, device) if is_cached else None
     ours, theirs = facts_of_models(transformer, scheduler, dtype), facts["made_by"]
     for name, cure in CURES.items():
         their_facts = theirs.get(name) if isinstance(theirs, dict) else None
