@@ -200,14 +200,29 @@ def test_given_noise_and_several_videos_of_a_context():
     torch.testing.assert_close(made[3:], alone, rtol=0, atol=1e-5)
 
 
-def test_a_model_that_makes_frame_after_frame_is_refused_and_so_is_a_stream():
+def test_a_model_that_makes_frame_after_frame_is_refused():
     pipe = VideoDiTPipeline(tiny_transformer(), tiny_taesd(), FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="`frame_causal=True`.*load it as a `FARPipeline`"):
         pipe(video_latents=random_latents(2), num_frames=1)
-    with pytest.raises(ValueError, match="`frame_causal=False` and makes whole clips"):
-        video_dit().stream(video_latents=random_latents(2), num_frames=1)
-    with pytest.raises(ValueError, match="`frame_causal=False` and makes whole clips"):
-        video_dit().start_session(video_latents=random_latents(2))
+
+
+def test_it_has_no_stream_no_session_and_no_flex_rope():
+    assert not any(hasattr(video_dit(), name) for name in ("stream", "start_session", "enable_flex_rope"))
+    with pytest.raises(ValueError, match="`frame_causal=False`: it has no past"):
+        VideoDiTPipeline(**video_dit().components, flex_rope={"slope": 0.1})
+
+
+@pytest.mark.parametrize("name", ["use_cache", "max_long_frames", "callback_on_step_end", "callback_on_frame_end"])
+def test_what_only_frame_after_frame_can_have_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"`{name}` was given but this pipeline makes all frames at once"):
+        video_dit()(video_latents=random_latents(2), num_frames=1, **{name: None})
+
+
+def test_its_call_takes_its_arguments_in_the_order_of_a_far_pipeline():
+    pipe, context = video_dit("clean"), random_latents(NUM_CONTEXT)
+    size = {"num_inference_steps": 3, "output_type": "latent", "generator": seeds(1)[0]}
+    made = pipe(None, context, None, None, NUM_NEW, **{**size, "generator": seeds(1)[0]}).frames
+    assert torch.equal(made, new_latents(pipe, video_latents=context, **size))
 
 
 def test_modes_and_caches_that_do_not_exist_are_refused():
