@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import tempfile
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from diffusers_far import FARTransformer3DModel, preset_config
 from diffusers_far.models.presets import PRESETS
+from diffusers_far.training.config import FARSettings
 
 from .flops import far_step_flops, meta_transformer
 from .scripts import ROOT, load_script
@@ -36,12 +36,12 @@ class Recipe:
 
     Args:
         name (`str`): Of its script.
-        arguments (`argparse.Namespace`): Of `train_far.py`.
+        arguments (`FARSettings`): Of `train_far.py`.
         num_processes (`int`): That it is launched on.
     """
 
     name: str
-    arguments: Namespace
+    arguments: FARSettings
     num_processes: int
 
     @property

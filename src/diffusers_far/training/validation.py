@@ -4,7 +4,6 @@ quality of rollouts, and the rollouts to look at.
 B batch, F frames, C latent channels, H/W latent height/width; h/w pixels.
 """
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from ..data.rows import BadExampleError
 from ..models.codec import decode_video
 from ..models.loading import name_some
 from .clips import ClipBatch, ClipDataset, cut_clips, step_generator, usable_trajectories
+from .config import FARSettings
 from .objective import add_noise, velocity_loss
 
 
@@ -146,35 +146,36 @@ class Measurement:
     truth: torch.Tensor | None = None
 
 
-def measure(args: argparse.Namespace, pipeline, latents: LatentDataset | EncodedDataset) -> Measurement:
+def measure(settings: FARSettings, pipeline, latents: LatentDataset | EncodedDataset) -> Measurement:
     """Held-out loss per noise level, and PSNR of each predicted frame, beside what nobody had to learn.
 
     Args:
-        args (`argparse.Namespace`): With `add_validation_arguments`, `num_frames`, `frame_interval` and
-            `train_batch_size`. Without `num_validation_inference_steps` the pipeline takes its own.
+        settings ([`FARSettings`]): Of the script. Without `num_validation_inference_steps` the pipeline takes its own.
         pipeline ([`FARPipeline`] or [`VideoDiTPipeline`]): Its transformer in `eval` mode.
         latents (`LatentDataset` or `EncodedDataset`): Held out; the same clips of it are measured every time.
     """
     transformer = pipeline.transformer
-    clips = validation_clips(latents, args.num_validation_clips, args.num_frames, args.frame_interval)
-    losses = held_out_losses(transformer, clips.to(transformer.device), batch_size=args.train_batch_size)
+    clips = validation_clips(latents, settings.num_validation_clips, settings.num_frames, settings.frame_interval)
+    losses = held_out_losses(transformer, clips.to(transformer.device), batch_size=settings.train_batch_size)
     metrics = {f"loss_at_{level}": loss for level, loss in losses.items()}
     metrics["loss"] = np.mean([*losses.values()]).item()
-    num_context_frames = args.num_frames - args.num_validation_frames
-    if not args.num_validation_videos or num_context_frames <= 0:
+    num_context_frames = settings.num_frames - settings.num_validation_frames
+    if not settings.num_validation_videos or num_context_frames <= 0:
         return Measurement(metrics)
-    clips = validation_clips(latents, args.num_validation_videos, args.num_frames, args.frame_interval)
+    clips = validation_clips(latents, settings.num_validation_videos, settings.num_frames, settings.frame_interval)
     predicted, truth = rollout(
         pipeline,
         clips.to(transformer.device),
         num_context_frames=num_context_frames,
-        num_inference_steps=args.num_validation_inference_steps,
+        num_inference_steps=settings.num_validation_inference_steps,
     )
     last_context_frame = decode_video(pipeline.vae, clips.latents[:, num_context_frames - 1].to(transformer.device))
     metrics |= psnr_metrics("psnr", predicted, truth)
     metrics |= psnr_metrics("repeated_psnr", last_context_frame[:, None].float().cpu(), truth)
     if isinstance(latents, EncodedDataset):
-        videos = validation_clips(latents.videos, args.num_validation_videos, args.num_frames, args.frame_interval)
+        videos = validation_clips(
+            latents.videos, settings.num_validation_videos, settings.num_frames, settings.frame_interval
+        )
         metrics |= psnr_metrics("vae_psnr", truth, videos.frames[:, num_context_frames:] / 255)
     return Measurement(metrics, predicted, truth)
 
