@@ -1,4 +1,4 @@
-"""What the paper's recipes in `examples/configs/*.sh` would cost, from the very commands that they run.
+"""What the paper's recipes in `examples/recipes/*.sh` would cost, from the very commands that they run.
 
 An estimate: the operations of training are counted, and the speed is assumed.
 """
@@ -20,7 +20,7 @@ from .flops import far_step_flops, meta_transformer
 from .scripts import ROOT, load_script
 
 
-CONFIGS = ROOT / "examples" / "configs"
+RECIPES = ROOT / "examples" / "recipes"
 FLOPS_PER_SECOND = 125e12  # 40% of the 312e12 that an A100 does in bfloat16
 LATENT_CHANNELS, LATENT_SIZE = 32, 8  # of the paper's autoencoders, at every size of frame
 
@@ -109,7 +109,7 @@ def read_recipe(script: Path) -> Recipe:
 
 
 def read_recipes() -> list[Recipe]:
-    return [read_recipe(script) for script in sorted(CONFIGS.glob("*.sh"))]
+    return [read_recipe(script) for script in sorted(RECIPES.glob("*.sh"))]
 
 
 def recipe_table() -> str:
