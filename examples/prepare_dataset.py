@@ -28,8 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
-from diffusers_far.data.actions import COMBINATION_RULES, ActionCombiner
-from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.rows import COMBINATION_RULES, ActionCombiner, BadExampleError
 from diffusers_far.data.sources import SOURCES, TrajectorySource
 
 

@@ -78,8 +78,7 @@ from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.kv_cache import CacheOptions
 from diffusers_far.pipelines.model_card import model_card
-from diffusers_far.training.clip_sources import open_clips, open_validation_clips
-from diffusers_far.training.clips import clip_loss, encode_batches
+from diffusers_far.training.clips import clip_loss, encode_batches, open_clips, open_validation_clips
 from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions

@@ -57,8 +57,7 @@ from accelerate.logging import get_logger
 from diffusers_far import FARPipeline
 from diffusers_far.evaluation.media import write_mp4
 from diffusers_far.models.identity import model_identity
-from diffusers_far.training.clip_sources import open_clips, open_validation_clips
-from diffusers_far.training.clips import clip_loss, encode_batches
+from diffusers_far.training.clips import clip_loss, encode_batches, open_clips, open_validation_clips
 from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.lora import (

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_far.data.actions import align_actions
-from diffusers_far.data.frames import VideoFrames
-from diffusers_far.data.images import fit_frame
 from diffusers_far.data.loading import load_split
 from diffusers_far.data.media_files import read_clip
+from diffusers_far.data.rows import align_actions
+from diffusers_far.data.video_clips import VideoClips
+from diffusers_far.pictures import fit_frame
 
 from .settings import WorldError, WorldLimits, require_number
 
@@ -67,13 +67,13 @@ class RecordedWalks:
         num_actions: int,
     ):
         dataset = load_split(dataset_name, split)
-        self.frames = VideoFrames(dataset)
-        self.rows = np.flatnonzero(self.frames.num_frames >= 2).tolist()
+        self.videos = VideoClips(dataset)
+        self.rows = np.flatnonzero(self.videos.num_frames >= 2).tolist()
         if not self.rows:
             raise ValueError(f"`dataset_name` {dataset_name!r} has no recording of two frames or more in {split!r}.")
         self.size = size
         self.limits = limits
-        self.num_frames = self.frames.num_frames[self.rows].tolist()
+        self.num_frames = self.videos.num_frames[self.rows].tolist()
         self.actions = [[0] * num_frames for num_frames in self.num_frames]
         if num_actions:
             if "actions" not in dataset.column_names:
@@ -120,7 +120,7 @@ class RecordedWalks:
         )
 
     def _read_walk(self, walk: int) -> tuple[np.ndarray, list[int]]:
-        frames = self.frames.clip(self.rows[walk], 0, self.num_frames[walk]).permute(0, 2, 3, 1).numpy()
+        frames = self.videos.frames(self.rows[walk], 0, self.num_frames[walk]).permute(0, 2, 3, 1).numpy()
         return np.stack([fit_frame(frame, self.size) for frame in frames]), self.actions[walk]
 
 

@@ -14,8 +14,8 @@ import pytest
 from datasets import ClassLabel, Image, List, Value, load_dataset
 from video_files import frame_numbers, gray_frames, truncate, write_video
 
-from diffusers_far.data.frames import FrameDataset
 from diffusers_far.data.loading import load_split
+from diffusers_far.data.video_clips import FrameDataset
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_far.data.actions import COMBINATION_RULES
+from diffusers_far.data.rows import COMBINATION_RULES
 from diffusers_far.training.config import (
     OPTIMIZERS,
     EMASettings,

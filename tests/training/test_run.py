@@ -12,11 +12,12 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from tiny_models import tiny_pipeline, tiny_transformer
 
-from diffusers_far.data.latents import LatentClip
+from diffusers_far.data.clips import Clip, ClipBatch
 from diffusers_far.data.rows import BadExampleError
-from diffusers_far.training import clip_sources, run
+from diffusers_far.training import clips as training_clips
+from diffusers_far.training import run
 from diffusers_far.training.checkpoints import save_checkpoint
-from diffusers_far.training.clips import ClipBatch, clip_loss
+from diffusers_far.training.clips import clip_loss
 from diffusers_far.training.config import FARSettings, FrameSettings
 from diffusers_far.training.launch import Launch
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
@@ -252,7 +253,7 @@ class Latents:
 
     def __init__(self, channels=4, actions=None, label=None):
         self.latent_shape = (channels, 4, 4)
-        self.first_clip = LatentClip(torch.zeros(1, channels, 4, 4), actions, label)
+        self.first_clip = Clip(torch.zeros(1, channels, 4, 4), actions, label)
 
     def check_rows(self, num_actions, num_classes):
         if self.first_clip.actions is not None and (self.first_clip.actions >= num_actions).any():
@@ -406,7 +407,7 @@ class Trajectories:
     num_frames, latent_shape = np.array([6, 6]), (4, 4, 4)
 
     def clip(self, trajectory, start, length, interval=1):
-        return LatentClip(torch.randn(length, 4, 4, 4), torch.ones(length).long(), None)
+        return Clip(torch.randn(length, 4, 4, 4), torch.ones(length).long(), None)
 
 
 class FaultyLatents:
@@ -418,7 +419,7 @@ class FaultyLatents:
         latents = torch.zeros(length, 4, 4, 4)
         if trajectory == 2:
             latents[1, 0, 0, 0] = float("nan")
-        return LatentClip(latents, torch.zeros(length).long(), None)
+        return Clip(latents, torch.zeros(length).long(), None)
 
 
 def test_metrics_that_are_no_numbers_fail_the_run(make_run):
@@ -460,8 +461,8 @@ def test_the_attention_of_long_models_alone_is_kept_from_cudnn(long_patch_size, 
 def test_a_split_that_is_held_out_and_too_short_is_refused_at_the_start(monkeypatch, tmp_path):
     (tmp_path / "validation").mkdir()
     settings = settings_of(tmp_path, latents_dir=str(tmp_path), num_frames=4)
-    monkeypatch.setattr(clip_sources, "open_clips", lambda *_: FaultyLatents())
+    monkeypatch.setattr(training_clips, "open_clips", lambda *_: FaultyLatents())
     with pytest.raises(ValueError, match="split 'validation', which is held out: .* the longest of 4 .* has 3"):
-        clip_sources.open_validation_clips(settings, None)
+        training_clips.open_validation_clips(settings, None)
     settings.num_frames = 3
-    assert clip_sources.open_validation_clips(settings, None) is not None
+    assert training_clips.open_validation_clips(settings, None) is not None

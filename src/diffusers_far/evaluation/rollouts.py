@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from ..data.frames import evenly_spaced
+from ..data.clips import Clip, evenly_spaced
 from ..pipelines import FARPipeline
 from .media import contact_sheet, write_mp4
 from .metrics import frame_lpips, frame_psnr, frame_ssim, seen_before
 from .networks import LPIPS, EfficientNetLite0
 from .protocols import Case, ContinuationProtocol, RolloutProtocol, Task
 from .results import ResultFolder
-from .videos import TrueVideo, TrueVideos
+from .videos import TrueVideos
 
 
 SHEET_FRAMES = 10  # of a sample, on the contact sheet
@@ -87,16 +87,14 @@ def measured_batches(protocol: RolloutProtocol, networks: MetricNetworks) -> lis
     return [batch for batch in protocol.batches() if networks.can_measure(protocol.task(batch[0].task))]
 
 
-def roll_out(pipe: FARPipeline, clips: list[TrueVideo], cases: list[Case], protocol: RolloutProtocol) -> torch.Tensor:
+def roll_out(pipe: FARPipeline, clips: list[Clip], cases: list[Case], protocol: RolloutProtocol) -> torch.Tensor:
     """The new frames of each case, `(B, task.num_frames, 3, h, w)`, float32, on the CPU."""
     task = protocol.task(cases[0].task)
     sizes = {tuple(clip.frames.shape[-2:]) for clip in clips}
     if len(sizes) > 1:
         raise ValueError(f"The dataset's videos have sizes {sorted(sizes)}; prepare them with one size.")
     height, width = sizes.pop()
-    video = (
-        torch.stack([clip.frames[: task.num_context_frames] for clip in clips]) if task.num_context_frames else None
-    )
+    video = torch.stack([clip.video[: task.num_context_frames] for clip in clips]) if task.num_context_frames else None
     actions = None if clips[0].actions is None else torch.stack([clip.actions for clip in clips])
     num_classes = pipe.transformer.config.num_classes
     labels = None
@@ -120,7 +118,7 @@ def roll_out(pipe: FARPipeline, clips: list[TrueVideo], cases: list[Case], proto
 
 
 def measure_case(
-    case: Case, clip: TrueVideo, predicted: torch.Tensor, protocol: RolloutProtocol, networks: MetricNetworks
+    case: Case, clip: Clip, predicted: torch.Tensor, protocol: RolloutProtocol, networks: MetricNetworks
 ) -> dict[str, torch.Tensor]:
     """Everything that is kept of a case: scores of each frame, and features.
 
@@ -133,21 +131,21 @@ def measure_case(
         `(frames, features)`, `video_features` of shape `(features,)`, and once for each video those of the truth.
     """
     task = protocol.task(case.task)
-    num_context = task.num_context_frames
+    num_context, true_video = task.num_context_frames, clip.video
     result = {}
     if task.compares_frames:
-        truth = clip.frames[num_context:]
+        truth = true_video[num_context:]
         result |= frame_scores(predicted, truth, networks)
         if case.trajectory == 0:
-            repeated = clip.frames[num_context - 1].expand_as(truth)
+            repeated = true_video[num_context - 1].expand_as(truth)
             result |= {f"repeated_{name}": score for name, score in frame_scores(repeated, truth, networks).items()}
             if clip.pose is not None and isinstance(protocol, ContinuationProtocol):
                 result |= view_masks(clip.pose, num_context, protocol)
     if task.compares_distributions:
-        made = torch.cat([clip.frames[:num_context], predicted])
+        made = torch.cat([true_video[:num_context], predicted])
         result |= features_of(made, num_context, protocol, networks)
         if case.trajectory == 0 and case.seed == protocol.seeds[0]:
-            true_features = features_of(clip.frames, num_context, protocol, networks)
+            true_features = features_of(true_video, num_context, protocol, networks)
             result |= {f"true_{name}": features for name, features in true_features.items()}
     return result
 
@@ -196,16 +194,16 @@ def features_of(
     return features
 
 
-def write_sample(folder: Path, case: Case, clip: TrueVideo, predicted: torch.Tensor, fps: float) -> None:
+def write_sample(folder: Path, case: Case, clip: Clip, predicted: torch.Tensor, fps: float) -> None:
     """One rollout to look at: an mp4, truth on the left, and evenly spaced frames, truth above."""
     folder.mkdir(exist_ok=True)
-    num_context = len(clip.frames) - len(predicted)
-    made = torch.cat([clip.frames[:num_context], predicted])
+    true_video, num_context = clip.video, len(clip.frames) - len(predicted)
+    made = torch.cat([true_video[:num_context], predicted])
     height, width = made.shape[-2:]
     scale = max(1, 2 * SMALL_SIDE // min(height, width)) if min(height, width) < SMALL_SIDE else 1
     if (height * scale) % 2:
         scale *= 2  # H.264 wants even sides
-    write_mp4(folder / f"{case.name}.mp4", torch.cat([clip.frames, made], dim=-1), fps, scale)
+    write_mp4(folder / f"{case.name}.mp4", torch.cat([true_video, made], dim=-1), fps, scale)
     shown = evenly_spaced(len(predicted), SHEET_FRAMES)
-    sheet = contact_sheet([clip.frames[num_context:][shown], predicted[shown]], scale=1 if scale == 1 else 2)
+    sheet = contact_sheet([true_video[num_context:][shown], predicted[shown]], scale=1 if scale == 1 else 2)
     sheet.save(folder / f"{case.name}.png")

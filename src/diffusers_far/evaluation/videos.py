@@ -3,31 +3,12 @@
 F frames; h/w pixels.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-import torch
 from datasets import Dataset
 
-from ..data.frames import VideoFrames, evenly_spaced
+from ..data.clips import Clip, evenly_spaced
+from ..data.video_clips import VideoClips
 from .protocols import LatteProtocol, RolloutProtocol
-
-
-@dataclass(frozen=True)
-class TrueVideo:
-    """One clip.
-
-    Args:
-        frames (`torch.Tensor` of shape `(F, 3, h, w)`): In [0, 1].
-        actions (`torch.Tensor` of shape `(F,)`, int64, or `(F, A)`, float32, *optional*): Taken at each frame.
-        label (`int`, *optional*): Its class.
-        pose (`torch.Tensor` of shape `(F, 3)`, *optional*): Where each frame was seen from.
-    """
-
-    frames: torch.Tensor
-    actions: torch.Tensor | None
-    label: int | None
-    pose: torch.Tensor | None
 
 
 class TrueVideos:
@@ -52,43 +33,25 @@ class TrueVideos:
         self.needs_actions = transformer_config.num_actions is not None or transformer_config.action_dim is not None
         self.needs_label = transformer_config.num_classes is not None and getattr(protocol, "condition", "") != "free"
         check_conditions(dataset, protocol, self.needs_actions, self.needs_label, transformer_config)
-        self.frames = VideoFrames(dataset)
-        usable = np.flatnonzero(self.frames.num_frames >= protocol.num_frames_needed)
-        self.num_too_short = len(self.frames.num_frames) - len(usable)
+        conditions = {"actions": self.needs_actions, "label": self.needs_label, "pose": True}
+        self.clips = VideoClips(dataset, conditions=[name for name, is_needed in conditions.items() if is_needed])
+        usable = np.flatnonzero(self.clips.num_frames >= protocol.num_frames_needed)
+        self.num_too_short = len(self.clips.num_frames) - len(usable)
         if len(usable) < protocol.num_videos:
             raise ValueError(
                 f"`num_videos` is {protocol.num_videos}, but {len(usable)} of {len(dataset)} videos have the "
                 f"{protocol.num_frames_needed} frames that this protocol needs; lower it, or the numbers of frames."
             )
         self.rows = usable[evenly_spaced(len(usable), protocol.num_videos)].tolist()
-        # Without the frames, so that a row is quick to read.
-        self.conditions = dataset.select_columns(
-            [name for name in ("actions", "label", "pose") if name in dataset.column_names]
-        )
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def clip(self, video: int, num_frames: int) -> TrueVideo:
-        """The first `num_frames` frames of a video's clip."""
-        row, interval = self.rows[video], self.protocol.frame_interval
-        start = self.protocol.first_frame(video, int(self.frames.num_frames[row]))
-        frames = self.frames.clip(row, start, num_frames, interval).float() / 255
-        conditions = self.conditions[row] if self.conditions.column_names else {}
-        span = slice(start, start + (num_frames - 1) * interval + 1, interval)
-        pose = conditions.get("pose")
-        return TrueVideo(
-            frames=frames,
-            actions=as_actions(conditions["actions"][span]) if self.needs_actions else None,
-            label=int(conditions["label"]) if self.needs_label else None,
-            pose=None if pose is None else torch.tensor(pose[span], dtype=torch.float32),
-        )
-
-
-def as_actions(actions: list) -> torch.Tensor:
-    """Integers stay integers, (F,); all else is float32, (F, A)."""
-    values = np.asarray(actions)
-    return torch.from_numpy(values.astype(np.int64 if values.dtype.kind in "iu" else np.float32))
+    def clip(self, video: int, num_frames: int) -> Clip:
+        """The first `num_frames` frames of a video's clip, with the conditions that the model takes, and poses."""
+        row = self.rows[video]
+        start = self.protocol.first_frame(video, int(self.clips.num_frames[row]))
+        return self.clips.clip(row, start, num_frames, self.protocol.frame_interval)
 
 
 def check_conditions(

@@ -19,7 +19,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from ..command_line import HelpWithDefaults
-from ..data.actions import COMBINATION_RULES, ActionCombiner
+from ..data.rows import COMBINATION_RULES, ActionCombiner
 
 
 if TYPE_CHECKING:  # a script reads its settings before it imports what takes seconds

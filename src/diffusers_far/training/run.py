@@ -28,15 +28,17 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from ..command_line import Progress
-from ..data.latents import EncodedDataset, LatentDataset
+from ..data.clips import ClipBatch
+from ..data.latents import LatentDataset
+from ..data.video_clips import EncodedDataset, StreamedClips
 from ..models.loading import name_some
 from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint, way_back
-from .clips import ClipBatch, StepBatches, TrainingBatches, step_generator
+from .clips import StepBatches, TrainingBatches, step_generator
 from .config import FARSettings, RunSettings
 from .hub import open_repo, push_folder
 from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
-from .streaming import StreamedBatches, StreamedClips
+from .streaming import StreamedBatches
 
 
 logger = get_logger(__name__)
@@ -618,11 +620,9 @@ def training_batches(
             clips_per_trajectory=settings.clips_per_trajectory,
             **sizes,
         )
-        batches.loader.save_with(accelerator)
+        batches.save_with(accelerator)
     else:
-        # Videos are encoded in the process that trains, whichever decodes them.
-        clips = latents.videos if isinstance(latents, EncodedDataset) else latents
-        batches = TrainingBatches(clips, objective, latents.latent_shape, **sizes)
+        batches = TrainingBatches(latents, objective, **sizes)
         settings.count_epochs(len(batches.trajectories), batches.clips_per_step)
     return batches.longest if settings.dry_run else batches
 
