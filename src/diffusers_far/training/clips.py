@@ -141,7 +141,7 @@ STEP_STREAM, CLIP_STREAM, START_STREAM = 1, 2, 4
 
 
 def draw_start(num_trajectory_frames: int, num_frames: int, interval: int, generator: torch.Generator) -> int:
-    """Where a clip of `num_frames` frames, `interval` apart, starts in a trajectory: any place is as likely."""
+    """Where a clip of `num_frames` frames, `interval` apart, starts in a trajectory: all places are equally likely."""
     num_starts = num_trajectory_frames - (num_frames - 1) * interval
     return int(torch.randint(num_starts, (), generator=generator))
 
@@ -272,7 +272,7 @@ class TrainingBatches(StepBatches):
 
     @property
     def extent(self) -> str:
-        """How much of the data is long enough, in words for the log."""
+        """How many trajectories are long enough, in words for the log."""
         return (
             f"{len(self.trajectories)} of {len(self.dataset.num_frames)} trajectories are long enough for "
             f"{self.num_frames} frames"

@@ -1,5 +1,5 @@
-"""What a FAR training is measured by on held-out trajectories, with the same draws every time: losses by noise level, the
-quality of rollouts, and the rollouts to look at.
+"""How a FAR training is measured on held-out trajectories, with the same random draws every time: losses by noise level, the
+quality of rollouts, and videos to look at.
 
 B batch, F frames, C latent channels, H/W latent height/width; h/w pixels.
 """
@@ -165,7 +165,7 @@ class Measurement:
 
 
 def measure(settings: FARSettings, pipeline, latents: LatentDataset | EncodedDataset) -> Measurement:
-    """Held-out loss per noise level, and PSNR of each predicted frame, beside what nobody had to learn.
+    """Held-out loss per noise level, and PSNR of each predicted frame, beside that of repeating the last frame.
 
     Args:
         settings ([`FARSettings`]): Of the script. Without `num_validation_inference_steps` the pipeline takes its own.
@@ -213,8 +213,8 @@ def side_by_side(truth: torch.Tensor, predicted: torch.Tensor, num_videos: int =
 
 
 def describe_metrics(metrics: Mapping[str, float]) -> str:
-    """A table for the log: the loss by noise level, and PSNR by predicted frame, of the model and of what nobody had to
-    learn. Of many frames it has some, spread over all; the means are over all.
+    """A table for the log: the loss by noise level, and the PSNR by predicted frame, of the model and of what it is compared
+    with. Of many frames it shows some, evenly spaced; the means are over all.
 
     Args:
         metrics (`dict`): Of a [`Measurement`].
