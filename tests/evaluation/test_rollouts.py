@@ -148,7 +148,7 @@ def test_samples_show_truth_beside_prediction(truth_pipeline, protocol, evaluate
 def test_videos_of_two_sizes_are_refused(noise_pipeline, dataset, protocol, networks, evaluate, tmp_path):
     class TwoSizes:
         def clip(self, video, num_frames):
-            from diffusers_far.evaluation.videos import TrueVideo
+            from diffusers_far.evaluation.rollouts import TrueVideo
 
             return TrueVideo(torch.rand(num_frames, 3, 16, 16 + 2 * video), None, None, None)
 

@@ -1,4 +1,4 @@
-"""Running the cases of a protocol: roll out, measure, keep.
+"""Running the cases of a protocol: read the true video, roll out, measure, keep.
 
 B cases, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 """
@@ -7,20 +7,119 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
 
-from ..data.frames import evenly_spaced
+from ..data.frames import VideoFrames, evenly_spaced
 from ..pipelines import FARPipeline
 from .media import contact_sheet, write_mp4
 from .metrics import frame_lpips, frame_psnr, frame_ssim, seen_before
 from .networks import LPIPS, EfficientNetLite0
-from .protocols import Case, ContinuationProtocol, RolloutProtocol, Task
+from .protocols import Case, ContinuationProtocol, LatteProtocol, RolloutProtocol, Task
 from .results import ResultFolder
-from .videos import TrueVideo, TrueVideos
 
 
 SHEET_FRAMES = 10  # of a sample, on the contact sheet
 SMALL_SIDE = 128  # frames below are shown enlarged
+
+
+@dataclass(frozen=True)
+class TrueVideo:
+    """One clip.
+
+    Args:
+        frames (`torch.Tensor` of shape `(F, 3, h, w)`): In [0, 1].
+        actions (`torch.Tensor` of shape `(F,)`, int64, or `(F, A)`, float32, *optional*): Taken at each frame.
+        label (`int`, *optional*): Its class.
+        pose (`torch.Tensor` of shape `(F, 3)`, *optional*): Where each frame was seen from.
+    """
+
+    frames: torch.Tensor
+    actions: torch.Tensor | None
+    label: int | None
+    pose: torch.Tensor | None
+
+
+class TrueVideos:
+    """The clips that a protocol asks for, by number.
+
+    Args:
+        dataset (`datasets.Dataset`): A row per video: `video` (images or a file), and `actions`, `label` and `pose` where
+            they exist.
+        protocol ([`RolloutProtocol`]): How many, how long, where they start.
+        transformer_config: Which conditions the model takes.
+
+    Attributes:
+        rows (`list[int]`): The row of each video.
+        num_too_short (`int`): Rows that are not long enough.
+
+    Raises:
+        ValueError: Too few videos that are long enough, or a column that the model needs is missing.
+    """
+
+    def __init__(self, dataset: Dataset, protocol: RolloutProtocol, transformer_config) -> None:
+        self.protocol = protocol
+        self.needs_actions = transformer_config.num_actions is not None or transformer_config.action_dim is not None
+        self.needs_label = transformer_config.num_classes is not None and getattr(protocol, "condition", "") != "free"
+        check_conditions(dataset, protocol, self.needs_actions, self.needs_label, transformer_config)
+        self.frames = VideoFrames(dataset)
+        usable = np.flatnonzero(self.frames.num_frames >= protocol.num_frames_needed)
+        self.num_too_short = len(self.frames.num_frames) - len(usable)
+        if len(usable) < protocol.num_videos:
+            raise ValueError(
+                f"`num_videos` is {protocol.num_videos}, but {len(usable)} of {len(dataset)} videos have the "
+                f"{protocol.num_frames_needed} frames that this protocol needs; lower it, or the numbers of frames."
+            )
+        self.rows = usable[evenly_spaced(len(usable), protocol.num_videos)].tolist()
+        # Without the frames, so that a row is quick to read.
+        self.conditions = dataset.select_columns(
+            [name for name in ("actions", "label", "pose") if name in dataset.column_names]
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def clip(self, video: int, num_frames: int) -> TrueVideo:
+        """The first `num_frames` frames of a video's clip."""
+        row, interval = self.rows[video], self.protocol.frame_interval
+        start = self.protocol.first_frame(video, int(self.frames.num_frames[row]))
+        frames = self.frames.clip(row, start, num_frames, interval).float() / 255
+        conditions = self.conditions[row] if self.conditions.column_names else {}
+        span = slice(start, start + (num_frames - 1) * interval + 1, interval)
+        pose = conditions.get("pose")
+        return TrueVideo(
+            frames=frames,
+            actions=as_actions(conditions["actions"][span]) if self.needs_actions else None,
+            label=int(conditions["label"]) if self.needs_label else None,
+            pose=None if pose is None else torch.tensor(pose[span], dtype=torch.float32),
+        )
+
+
+def as_actions(actions: list) -> torch.Tensor:
+    """Integers stay integers, (F,); all else is float32, (F, A)."""
+    values = np.asarray(actions)
+    return torch.from_numpy(values.astype(np.int64 if values.dtype.kind in "iu" else np.float32))
+
+
+def check_conditions(
+    dataset: Dataset, protocol: RolloutProtocol, needs_actions: bool, needs_label: bool, transformer_config
+) -> None:
+    """Refuse a dataset without the columns that the model takes, or a protocol that the model cannot follow."""
+    for column, is_needed in (("actions", needs_actions), ("label", needs_label)):
+        if is_needed and column not in dataset.column_names:
+            raise ValueError(
+                f"The model takes {column}, but the dataset has the columns {dataset.column_names}; name one with "
+                f"`{column}`."
+            )
+    if needs_actions and protocol.frame_interval > 1:
+        raise ValueError(
+            f"`frame_interval` is {protocol.frame_interval}, and the actions between two frames would be lost; prepare "
+            "the dataset with `prepare_dataset.py --frame_interval ... --combine_actions ...`, and leave it at 1 here."
+        )
+    is_under_classes = isinstance(protocol, LatteProtocol) and protocol.condition == "class"
+    if is_under_classes and transformer_config.num_classes is None:
+        raise ValueError("`condition` is 'class', but this model knows no classes; pass `--condition free`.")
 
 
 @dataclass(frozen=True)

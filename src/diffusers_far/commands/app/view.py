@@ -5,8 +5,7 @@ from html import escape
 
 import numpy as np
 
-from diffusers_far.data.images import encode_png
-
+from ...data.images import encode_png
 from .world import World
 
 

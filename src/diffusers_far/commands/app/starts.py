@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_far.data.actions import align_actions
-from diffusers_far.data.frames import VideoFrames
-from diffusers_far.data.images import fit_frame
-from diffusers_far.data.loading import load_split
-from diffusers_far.data.media_files import read_clip
-
+from ...data.actions import align_actions
+from ...data.frames import VideoFrames
+from ...data.images import fit_frame
+from ...data.loading import load_split
+from ...data.media_files import read_clip
 from .settings import WorldError, WorldLimits, require_number
 
 
