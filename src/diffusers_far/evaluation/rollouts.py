@@ -14,7 +14,7 @@ from datasets import Dataset
 from ..data.frames import VideoFrames, evenly_spaced
 from ..pipelines import FARPipeline
 from .media import contact_sheet, write_mp4
-from .metrics import frame_lpips, frame_psnr, frame_ssim, seen_before
+from .metrics import frame_lpips, frame_psnr, frame_ssim, revisits_by_age
 from .networks import LPIPS, EfficientNetLite0
 from .protocols import Case, ContinuationProtocol, LatteProtocol, RolloutProtocol, Task
 from .results import ResultFolder
@@ -115,7 +115,7 @@ def check_conditions(
     if needs_actions and protocol.frame_interval > 1:
         raise ValueError(
             f"`frame_interval` is {protocol.frame_interval}, and the actions between two frames would be lost; prepare "
-            "the dataset with `prepare_dataset.py --frame_interval ... --combine_actions ...`, and leave it at 1 here."
+            "the dataset with `far prepare --frame_interval ... --combine_actions ...`, and leave it at 1 here."
         )
     is_under_classes = isinstance(protocol, LatteProtocol) and protocol.condition == "class"
     if is_under_classes and transformer_config.num_classes is None:
@@ -261,21 +261,12 @@ def frame_scores(predicted: torch.Tensor, truth: torch.Tensor, networks: MetricN
 
 
 def view_masks(pose: torch.Tensor, num_context_frames: int, protocol: ContinuationProtocol) -> dict[str, torch.Tensor]:
-    """Which of the predicted frames show a view that is revisited, and which one that was never seen; the others were
-    seen a while ago, but not long enough to count. Counted from the first frame of the context on."""
-    frames = slice(num_context_frames, len(pose))
-
-    def seen(min_age: int) -> torch.Tensor:
-        return seen_before(
-            pose,
-            slice(0, len(pose)),
-            frames,
-            max_distance=protocol.max_distance,
-            max_turn=protocol.max_turn,
-            min_age=min_age,
-        )
-
-    return {"revisited": seen(protocol.min_revisit_age), "unseen": ~seen(protocol.max_recent_age + 1)}
+    """Which of the predicted frames revisit a view, and which show one that was never seen, counted from the first frame of
+    the context on; see [`revisits_by_age`]."""
+    names = ("min_revisit_age", "max_recent_age", "max_distance", "max_turn")
+    settings = {name: getattr(protocol, name) for name in names}
+    revisited, unseen = revisits_by_age(pose, slice(num_context_frames, len(pose)), **settings)
+    return {"revisited": revisited, "unseen": unseen}
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ..data.actions import align_actions
 from ..data.frames import VideoFrames
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
-from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, seen_before
+from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, revisited_and_unseen, seen_before
 from .protocols import WorldModelProtocol
 
 
@@ -257,16 +257,17 @@ def _seen_views(walks: Walks, protocol: WorldModelProtocol, memory: slice) -> to
 
 def memory_scores(gain: torch.Tensor, walks: Walks, protocol: WorldModelProtocol) -> dict:
     """What the whole context is better by than its recent frames, `gain` `(B, num_frames)` in dB of PSNR: a model that remembers
-    is better on views that it was shown before the recent frames and not since (`remembered`), and no better on those that
-    it never was (`unseen`)."""
+    is better on views that it was shown before the recent frames and not since (`remembered`: a revisit, long ago being
+    told by place), and no better on those that it never was (`unseen`)."""
     num_context = protocol.num_context_frames
     first_recent = num_context - protocol.num_recent_frames
     shown_early, shown_late = (
         _seen_views(walks, protocol, memory) for memory in (slice(0, first_recent), slice(first_recent, num_context))
     )
+    remembered, unseen = revisited_and_unseen(shown_early, shown_late)
     return {
         name: {"share_of_frames": mask.double().mean().item(), "gain": Estimate.of(mean_where(gain, mask)).to_json()}
-        for name, mask in (("remembered", shown_early & ~shown_late), ("unseen", ~shown_early & ~shown_late))
+        for name, mask in (("remembered", remembered), ("unseen", unseen))
     }
 
 
