@@ -251,3 +251,15 @@ def revisits_by_age(
 def mean_where(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
     """Mean over the masked frames of each walk, NaN where a walk has none: (B, F), (B, F) -> (B,)."""
     return (values.double().masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)).numpy()
+
+
+def scores_by_view(psnr: torch.Tensor, gain: torch.Tensor, masks: dict[str, torch.Tensor]) -> dict:
+    """PSNR and its gain over repeating the last frame on the frames of each mask, ready for JSON; all are `(B, F)`."""
+    return {
+        view: {
+            "share_of_frames": mask.double().mean().item(),
+            "psnr": Estimate.of(mean_where(psnr, mask)).to_json(),
+            "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
+        }
+        for view, mask in masks.items()
+    }

@@ -17,7 +17,15 @@ from ..data.actions import align_actions
 from ..data.frames import VideoFrames
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
-from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, revisited_and_unseen, seen_before
+from .metrics import (
+    Estimate,
+    frame_psnr,
+    gradient_magnitude,
+    mean_where,
+    revisited_and_unseen,
+    scores_by_view,
+    seen_before,
+)
 from .protocols import WorldModelProtocol
 
 
@@ -222,14 +230,7 @@ def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProt
         scores["follows_actions"] = Estimate.of(follows).to_json()
     if walks.pose is not None:
         seen = _seen_views(walks, protocol, slice(0, num_context))
-        scores["by_view"] = {
-            name: {
-                "share_of_frames": mask.double().mean().item(),
-                "psnr": Estimate.of(mean_where(psnr["predicted"], mask)).to_json(),
-                "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
-            }
-            for name, mask in (("seen", seen), ("unseen", ~seen))
-        }
+        scores["by_view"] = scores_by_view(psnr["predicted"], gain, {"seen": seen, "unseen": ~seen})
     if predictions.forgetful is not None:
         gain = psnr["predicted"] - frame_psnr(predictions.forgetful, predictions.truth)
         scores["memory"] = memory_scores(gain, walks, protocol)
