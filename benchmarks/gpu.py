@@ -22,8 +22,9 @@ import torch
 
 from diffusers_far import FARSession, FARTransformer3DModel
 from diffusers_far.command_line import HelpWithDefaults
+from diffusers_far.data.clips import ClipBatch
 from diffusers_far.files import written_whole
-from diffusers_far.training.clips import ClipBatch, clip_loss
+from diffusers_far.training.clips import clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 
 from .cases.frame import start_session

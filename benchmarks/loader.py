@@ -24,8 +24,7 @@ from diffusers_far import FARTransformer3DModel, preset_config
 from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.models.codec import encode_video
 from diffusers_far.models.presets import PRESETS
-from diffusers_far.training.clip_sources import open_clips
-from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches
+from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches, open_clips
 from diffusers_far.training.config import (
     add_data_arguments,
     add_objective_arguments,
@@ -163,7 +162,7 @@ class LoaderBenchmark:
             num_frames, start = 0, time.perf_counter()
             while (seconds := time.perf_counter() - start) < self.args.seconds:
                 clips, _ = next(loaded)
-                num_frames += count_frames(clips)
+                num_frames += len(clips) * clips.num_frames
             speeds.append(num_frames / seconds)
             del loaded  # and with it the processes
         return Measurement(tuple(speeds), "frames/s")
@@ -177,7 +176,7 @@ class LoaderBenchmark:
             start = time.perf_counter()
             for frames in clips.frames:
                 encode_video(self.vae, frames).sum().item()  # waits for the device
-            speeds.append(count_frames(clips) / (time.perf_counter() - start))
+            speeds.append(len(clips) * clips.num_frames / (time.perf_counter() - start))
         return Measurement(tuple(speeds), "frames/s")
 
     def measure_training(self, model: FARTransformer3DModel, form: LoaderForm) -> Measurement:
@@ -194,7 +193,7 @@ class LoaderBenchmark:
             optimizer.step()
             optimizer.zero_grad()
             loss.item()  # waits for the device
-            speeds.append(count_frames(clips) / (time.perf_counter() - start))
+            speeds.append(len(clips) * clips.num_frames / (time.perf_counter() - start))
         return Measurement(tuple(speeds[1:]), "frames/s")
 
     def measure_preparation(self, layout: str, folder: Path, size: tuple[int, int] | None) -> Measurement:
@@ -205,12 +204,6 @@ class LoaderBenchmark:
             num_frames = prepare(layout, folder, size)
             speeds.append(num_frames / (time.perf_counter() - start))
         return Measurement(tuple(speeds), "frames/s")
-
-
-def count_frames(clips) -> int:
-    """Of a `ClipBatch` or a `VideoBatch`."""
-    videos = clips.latents if hasattr(clips, "latents") else clips.frames
-    return videos.shape[0] * videos.shape[1]
 
 
 def models_to_train(args: argparse.Namespace, in_channels: int) -> dict[str, FARTransformer3DModel]:

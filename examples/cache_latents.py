@@ -50,15 +50,15 @@ import torch
 from datasets import Dataset
 from diffusers import AutoModel, VQModel
 
-from diffusers_far.data.frames import VideoFrames
 from diffusers_far.data.latents import LatentSource, read_source, require_intact, write_shard
-from diffusers_far.data.loading import dataset_fingerprint, load_split, stream_split, vae_hash
+from diffusers_far.data.loading import dataset_fingerprint, load_split, stream_split
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.streaming import StreamedSplit
 from diffusers_far.data.video_clips import VideoClips
 from diffusers_far.data.workers import share_work
 from diffusers_far.files import UNFINISHED
 from diffusers_far.models.codec import encode_codes, encode_video
+from diffusers_far.models.identity import vae_hash
 
 
 def load_vae(args: argparse.Namespace) -> torch.nn.Module:
@@ -99,10 +99,10 @@ def encode_trajectories(
     count: Callable[[], None],
 ) -> None:
     """Encode the trajectories of one shard and write it."""
-    frames = VideoFrames(trajectories, args.video_column)
+    videos = VideoClips(trajectories, args.video_column)
     latents = []
-    for trajectory, num_frames in enumerate(frames.num_frames):
-        video = frames.clip(trajectory, 0, int(num_frames))
+    for trajectory, num_frames in enumerate(videos.num_frames):
+        video = videos.frames(trajectory, 0, int(num_frames))
         if isinstance(vae, VQModel):
             codes = encode_codes(vae, video, args.batch_size)[:, None]
             latents.append(codes.cpu().numpy().astype(np.min_scalar_type(vae.config.num_vq_embeddings - 1)))

@@ -90,8 +90,7 @@ from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.kv_cache import CacheOptions
 from diffusers_far.pipelines.model_card import model_card
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clip_sources import open_clips, open_validation_clips
-from diffusers_far.training.clips import encode_batches
+from diffusers_far.training.clips import encode_batches, open_clips, open_validation_clips
 from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions

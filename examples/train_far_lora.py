@@ -73,8 +73,7 @@ from diffusers_far import FARPipeline
 from diffusers_far.evaluation.media import write_mp4
 from diffusers_far.models.identity import model_identity
 from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clip_sources import open_clips, open_validation_clips
-from diffusers_far.training.clips import encode_batches
+from diffusers_far.training.clips import encode_batches, open_clips, open_validation_clips
 from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.lora import (

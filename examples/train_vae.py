@@ -101,7 +101,7 @@ from diffusers.training_utils import EMAModel
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Subset
 
-from diffusers_far.data.frames import evenly_spaced
+from diffusers_far.data.clips import evenly_spaced
 from diffusers_far.evaluation.media import contact_sheet
 from diffusers_far.evaluation.networks import load_lpips
 from diffusers_far.files import written_whole

@@ -251,8 +251,7 @@ class Axes:
 
 def slopes_of(config: FlexRoPEConfig, num_frames: int) -> list[float]:
     """What the hook adds for each query frame, as a model that asks for it would get it."""
-    frames = torch.arange(num_frames)
-    slopes = FlexRoPEHook(config).slopes(AttentionFrames(frames, frames, 0, num_frames - 1))
+    slopes = FlexRoPEHook(config).slopes(AttentionFrames(ContextPlan(0, num_frames, 1, 1, patch_size=1)))
     return slopes.tolist()
 
 

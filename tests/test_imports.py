@@ -52,6 +52,12 @@ def test_rooms_import_only_rooms_before_them():
             assert not forbidden, f"{path.relative_to(PACKAGE)} imports from {forbidden}"
 
 
+def test_sessions_know_no_pipeline():
+    for path in (PACKAGE / "pipelines").glob("session*.py"):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not [node.module for node in imports if node.module in ("pipeline_far", "hub", "pipelines")], path.name
+
+
 def test_no_module_gives_a_name_twice():
     for path in PACKAGE.rglob("*.py"):
         made = []

@@ -15,10 +15,10 @@ from datasets import Image as ImageFeature
 from malformed_media import PNG_START, png_chunk
 from PIL import Image
 
-from diffusers_far.data.frames import FrameDataset, VideoFrames
 from diffusers_far.data.media_files import read_clip
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.video import read_video
+from diffusers_far.data.video_clips import FrameDataset, VideoClips
 from diffusers_far.pictures import upright_rgb
 from diffusers_far.pipelines.inputs import video_to_tensor
 
@@ -136,7 +136,7 @@ def test_a_picture_of_any_mode_is_rgb_on_black_through_every_door(picture, pixel
     assert torch.equal(video[0, 0], torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
     if isinstance(picture, bytes):
         assert np.array_equal(FrameDataset(frame_column(picture))[0].permute(1, 2, 0), pixels)
-        assert np.array_equal(VideoFrames(frame_column(picture)).clip(0, 0, 1)[0].permute(1, 2, 0), pixels)
+        assert np.array_equal(VideoClips(frame_column(picture)).frames(0, 0, 1)[0].permute(1, 2, 0), pixels)
         if picture.startswith(PNG_START):
             (tmp_path / "view.png").write_bytes(picture)
             assert np.array_equal(read_clip(tmp_path / "view.png").frames[0], pixels)
@@ -173,7 +173,7 @@ def test_what_is_wrong_with_an_image_of_a_dataset_is_said_with_its_name():
             FrameDataset(frame_column(content))[0]
     other_size = stored(Image.fromarray(COLOURS[:2]), "PNG")
     with pytest.raises(BadExampleError, match=r"images are of sizes \[\(2, 6\), \(4, 6\)\]"):
-        VideoFrames(frame_column(whole, other_size)).clip(0, 0, 2)
+        VideoClips(frame_column(whole, other_size)).frames(0, 0, 2)
 
 
 # Animations and videos

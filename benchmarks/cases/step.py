@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from diffusers_far import FARTransformer3DModel
-from diffusers_far.models.denoising_steps import DenoisingSteps
+from diffusers_far.models.frames import FrameBatch
 
 from ..anyflow import DIFFERENCES, AnyFlowStep
 from ..checks import require_close
@@ -68,16 +68,13 @@ class FARStep:
         self.transformer, self.clip = transformer, clip
         self.kv_cache = transformer.init_kv_cache(1, *context.shape[-2:], max_frames=clip.latents.shape[1])
         transformer(context, -1, actions=clip.fed_actions[:, :-1], kv_cache=self.kv_cache, update_cache=True)
-        self.steps = DenoisingSteps(TIMESTEPS)
-        self.steps.index = TIMESTEPS.tolist().index(TIMESTEP)
+        noisy = FrameBatch(clip.noise[:, -1:], clip.fed_actions[:, -1:])
+        self.modulation = transformer.frame_modulations(noisy, TIMESTEPS)[TIMESTEPS.tolist().index(TIMESTEP)]
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
         """The velocity, `(1, 1, C, H, W)`."""
-        noisy, action = self.clip.noise[:, -1:], self.clip.fed_actions[:, -1:]
-        return self.transformer(
-            noisy, TIMESTEP, actions=action, kv_cache=self.kv_cache, denoising_steps=self.steps
-        ).sample
+        return self.transformer(self.clip.noise[:, -1:], kv_cache=self.kv_cache, modulation=self.modulation).sample
 
 
 class NaiveStep:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from diffusers_far.data.frames import VideoFrames
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.data.loading import load_split
+from diffusers_far.data.video_clips import VideoClips
 from diffusers_far.evaluation.metrics import revisits_by_age
 
 from .settings import MOST_REVISITS, Evaluation, Task
@@ -61,7 +61,7 @@ class HeldOutWalks:
             )
         self.evaluation = evaluation
         self.latents = LatentDataset(latents_dir, evaluation.split)
-        self.frames = VideoFrames(dataset)
+        self.videos = VideoClips(dataset)
         self.poses = [torch.tensor(pose) for pose in dataset.select_columns(["pose"])["pose"]]
 
     def clips(self, task: Task, walks: Sequence[int]) -> WalkClips:
@@ -74,7 +74,7 @@ class HeldOutWalks:
             latents.append(clip.latents)
             actions.append(clip.actions)
             poses.append(self.poses[walk][start : start + length])
-            videos.append(self.frames.clip(walk, first_new - 1, 1 + task.num_frames))
+            videos.append(self.videos.frames(walk, first_new - 1, 1 + task.num_frames))
             frames = range(first_new, first_new + task.num_frames)
             masks.append(view_masks(self.poses[walk], frames, self.evaluation))
         video = torch.stack(videos).float() / 255

@@ -1,16 +1,23 @@
-"""What numbers and conditions must be, checked before they take memory or time."""
+"""What numbers and tensors must be, checked before they take memory or time."""
 
 import math
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
 def is_whole_number(value: Any) -> bool:
+    """Whether this is an integer of Python or NumPy; `True` and `False` are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether this is a real number of Python or NumPy, neither NaN nor infinite; `True` and `False` are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_count(
@@ -18,7 +25,7 @@ def check_count(
     value: Any,
     rule: str | None = None,
     *,
-    least: int = 1,
+    least: float = 1,
     most: int | None = None,
     optional: bool = False,
 ) -> None:
@@ -30,10 +37,16 @@ def check_count(
         raise ValueError(f"`{name}` is {value!r}; {rule}.")
 
 
-def check_finite(name: str, value) -> None:
+def check_finite(name: str, value: Any) -> None:
     """Refuse a number that is NaN, infinite or not above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value and math.isfinite(value)):
+    if not is_finite_number(value) or value <= 0:
         raise ValueError(f"`{name}` is {value!r}; give a finite number above 0.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse what is none of these words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}.")
 
 
 def check_memory(num_weights: int, names: tuple[str, ...], config: Mapping) -> None:
@@ -54,11 +67,37 @@ def check_memory(num_weights: int, names: tuple[str, ...], config: Mapping) -> N
         )
 
 
-def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError where a condition is missing, superfluous or of the wrong shape."""
-    if value is None and is_taken:
-        raise ValueError(f"`{name}` is None but this model is conditioned on it; pass {name} of shape {shape}.")
-    if value is not None and not is_taken:
-        raise ValueError(f"`{name}` was given but this model is not conditioned on it; leave it out.")
-    if value is not None and tuple(value.shape) != shape:
-        raise ValueError(f"`{name}` has shape {tuple(value.shape)}; with these latents it must be {shape}.")
+def as_tensor(name: str, value: Any, cure: str) -> torch.Tensor:
+    """A number, an array or a nested list as a tensor; what is none of these is refused."""
+    try:
+        if isinstance(value, (list, tuple)) and any(np.ndim(part) for part in value):
+            value = np.asarray(value)
+        return torch.as_tensor(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"`{name}` cannot be read as a tensor ({error}); {cure}.") from error
+
+
+def fits(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
+    """Whether a tensor has this shape, where `None` stands for any size."""
+    return tensor.ndim == len(shape) and all(size in (None, given) for size, given in zip(shape, tensor.shape))
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """Refuse a tensor of another shape, where `None` stands for any size; `meaning` names the dimensions."""
+    if not fits(tensor, shape):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; it must be ({wanted}): {meaning}.")
+
+
+def check_values_finite(name: str, tensor: torch.Tensor, cure: str) -> None:
+    """Refuse a tensor with NaN or infinite values."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"`{name}` contains NaN or infinite values; {cure}.")
+
+
+def check_integers(name: str, tensor: torch.Tensor, most: int, rule: str) -> None:
+    """Refuse a tensor that does not hold integers from 0 to `most`."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"`{name}` has dtype {tensor.dtype} but {rule}; pass integers.")
+    if tensor.numel() and (tensor.min() < 0 or tensor.max() > most):
+        raise ValueError(f"`{name}` has values from {tensor.min().item()} to {tensor.max().item()}; {rule}.")

@@ -1,5 +1,7 @@
-"""Decoded pictures, of Pillow or of PyAV, in the one form that every reader of this library works with."""
+"""Decoded pictures, of Pillow or of PyAV, in the one form that every reader of this library works with; brought to a size,
+and stored without loss."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,32 @@ def upright_rgb(picture: Any) -> np.ndarray:
             shown askew.
     """
     return _image_to_rgb(picture) if isinstance(picture, Image.Image) else _frame_to_rgb(picture)
+
+
+def fit_frame(frame: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Cut the largest centred part of the wanted shape and resize it, antialiased.
+
+    Args:
+        frame (`np.ndarray` of shape `(H, W, 3)`): uint8.
+        size (`tuple`): `(height, width)`; `None` leaves the frame as it is, as does its own size.
+    """
+    if size is None or frame.shape[:2] == tuple(size):
+        return frame
+    height, width = size
+    scale = min(frame.shape[0] / height, frame.shape[1] / width)
+    cut_height, cut_width = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (frame.shape[0] - cut_height) // 2, (frame.shape[1] - cut_width) // 2
+    # Cut before resizing, or the filter would reach over the edge.
+    image = Image.fromarray(frame[top : top + cut_height, left : left + cut_width])
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encode_png(frame: np.ndarray) -> bytes:
+    """`(H, W, 3)` uint8 -> a PNG file."""
+    png = io.BytesIO()
+    # Level 1 writes up to five times as fast as the default, files a sixth larger.
+    Image.fromarray(frame).save(png, "PNG", compress_level=1)
+    return png.getvalue()
 
 
 def _image_to_rgb(picture: Image.Image) -> np.ndarray:

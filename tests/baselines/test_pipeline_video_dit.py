@@ -11,7 +11,8 @@ from tiny_models import CONDITIONS, property_test, tiny_pipeline, tiny_taesd, ti
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.baselines.pipeline_video_dit import load_pipeline
-from diffusers_far.evaluation.world_model import Walks, WorldModelProtocol, predict_walks
+from diffusers_far.data.clips import ClipBatch
+from diffusers_far.evaluation.world_model import WorldModelProtocol, predict_walks
 
 
 NUM_CONTEXT, NUM_NEW, BATCH_SIZE, SIZE = 3, 2, 2, (4, 6)
@@ -199,14 +200,29 @@ def test_given_noise_and_several_videos_of_a_context():
     torch.testing.assert_close(made[3:], alone, rtol=0, atol=1e-5)
 
 
-def test_a_model_that_makes_frame_after_frame_is_refused_and_so_is_a_stream():
+def test_a_model_that_makes_frame_after_frame_is_refused():
     pipe = VideoDiTPipeline(tiny_transformer(), tiny_taesd(), FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="`frame_causal=True`.*load it as a `FARPipeline`"):
         pipe(video_latents=random_latents(2), num_frames=1)
-    with pytest.raises(ValueError, match="`frame_causal=False` and makes whole clips"):
-        video_dit().stream(video_latents=random_latents(2), num_frames=1)
-    with pytest.raises(ValueError, match="`frame_causal=False` and makes whole clips"):
-        video_dit().start_session(video_latents=random_latents(2))
+
+
+def test_it_has_no_stream_no_session_and_no_flex_rope():
+    assert not any(hasattr(video_dit(), name) for name in ("stream", "start_session", "enable_flex_rope"))
+    with pytest.raises(ValueError, match="`frame_causal=False`: it has no past"):
+        VideoDiTPipeline(**video_dit().components, flex_rope={"slope": 0.1})
+
+
+@pytest.mark.parametrize("name", ["use_cache", "max_long_frames", "callback_on_step_end", "callback_on_frame_end"])
+def test_what_only_frame_after_frame_can_have_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"`{name}` was given but this pipeline makes all frames at once"):
+        video_dit()(video_latents=random_latents(2), num_frames=1, **{name: None})
+
+
+def test_its_call_takes_its_arguments_in_the_order_of_a_far_pipeline():
+    pipe, context = video_dit("clean"), random_latents(NUM_CONTEXT)
+    size = {"num_inference_steps": 3, "output_type": "latent", "generator": seeds(1)[0]}
+    made = pipe(None, context, None, None, NUM_NEW, **{**size, "generator": seeds(1)[0]}).frames
+    assert torch.equal(made, new_latents(pipe, video_latents=context, **size))
 
 
 def test_modes_and_caches_that_do_not_exist_are_refused():
@@ -252,10 +268,10 @@ def test_a_folder_is_loaded_as_what_it_is(tmp_path):
 def test_it_takes_a_far_pipeline_s_place_in_the_world_model_protocol():
     pipe = video_dit("clean", num_actions=3, action_shift=1)
     generator = torch.Generator().manual_seed(0)
-    walks = Walks(
-        torch.rand(3, 5, 3, 8, 12, generator=generator),
-        torch.randint(0, 3, (3, 5), generator=generator),
-        torch.zeros(3, 5, 3),
+    walks = ClipBatch(
+        frames=torch.randint(0, 256, (3, 5, 3, 8, 12), generator=generator, dtype=torch.uint8),
+        actions=torch.randint(0, 3, (3, 5), generator=generator),
+        pose=torch.zeros(3, 5, 3),
     )
     protocol = WorldModelProtocol(
         num_walks=3,

@@ -16,8 +16,8 @@ from video_files import frame_numbers, gray_frames, truncate, write_video
 
 from diffusers_far.commands.arguments import parse_prepare as parse_args
 from diffusers_far.commands.prepare import main
-from diffusers_far.data.frames import FrameDataset
 from diffusers_far.data.loading import load_split
+from diffusers_far.data.video_clips import FrameDataset
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

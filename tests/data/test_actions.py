@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
 
-from diffusers_far.data.actions import (
+from diffusers_far.data.latents import LatentDataset, LatentSource, write_shard
+from diffusers_far.data.rows import (
     COMBINATION_RULES,
     ActionCombiner,
     align_actions,
@@ -12,7 +13,6 @@ from diffusers_far.data.actions import (
     join_actions,
     split_joint_actions,
 )
-from diffusers_far.data.latents import LatentDataset, LatentSource, write_shard
 
 
 DISCRETE = np.array([[0, 1, 2], [2, 2, 1]])  # two kept frames, an interval of 3
@@ -151,5 +151,5 @@ def test_clips_of_cached_latents_combine_as_a_prepared_dataset_does(tmp_path, ki
     write_shard(source.shard_path(tmp_path / "train", 0), [latents], carried.with_format("arrow")[:], features, source)
 
     combiner = pickle.loads(pickle.dumps(ActionCombiner("joint", 3) if kind == "discrete" else ActionCombiner("sum")))
-    clip = LatentDataset(tmp_path).clip(0, 0, 3, interval=3, combine_actions=combiner)
+    clip = LatentDataset(tmp_path, combine_actions=combiner).clip(0, 0, 3, interval=3)
     assert np.array_equal(clip.actions, combiner(group_actions(actions, 3)))

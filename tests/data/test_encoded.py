@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_far.data.actions import ActionCombiner
-from diffusers_far.data.latents import EncodedDataset
+from diffusers_far.data.rows import ActionCombiner
+from diffusers_far.data.video_clips import EncodedDataset
 from diffusers_far.models.codec import encode_video
 
 
 def test_a_clip_is_what_the_vae_makes_of_its_frames(trajectories, videos, vae):
     dataset = EncodedDataset(trajectories, vae)
     assert dataset.latent_shape == (4, 4, 4) and dataset.num_frames.tolist() == [5, 3, 4, 6, 2]
-    clip = dataset.clip(3, 2, 3)
+    clip = dataset.clip(3, 2, 3).encode(vae)
     frames = torch.from_numpy(videos[3][2:5]).permute(0, 3, 1, 2)
     assert torch.equal(clip.latents, encode_video(vae, frames))
     assert clip.actions.tolist() == [32, 33, 34] and clip.label is None

@@ -1,7 +1,8 @@
 import torch
 from datasets import Dataset
 
-from diffusers_far.data.loading import dataset_fingerprint, vae_hash
+from diffusers_far.data.loading import dataset_fingerprint
+from diffusers_far.models.identity import vae_hash
 
 
 def test_a_dataset_is_known_by_its_content_wherever_it_lies(trajectories, tmp_path):

@@ -8,9 +8,11 @@ import torch
 from datasets import Dataset, Features, Video
 from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data import frames as frames_module
-from diffusers_far.data.frames import FrameDataset, VideoFrames, evenly_spaced
+from diffusers_far.data import clips as clips_module
+from diffusers_far.data import video_clips as video_clips_module
+from diffusers_far.data.clips import evenly_spaced
 from diffusers_far.data.loading import dataset_fingerprint, load_split
+from diffusers_far.data.video_clips import FrameDataset, VideoClips
 
 
 def test_the_flat_frames_are_those_of_the_trajectories_in_order(trajectories, videos):
@@ -63,9 +65,9 @@ def video_folder(tmp_path):
 
 @pytest.mark.parametrize("interval", [1, 2])
 def test_a_run_of_images_is_cut_from_its_trajectory(trajectories, videos, interval):
-    frames = VideoFrames(trajectories)
+    frames = VideoClips(trajectories)
     assert frames.num_frames.tolist() == [5, 3, 4, 6, 2]
-    clip = frames.clip(3, 1, 2, interval)
+    clip = frames.frames(3, 1, 2, interval)
     assert np.array_equal(clip.permute(0, 2, 3, 1).numpy(), videos[3][1 : 2 + interval : interval])
 
 
@@ -75,9 +77,9 @@ def test_a_run_is_decoded_from_video_files_wherever_they_are(video_folder, embed
     if embedded:
         table = [{"path": None, "bytes": Path(row["video"]["path"]).read_bytes()} for row in dataset]
         dataset = Dataset.from_dict({"video": table}, features=Features({"video": Video(decode=False)}))
-    frames = VideoFrames(dataset)
+    frames = VideoClips(dataset)
     assert frames.num_frames.tolist() == [12, 9]
-    assert frame_numbers(frames.clip(0, 3, 4, 2).permute(0, 2, 3, 1).numpy()) == [3, 5, 7, 9]
+    assert frame_numbers(frames.frames(0, 3, 4, 2).permute(0, 2, 3, 1).numpy()) == [3, 5, 7, 9]
 
 
 def test_the_fingerprint_of_video_files_is_of_their_content(video_folder, tmp_path):
@@ -90,7 +92,7 @@ def test_the_fingerprint_of_video_files_is_of_their_content(video_folder, tmp_pa
 
 def test_a_column_of_another_type_is_refused(trajectories):
     with pytest.raises(ValueError, match="`column` is 'actions'"):
-        VideoFrames(trajectories, "actions")
+        VideoClips(trajectories, "actions")
 
 
 def test_single_frames_of_video_files_are_refused_with_the_cure(video_folder):
@@ -105,7 +107,7 @@ def test_single_frames_of_video_files_are_refused_with_the_cure(video_folder):
 def calls(monkeypatch) -> dict[str, int]:
     """How often an image was decoded, and a video file searched for its key frames."""
     calls = {"images": 0, "searches": 0}
-    decode, search = frames_module.IMAGE_DECODER.decode_example, frames_module.read_frame_times
+    decode, search = clips_module.IMAGE_DECODER.decode_example, clips_module.read_frame_times
 
     class CountingDecoder:
         def decode_example(self, image):
@@ -116,26 +118,27 @@ def calls(monkeypatch) -> dict[str, int]:
         calls["searches"] += 1
         return search(file)
 
-    monkeypatch.setattr(frames_module, "IMAGE_DECODER", CountingDecoder())
-    monkeypatch.setattr(frames_module, "read_frame_times", counted_search)
+    monkeypatch.setattr(clips_module, "IMAGE_DECODER", CountingDecoder())
+    for module in (clips_module, video_clips_module):
+        monkeypatch.setattr(module, "read_frame_times", counted_search)
     return calls
 
 
 def test_a_clip_decodes_as_many_images_as_it_has_frames(trajectories, calls):
-    frames = VideoFrames(trajectories)
+    frames = VideoClips(trajectories)
     assert calls["images"] == 0
-    frames.clip(3, 1, 2)
+    frames.frames(3, 1, 2)
     assert calls["images"] == 2
-    frames.clip(3, 0, 3, 2)
+    frames.frames(3, 0, 3, 2)
     assert calls["images"] == 5
     FrameDataset(trajectories)[7]
     assert calls["images"] == 6
 
 
 def test_a_video_file_is_searched_for_its_key_frames_once(video_folder, calls):
-    frames = VideoFrames(load_split(str(video_folder), "train"))
-    frames.clip(0, 0, 3)
+    frames = VideoClips(load_split(str(video_folder), "train"))
+    frames.frames(0, 0, 3)
     assert calls["searches"] == 0  # nothing comes before the first frame
-    clips = [frames.clip(0, start, 2).permute(0, 2, 3, 1).numpy() for start in (5, 7)]
+    clips = [frames.frames(0, start, 2).permute(0, 2, 3, 1).numpy() for start in (5, 7)]
     assert calls["searches"] == 1
     assert [frame_numbers(clip) for clip in clips] == [[5, 6], [7, 8]]

@@ -10,7 +10,7 @@ import torch
 from datasets import Features, Value, load_dataset
 
 from diffusers_far.data.latents import LatentDataset, LatentSource, read_source, require_intact, write_shard
-from diffusers_far.data.loading import vae_hash
+from diffusers_far.models.identity import vae_hash
 
 
 @pytest.fixture
@@ -50,7 +50,8 @@ def test_every_clip_is_the_slice_of_what_was_written(latents_dir, arrays):
 
 
 def test_an_interval_skips_frames_and_combines_all_their_actions(latents_dir, arrays):
-    clip = LatentDataset(latents_dir).clip(3, 1, 2, interval=3, combine_actions=lambda actions: actions.sum(1))
+    latents = LatentDataset(latents_dir, combine_actions=lambda actions: actions.sum(1))
+    clip = latents.clip(3, 1, 2, interval=3)
     assert np.array_equal(clip.latents.numpy(), arrays[3][1:5:3])
     # Frames 1 and 4: actions 31 + 32 + 33, then 34 + 35 and the last one again, as the trajectory ends.
     assert clip.actions.tolist() == [96, 104]

@@ -7,11 +7,10 @@ from datasets import load_dataset
 from PIL import Image
 from video_files import frame_numbers, gray_frames
 
-from diffusers_far.data.actions import ActionCombiner
-from diffusers_far.data.images import fit_frame
 from diffusers_far.data.preparation import Preparation, RowForm, write_trajectories
-from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.rows import ActionCombiner, BadExampleError
 from diffusers_far.data.sources import Trajectory
+from diffusers_far.pictures import fit_frame
 
 
 def decode(frames: list[bytes]) -> np.ndarray:

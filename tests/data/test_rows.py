@@ -6,10 +6,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from video_files import gray_frames, write_video
 
-from diffusers_far.data.actions import ActionCombiner, count_actions
 from diffusers_far.data.latents import LatentDataset, LatentSource, write_shard
 from diffusers_far.data.loading import load_split
-from diffusers_far.data.rows import BadExampleError, check_actions
+from diffusers_far.data.rows import ActionCombiner, BadExampleError, check_actions, count_actions
 from diffusers_far.data.video_clips import VideoClips
 
 

@@ -8,12 +8,10 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value, Video
 from video_files import frame_numbers, gray_frames, truncate, write_video
 
-from diffusers_far.data.actions import ActionCombiner
-from diffusers_far.data.latents import EncodedDataset
 from diffusers_far.data.loading import load_split, stream_split
-from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.rows import ActionCombiner, BadExampleError
 from diffusers_far.data.streaming import fetch_file
-from diffusers_far.data.video_clips import VideoClips
+from diffusers_far.data.video_clips import EncodedDataset, VideoClips
 
 
 @pytest.fixture
@@ -54,9 +52,9 @@ def test_streamed_clips_are_those_of_the_dataset_read_as_a_whole(kind, request):
         trajectory = split.trajectory(row, f"row {number}")
         assert trajectory.num_frames == expected.num_frames[number]
         for start, length, interval in ((0, 1, 1), (1, 1, 1), (0, 2, 1), (trajectory.num_frames - 2, 2, 1)):
-            clip = trajectory.cut(start, length, interval, combine).decode()
+            clip = trajectory.clip(start, length, interval, combine)
             assert_same_clip(clip, expected.clip(number, start, length, interval))
-    clip = split.trajectory(next(split.all_rows()), "row 0").cut(0, 3, 2, combine).decode()
+    clip = split.trajectory(next(split.all_rows()), "row 0").clip(0, 3, 2, combine)
     assert_same_clip(clip, expected.clip(0, 0, 3, 2))
 
 
@@ -92,7 +90,7 @@ def test_video_files_inside_parquet_are_streamed_with_their_rows(video_folder, t
     split = stream_split(str(tmp_path / "embedded"), "train")
     assert split.holds_files and not split.points_to_files
     trajectory = split.trajectory(next(split.rows(0, 1)), "row 1")
-    clip = trajectory.cut(3, 4, 1).decode()
+    clip = trajectory.without_other_images(3, 4).clip(3, 4)
     assert frame_numbers(clip.frames.permute(0, 2, 3, 1)) == [3, 4, 5, 6] and clip.actions is None
 
 
@@ -101,8 +99,8 @@ def test_the_first_rows_are_a_dataset_like_any_other(kind, request, vae):
     folder = str(request.getfixturevalue(kind))
     head = EncodedDataset(stream_split(folder, "train").head(2), vae)
     whole = EncodedDataset(load_split(folder, "train"), vae)
-    assert head.num_frames.tolist() == whole.num_frames[:2].tolist()
-    assert np.array_equal(head.clip(1, 1, 2).latents, whole.clip(1, 1, 2).latents)
+    assert head.latent_shape == whole.latent_shape and head.num_frames.tolist() == whole.num_frames[:2].tolist()
+    assert np.array_equal(head.clip(1, 1, 2).frames, whole.clip(1, 1, 2).frames)
 
 
 def test_discrete_actions_are_told_from_continuous_ones(image_folder, tmp_path):
@@ -172,6 +170,6 @@ def test_a_damaged_video_file_is_named_and_so_are_actions_that_do_not_fit(video_
         split.trajectory(rows[1], "row 1")
     rows[2]["actions"] = rows[2]["actions"][:4]
     with pytest.raises(BadExampleError, match="2.mp4.*`actions` has 4 for 10 frames"):
-        split.trajectory(rows[2], "row 2").cut(0, 2)
+        split.trajectory(rows[2], "row 2").clip(0, 2)
     with pytest.raises(BadExampleError, match="cannot be fetched"):
         fetch_file({"path": "memory://nothing.mp4", "bytes": None})

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 
-from diffusers_far.data.actions import ActionCombiner
-from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.rows import ActionCombiner, BadExampleError
 from diffusers_far.data.video_clips import VideoClips
 
 

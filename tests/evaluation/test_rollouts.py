@@ -3,6 +3,7 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline, tiny_transformer
 
+from diffusers_far.data.clips import Clip
 from diffusers_far.evaluation.metrics import frame_psnr
 from diffusers_far.evaluation.protocols import LatteProtocol, TecoProtocol
 from diffusers_far.evaluation.rollouts import MetricNetworks, run_cases, view_masks
@@ -152,9 +153,7 @@ def test_samples_show_truth_beside_prediction(truth_pipeline, protocol, evaluate
 def test_videos_of_two_sizes_are_refused(noise_pipeline, dataset, protocol, networks, evaluate, tmp_path):
     class TwoSizes:
         def clip(self, video, num_frames):
-            from diffusers_far.evaluation.rollouts import TrueVideo
-
-            return TrueVideo(torch.rand(num_frames, 3, 16, 16 + 2 * video), None, None, None)
+            return Clip(frames=torch.zeros(num_frames, 3, 16, 16 + 2 * video, dtype=torch.uint8))
 
     folder = evaluate(noise_pipeline, protocol, folder="new", num_processes=3, process_index=2)
     with pytest.raises(ValueError, match="one size"):

@@ -21,7 +21,7 @@ def short() -> McvdProtocol:
 
 def test_a_clip_has_the_frames_and_conditions_from_its_start_on(dataset, videos, short):
     clip = TrueVideos(dataset, short, conditions(num_actions=3, num_classes=3)).clip(1, 5)
-    torch.testing.assert_close(clip.frames * 255, torch.from_numpy(videos[1, 1:6]).movedim(-1, 1).float())
+    torch.testing.assert_close(clip.video * 255, torch.from_numpy(videos[1, 1:6]).movedim(-1, 1).float())
     assert clip.actions.tolist() == [1, 2, 0, 1, 2] and clip.actions.dtype == torch.int64
     assert clip.label == 0 and clip.pose[:, 2].tolist() == [20, 40, 60, 80, 100]
 
@@ -46,7 +46,7 @@ def test_video_files_serve_as_images_do_and_an_interval_leaves_frames_out(tmp_pa
     dataset = Dataset.from_dict({"video": [str(path)]}).cast_column("video", Video(decode=False))
     protocol = McvdProtocol(num_videos=1, num_context_frames=1, num_frames=2, first_context_frame=1, frame_interval=3)
     frames = TrueVideos(dataset, protocol, conditions()).clip(0, 3).frames
-    assert frame_numbers((frames * 255).movedim(1, -1).numpy()) == [1, 4, 7]
+    assert frame_numbers(frames.movedim(1, -1).numpy()) == [1, 4, 7]
 
 
 def test_videos_that_are_too_short_are_passed_over_and_counted(videos):

@@ -6,10 +6,10 @@ import torch
 from datasets import Dataset
 from tiny_models import tiny_pipeline, tiny_transformer
 
+from diffusers_far.data.clips import ClipBatch
 from diffusers_far.evaluation.metrics import frame_psnr
 from diffusers_far.evaluation.world_model import (
     Predictions,
-    Walks,
     WorldModelProtocol,
     check_dataset,
     format_scores,
@@ -27,7 +27,7 @@ def protocol() -> WorldModelProtocol:
 
 
 @pytest.fixture
-def walks(dataset, protocol) -> Walks:
+def walks(dataset, protocol) -> ClipBatch:
     return load_walks(dataset, protocol)
 
 
@@ -115,7 +115,7 @@ def test_memory_is_what_old_frames_gain_on_views_that_only_they_showed(perfect, 
 def test_the_forgetful_prediction_is_that_of_the_recent_frames_alone(walks, protocol):
     pipe = tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1))
     protocol = replace(protocol, num_inference_steps=2, guidance_scale=1.0)
-    recent = Walks(*(part[:, 2:] for part in (walks.video, walks.actions, walks.pose)))
+    recent = ClipBatch(frames=walks.frames[:, 2:], actions=walks.actions[:, 2:], pose=walks.pose[:, 2:])
     expected = predict_walks(pipe, recent, replace(protocol, num_context_frames=1))
     predictions = predict_walks(pipe, walks, replace(protocol, num_recent_frames=1))
     assert torch.equal(predictions.forgetful, expected.predicted)
@@ -190,9 +190,9 @@ def test_a_missing_column_that_is_needed_is_named_before_anything_is_read(datase
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("actions", [0, 1, -1, 0, 1, 2, 0, 1], r"Row 1 .*`actions\[2\]` is -1"),
-        ("actions", [0, 1, 2], "Row 1 .*has 3 for 8 frames"),
-        ("pose", [[0.0, 0.0]] * 8, r"Row 1 .*`pose` has shape \(8, 2\)"),
+        ("actions", [0, 1, -1, 0, 1, 2, 0, 1], r"Trajectory 1: `actions\[2\]` is -1"),
+        ("actions", [0, 1, 2], "Trajectory 1: .*has 3 for 8 frames"),
+        ("pose", [[0.0, 0.0]] * 8, r"Trajectory 1: `pose` has shape \(8, 2\)"),
     ],
 )
 def test_conditions_that_do_not_fit_are_told_with_their_row(dataset, protocol, column, value, message):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from benchmarks.studies.scripts import command_line, load_script
 from diffusers_far.data.latents import LatentSource, write_shard
-from diffusers_far.data.loading import vae_hash
+from diffusers_far.models.identity import vae_hash
 from diffusers_far.training.checkpoints import list_checkpoints
 from diffusers_far.training.launch import INTERRUPTED, LOCK_FILE
 

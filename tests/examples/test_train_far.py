@@ -23,7 +23,7 @@ from video_files import write_video
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
 from diffusers_far.data.latents import LatentSource, write_shard
-from diffusers_far.data.loading import vae_hash
+from diffusers_far.models.identity import vae_hash
 
 
 pytestmark = pytest.mark.full

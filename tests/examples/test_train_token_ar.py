@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from diffusers_far import TokenARForVideo
 from diffusers_far.data.latents import LatentSource, write_shard
-from diffusers_far.data.loading import vae_hash
+from diffusers_far.models.identity import vae_hash
 
 
 pytestmark = pytest.mark.full

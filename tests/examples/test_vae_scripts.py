@@ -17,9 +17,9 @@ from diffusers import AutoencoderDC, VQModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_far.data.frames import FrameDataset
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.data.loading import load_split
+from diffusers_far.data.video_clips import FrameDataset
 from diffusers_far.models.codec import encode_codes, encode_video
 
 

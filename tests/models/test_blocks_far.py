@@ -22,7 +22,7 @@ def test_modulation_is_per_frame_and_broadcasts_over_its_tokens():
     norm = randomize(FARAdaLayerNorm(DIM, num_chunks=3))
     temb = embeddings(5)
     expected = (torch.nn.functional.silu(temb) @ norm.linear.weight.T + norm.linear.bias).split(DIM, dim=-1)
-    chunks = norm.modulation(temb)
+    chunks = norm.chunks(temb)
     assert [chunk.shape for chunk in chunks] == [(2, 5, 1, DIM)] * 3
     for chunk, wanted in zip(chunks, expected):
         torch.testing.assert_close(chunk[:, :, 0], wanted)
@@ -40,7 +40,7 @@ def test_a_block_is_its_formula(num_long_frames):
     rotary_emb = rotary_embedding(torch.randint(0, 9, (num_tokens, 3)), (4, 2, 2))
 
     def modulated(norm, states, temb):
-        shift, scale, gate = norm.modulation(temb)
+        shift, scale, gate = norm.chunks(temb)
         return normalized(states) * (1 + scale) + shift, gate
 
     attn_input, gate = modulated(block.norm1, states, temb)
@@ -49,7 +49,8 @@ def test_a_block_is_its_formula(num_long_frames):
         long_attn_input, long_gate = modulated(block.norm1, long_states, long_temb)
         long_attn_input = long_attn_input.flatten(1, 2)
     attn_outputs = block.attn(attn_input.flatten(1, 2), long_attn_input, rotary_emb=rotary_emb)
-    outputs = block(states, long_states, temb, long_temb, rotary_emb, None, None)
+    all_temb = temb if long_temb is None else torch.cat([long_temb, temb], dim=1)
+    outputs = block(states, long_states, all_temb, rotary_emb)
 
     kinds = [(states, temb, gate, attn_outputs[0], outputs[0])]
     if num_long_frames:

@@ -10,8 +10,7 @@ from peft import LoraConfig
 from tiny_models import tiny_pipeline, tiny_transformer
 from torch.testing._internal.two_tensor import TwoTensor
 
-from diffusers_far.data.loading import vae_hash
-from diffusers_far.models.identity import model_identity
+from diffusers_far.models.identity import model_identity, vae_hash
 
 
 def with_lora(seed: int = 0, name: str = "walls", model=None, scale: float = 1.0):

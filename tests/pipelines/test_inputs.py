@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import property_test
 
+from diffusers_far.checks import check_count
 from diffusers_far.pipelines.inputs import (
+    batch_without_video,
     check_action_values,
     check_actions,
     check_class_labels,
-    check_count,
     check_latents,
-    frame_noise,
-    infer_batch_size,
-    num_dims,
     repeat_samples,
+    rows_of_videos,
     video_to_tensor,
 )
+from diffusers_far.pipelines.rollout import frame_noise
 
 
 def action_config(num_actions: int | None = None, action_dim: int | None = None) -> SimpleNamespace:
@@ -83,7 +83,7 @@ def test_one_row_of_actions_serves_every_sample(batch_size, num_frames, is_conti
         config, row = action_config(num_actions=4), torch.randint(0, 4, (num_frames,))
     expected = row.expand(batch_size, *row.shape)
     for actions in (row, row[None], row.tolist(), row.numpy(), expected, [row.tolist()] * batch_size):
-        checked = check_actions(actions, config, batch_size, (num_frames,))
+        checked = rows_of_videos("actions", check_actions(actions, config, (num_frames,)), batch_size)
         assert checked.dtype == (torch.float32 if is_continuous else torch.int64)
         assert torch.equal(checked, expected)
 
@@ -100,18 +100,19 @@ def test_continuous_actions_may_be_whole_numbers():
 
 
 def test_where_no_frame_needs_an_action_none_need_be_given():
-    assert check_actions(None, action_config(num_actions=4), 1, (1, 0)) is None
-    assert check_actions(None, action_config(), 1, (5,)) is None
+    assert check_actions(None, action_config(num_actions=4), (0, 1)).shape == (1, 0)
+    assert check_actions(None, action_config(action_dim=2), (0, 1)).shape == (1, 0, 2)
+    assert check_actions(None, action_config(), (5,)) is None
 
 
 @pytest.mark.parametrize("class_labels", [1, [1], [1, 1], torch.tensor(1), np.array([1, 1])])
 def test_labels_are_one_integer_per_sample_or_one_for_all(class_labels):
-    checked = check_class_labels(class_labels, num_classes=3, batch_size=2)
+    checked = rows_of_videos("class_labels", check_class_labels(class_labels, num_classes=3), batch_size=2)
     assert checked.dtype == torch.int64 and checked.tolist() == [1, 1]
 
 
 def test_the_null_class_is_a_label():
-    assert check_class_labels(3, num_classes=3, batch_size=1).tolist() == [3]
+    assert check_class_labels(3, num_classes=3).tolist() == [3]
 
 
 # Latents, counts, noise
@@ -146,32 +147,17 @@ def test_each_sample_draws_from_its_own_generator():
 @pytest.mark.parametrize(
     "given, batch_size",
     [
-        ({"context": torch.zeros(3, 2, 4, 4, 4), "actions": [0, 1]}, 3),
         ({"latents": torch.zeros(6, 2, 4, 4, 4), "num_videos_per_context": 2}, 3),
-        ({"class_labels": [0, 1, 2]}, 3),
-        ({"class_labels": 0}, 1),
-        ({"actions": [[0, 1], [1, 0], [0, 0]]}, 3),
-        ({"actions": [0, 1]}, 1),
-        ({"actions": torch.zeros(3, 5, 2), "action_dims": 3}, 3),
-        ({"actions": torch.zeros(5, 2), "action_dims": 3}, 1),
+        ({"conditions": (None, torch.zeros(3))}, 3),
+        ({"conditions": (torch.zeros(1, 5), torch.zeros(3))}, 3),
+        ({"conditions": (torch.zeros(3, 5), torch.zeros(1))}, 3),
+        ({"conditions": (None, torch.zeros(1))}, 1),
         ({}, 1),
     ],
 )
-def test_the_batch_is_that_of_the_context_else_noise_labels_or_actions(given, batch_size):
-    defaults = {
-        "context": None,
-        "latents": None,
-        "actions": None,
-        "class_labels": None,
-        "num_videos_per_context": 1,
-        "action_dims": 2,
-    }
-    assert infer_batch_size(**{**defaults, **given}) == batch_size
-
-
-def test_dimensions_of_nested_lists_are_those_of_the_array():
-    for value in (0, [0, 1], [[0, 1], [1, 0]], [[[0.5], [1.0]]]):
-        assert num_dims(value) == np.ndim(value) == num_dims(torch.tensor(value))
+def test_without_a_context_the_batch_is_that_of_the_noise_else_of_actions_or_labels(given, batch_size):
+    defaults = {"latents": None, "conditions": (None, None), "num_videos_per_context": 1}
+    assert batch_without_video(**{**defaults, **given}) == batch_size
 
 
 def test_samples_are_repeated_in_a_row():

@@ -1,4 +1,5 @@
 import copy
+import inspect
 from unittest.mock import patch
 
 import diffusers
@@ -37,6 +38,7 @@ from tiny_models import (
 from diffusers_far import FARPipeline, FARTransformer3DModel, FlexRoPEConfig, VideoDiTPipeline
 from diffusers_far.models.codec import encode_video, spatial_compression
 from diffusers_far.pipelines.rollout import check_scheduler
+from diffusers_far.pipelines.settings import GenerationRequest
 
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -606,7 +608,8 @@ def test_heun_makes_an_exact_flow_better_than_euler():
             time = torch.as_tensor(timestep).clamp(min=1) / 1000
             return (torch.sin(3 * time) * (latents - target),)
 
-        with patch.object(pipe.transformer, "forward", velocity):
+        no_modulations = patch.object(pipe.transformer, "frame_modulations", lambda *args: None)
+        with no_modulations, patch.object(pipe.transformer, "forward", velocity):
             frames = latent_frames(pipe, latents=noise, num_frames=1, num_inference_steps=8)
             fine = latent_frames(tiny_pipeline(pipe.transformer), latents=noise, num_frames=1, num_inference_steps=200)
         errors[type(scheduler).__name__] = (frames - fine).abs().max().item()
@@ -1214,7 +1217,23 @@ def test_empty_inputs_are_refused_before_any_work(config, name, value):
 
 
 def test_a_transformer_that_makes_whole_clips_is_refused():
-    Refused(frame_causal=False).expect("`frame_causal=False`", **CONTEXT)
+    pipe = tiny_pipeline(tiny_transformer(frame_causal=False))
+    for refused in (pipe, pipe.stream, pipe.start_session):
+        with pytest.raises(
+            ValueError, match="`frame_causal=False` and makes whole clips; load it as a `VideoDiTPipeline`"
+        ):
+            refused(**CONTEXT)
+
+
+def test_an_argument_of_a_call_is_named_once_and_reaches_the_request():
+    def parameters(function) -> dict:
+        return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+    request, call, session = map(parameters, (GenerationRequest, FARPipeline.__call__, FARPipeline.start_session))
+    del call["self"], call["return_dict"], session["self"]
+    assert {**request, "callback_on_step_end_tensor_inputs": ["latents"]} == call
+    own = {"max_history", "max_seconds_per_frame", "min_inference_steps"}
+    assert {name: value for name, value in session.items() if name not in own}.items() <= call.items()
 
 
 # Noise levels of the user's

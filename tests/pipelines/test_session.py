@@ -94,7 +94,9 @@ def test_a_fork_costs_a_copy_of_the_cache_and_shares_the_latents():
     remembered = sum(
         tensor.nbytes
         for frame in session.history.frames
-        for tensor in tensors_of(frame.latents, frame.led_by, frame.action, getattr(frame.noise, "states", None))
+        for tensor in tensors_of(
+            frame.latents, frame.previous_action, frame.action, getattr(frame.noise, "states", None)
+        )
     )
     assert session.num_bytes == stores + remembered
 

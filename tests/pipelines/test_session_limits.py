@@ -100,14 +100,14 @@ def test_a_second_caller_is_refused_and_the_session_goes_on_as_if_it_had_not_cal
     session = start(pipe)
     first = session.step(actions[:, 2])
     is_inside, may_leave, frames = threading.Event(), threading.Event(), []
-    decode = pipe.decode_frame
+    decode = session.decode
 
     def wait_and_decode(*arguments):  # the last thing that a step does
         is_inside.set()
         assert may_leave.wait(60)
         return decode(*arguments)
 
-    pipe.decode_frame = wait_and_decode
+    session.decode = wait_and_decode
     caller = threading.Thread(target=lambda: frames.append(session.step(actions[:, 3])))
     caller.start()
     assert is_inside.wait(60)
@@ -116,7 +116,7 @@ def test_a_second_caller_is_refused_and_the_session_goes_on_as_if_it_had_not_cal
             call(session, tmp_path / "session.safetensors")
     may_leave.set()
     caller.join()
-    pipe.decode_frame = decode
+    session.decode = decode
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(torch.stack([first, *frames, session.step(actions[:, 4])], dim=1), expected)
 
@@ -144,14 +144,14 @@ def test_a_step_that_fails_can_be_taken_otherwise(config, num_before):
     for each in (session, straight):
         for step in range(num_before):
             each.step(actions[:, 2 + step])
-    other_action, decode = (actions[:, 5] + 1) % 3, pipe.decode_frame
+    other_action, decode = (actions[:, 5] + 1) % 3, session.decode
     for _ in range(2):
         with pytest.raises(Interrupted):
             session.advance(other_action, on_step_end=interrupt)
-        pipe.decode_frame = interrupt
+        session.decode = interrupt
         with pytest.raises(Interrupted):
             session.step(other_action)
-        pipe.decode_frame = decode
+        session.decode = decode
     assert session.num_frames == 3 + num_before and session.actions[-1] is None
     for step in (5, 6):
         torch.testing.assert_close(
@@ -160,7 +160,7 @@ def test_a_step_that_fails_can_be_taken_otherwise(config, num_before):
 
 
 def fail_in_last_block(session: FARSession):
-    return session.pipe.transformer.transformer_blocks[-1].register_forward_pre_hook(interrupt)
+    return session.rollout.transformer.transformer_blocks[-1].register_forward_pre_hook(interrupt)
 
 
 def test_a_write_that_fails_midway_is_made_anew_from_the_whole_past():
@@ -212,7 +212,7 @@ def test_a_rewind_to_noise_of_a_device_that_is_not_here_leaves_the_session_as_it
         session.step()
     frame, latents = session.history.frames[1], session.latents
     frame.noise = replace(frame.noise, device="elsewhere")
-    with pytest.raises(ValueError, match="'elsewhere', which is not to be had here"):
+    with pytest.raises(ValueError, match="'elsewhere', which this machine does not have"):
         session.rewind(1)
     assert torch.equal(session.latents, latents) and session.num_frames == 2
 

@@ -164,14 +164,14 @@ class Ticking:
     def __init__(self, session, step_seconds: float, decode_seconds: float):
         self.time, self.step_seconds = 0.0, step_seconds
         session.latency.clock = lambda: self.time
-        session.pipe.transformer.register_forward_pre_hook(self.tick_step, with_kwargs=True)
-        decode = session.pipe.decode_frame
+        session.rollout.transformer.register_forward_pre_hook(self.tick_step, with_kwargs=True)
+        decode = session.decode
 
         def tick_decode(*arguments):
             self.time += decode_seconds
             return decode(*arguments)
 
-        session.pipe.decode_frame = tick_decode
+        session.decode = tick_decode
 
     def tick_step(self, module, args, kwargs):
         if not kwargs.get("update_cache"):

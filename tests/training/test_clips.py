@@ -1,7 +1,5 @@
 """The batches of the training steps, and what the transformer is fed of them."""
 
-from dataclasses import dataclass
-
 import datasets
 import numpy as np
 import pytest
@@ -9,17 +7,11 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_dc
 
-from diffusers_far.data.latents import EncodedDataset
+from diffusers_far.data.clips import Clip
+from diffusers_far.data.video_clips import EncodedDataset
 from diffusers_far.models.transformer_far import FARTransformer3DModel
-from diffusers_far.training.clips import TrainingBatches, clip_loss, encode_batches
+from diffusers_far.training.clips import TrainingBatches, clip_loss, encode_batches, fed_conditions
 from diffusers_far.training.objective import TrainingObjective
-
-
-@dataclass
-class FakeClip:
-    latents: torch.Tensor
-    actions: torch.Tensor
-    label: int
 
 
 class FakeLatents:
@@ -32,7 +24,7 @@ class FakeLatents:
         frames = start + interval * torch.arange(length)
         assert 0 <= start and frames[-1] < self.num_frames[trajectory]
         latents = (1000.0 * trajectory + frames)[:, None, None, None].expand(-1, *self.latent_shape)
-        return FakeClip(latents.clone(), frames % 3, trajectory)
+        return Clip(latents.clone(), frames % 3, trajectory)
 
 
 def make_batches(objective: TrainingObjective | None = None, **changes) -> TrainingBatches:
@@ -126,17 +118,17 @@ def test_clips_shorter_than_the_window_are_refused():
 
 def test_dropped_and_missing_actions_are_null():
     clips, draw = make_batches(short_window=None)[0]
-    conditions = clips.conditions(make_transformer().config, draw)
+    conditions = fed_conditions(clips, make_transformer().config, draw)
     assert torch.equal(conditions["actions"][:, 1:], clips.actions[:, :-1])
     assert not conditions["action_mask"][:, 0].any()
     assert torch.equal(conditions["action_mask"][:, 1:], draw.keeps_action[:, 1:])
-    assert clips.conditions(make_transformer().config)["action_mask"][:, 1:].all()
+    assert fed_conditions(clips, make_transformer().config)["action_mask"][:, 1:].all()
 
 
 def test_dropped_labels_are_null():
     clips, draw = make_batches()[0]
     config = make_transformer(num_actions=None, num_classes=4).config
-    labels = clips.conditions(config, draw)["class_labels"]
+    labels = fed_conditions(clips, config, draw)["class_labels"]
     assert torch.equal(labels, torch.where(draw.keeps_label, clips.labels, torch.tensor(4)))
 
 
@@ -198,17 +190,18 @@ def videos(tmp_path, monkeypatch) -> Dataset:
 def load_videos(videos: Dataset, num_workers: int = 0) -> list:
     encoded = EncodedDataset(videos, tiny_dc())
     sizes = {"short_window": 3, "interval": 1, "batch_size": 2, "num_accumulated": 1, "seed": 0}
-    batches = TrainingBatches(encoded.videos, TrainingObjective(), encoded.latent_shape, num_frames=5, **sizes)
-    return list(encode_batches(batches.load(0, 4, num_workers), encoded.vae))
+    batches = TrainingBatches(encoded, TrainingObjective(), num_frames=5, **sizes)
+    return list(encode_batches(batches.load(0, 4, num_workers), tiny_dc()))
 
 
-def test_the_latents_of_a_batch_are_those_that_the_dataset_gives_by_itself(videos):
-    encoded = EncodedDataset(videos, tiny_dc())
+def test_the_latents_of_a_clip_do_not_depend_on_the_batch(videos):
+    vae, encoded = tiny_dc(), EncodedDataset(videos, tiny_dc())
     sizes = {"num_frames": 5, "short_window": 3, "interval": 1, "batch_size": 2, "num_accumulated": 1, "seed": 0}
-    by_itself = TrainingBatches(encoded, TrainingObjective(), **sizes)
+    not_encoded = TrainingBatches(encoded, TrainingObjective(), **sizes)
     for step, (clips, draw) in enumerate(load_videos(videos)):
-        expected, expected_draw = by_itself[step]
-        assert torch.equal(clips.latents, expected.latents) and torch.equal(clips.actions, expected.actions)
+        expected, expected_draw = not_encoded[step]
+        by_itself = [Clip(frames=frames).encode(vae).latents for frames in expected.frames]
+        assert torch.equal(clips.latents, torch.stack(by_itself)) and torch.equal(clips.actions, expected.actions)
         assert torch.equal(draw.noise, expected_draw.noise)
 
 

@@ -52,13 +52,28 @@ def test_an_epoch_shows_each_frame_once(folder, is_streamed):
 def test_a_resumed_stream_shows_what_the_uninterrupted_one_did(folder, tmp_path):
     expected = numbers(streamed(folder).load(0, 11))
     accelerator, interrupted = Accelerator(cpu=True), streamed(folder)
-    interrupted.loader.save_with(accelerator)
+    interrupted.save_with(accelerator)
     seen = numbers(interrupted.load(0, 5))
     accelerator.save_state(str(tmp_path / "checkpoint"))
     accelerator, resumed = Accelerator(cpu=True), streamed(folder)
-    resumed.loader.save_with(accelerator)
+    resumed.save_with(accelerator)
     accelerator.load_state(str(tmp_path / "checkpoint"))
     assert seen + numbers(resumed.load(5, 11)) == expected
+
+
+def batches_of(folder: str, **changes) -> FrameBatches:
+    return FrameBatches(load_split(folder, "train"), **({"batch_size": 6, "seed": 5} | changes))
+
+
+def test_a_run_that_starts_late_shows_what_the_uninterrupted_one_did(folder):
+    whole = numbers(batches_of(folder).load(0, 9))
+    assert numbers(batches_of(folder).load(4, 9)) == whole[4 * 6 :]
+
+
+def test_processes_share_one_global_batch(folder):
+    single = [numbers([batch]) for batch in batches_of(folder).load(0, 9)]
+    shares = [batches_of(folder, batch_size=3, process_index=index, num_processes=2).load(0, 9) for index in range(2)]
+    assert [numbers([first]) + numbers([second]) for first, second in zip(*shares, strict=True)] == single
 
 
 def test_frames_to_measure_come_from_the_first_trajectories(folder, monkeypatch):

@@ -6,8 +6,9 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_pipeline, tiny_transformer
 
-from diffusers_far.data.latents import EncodedDataset, LatentClip
+from diffusers_far.data.clips import Clip
 from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.video_clips import EncodedDataset
 from diffusers_far.models.codec import decode_video
 from diffusers_far.training.validation import (
     describe_metrics,
@@ -26,7 +27,7 @@ class Trajectories:
 
     def clip(self, trajectory, start, length, interval=1):
         latents = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(trajectory))
-        return LatentClip(latents[start : start + length * interval : interval], torch.ones(length).long(), None)
+        return Clip(latents[start : start + length * interval : interval], torch.ones(length).long(), None)
 
 
 def arguments(**overrides) -> argparse.Namespace:
@@ -111,7 +112,7 @@ def test_what_the_vae_loses_is_measured_where_there_are_pixels(pipe):
     data = Dataset.from_dict(rows, features=Features({"video": List(Image()), "actions": List(Value("int64"))}))
     clips = EncodedDataset(data, pipe.vae)
     measured = measure(arguments(), pipe, clips)
-    true = validation_clips(clips.videos, 2, 5).frames[:, 3:] / 255
+    true = validation_clips(clips, 2, 5, vae=pipe.vae, keep_frames=True).frames[:, 3:] / 255
     assert measured.metrics["vae_psnr"] == pytest.approx(np.mean(psnr_per_horizon(measured.truth, true)))
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_far.training.clips import StepBatchSampler, epoch_order, step_generator, step_indices
+from diffusers_far.training.clips import epoch_order, step_generator, step_indices
 
 
 @settings(max_examples=50, deadline=None)
@@ -20,21 +20,6 @@ def test_an_epoch_is_ordered_once_for_all_of_its_steps():
     for step in range(30):
         step_indices(100, 7, seed=3, step=step)
     assert epoch_order.cache_info().misses == 3  # 30 steps of 7 samples: two epochs and the beginning of a third
-
-
-def test_a_sampler_that_starts_late_serves_what_the_uninterrupted_one_served():
-    whole = list(StepBatchSampler(23, 4, seed=5, first_step=0, last_step=30))
-    rest = list(StepBatchSampler(23, 4, seed=5, first_step=17, last_step=30))
-    assert rest == whole[17:]
-
-
-def test_processes_share_one_global_batch():
-    single = list(StepBatchSampler(23, 6, seed=5, first_step=0, last_step=9))
-    shares = [
-        StepBatchSampler(23, 3, seed=5, first_step=0, last_step=9, process_index=index, num_processes=2)
-        for index in range(2)
-    ]
-    assert [first + second for first, second in zip(*shares)] == single
 
 
 def test_draws_depend_on_seed_step_process_and_stream_alone():

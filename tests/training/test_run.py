@@ -9,11 +9,12 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from tiny_models import tiny_transformer
 
-from diffusers_far.data.latents import LatentClip
+from diffusers_far.data.clips import Clip, ClipBatch
 from diffusers_far.data.rows import BadExampleError
-from diffusers_far.training import clip_sources, run
+from diffusers_far.training import clips as training_clips
+from diffusers_far.training import run
 from diffusers_far.training.checkpoints import save_checkpoint
-from diffusers_far.training.clips import ClipBatch, TrainingBatches, clip_loss
+from diffusers_far.training.clips import TrainingBatches, clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 from diffusers_far.training.run import (
     SHARDING_VARIABLES,
@@ -180,7 +181,7 @@ class Latents:
 
     def __init__(self, channels=4, actions=None, label=None):
         self.latent_shape = (channels, 4, 4)
-        self.first_clip = LatentClip(torch.zeros(1, channels, 4, 4), actions, label)
+        self.first_clip = Clip(torch.zeros(1, channels, 4, 4), actions, label)
 
     def check_rows(self, num_actions, num_classes):
         if self.first_clip.actions is not None and (self.first_clip.actions >= num_actions).any():
@@ -323,7 +324,7 @@ class FaultyLatents:
         latents = torch.zeros(length, 4, 4, 4)
         if trajectory == 2:
             latents[1, 0, 0, 0] = float("nan")
-        return LatentClip(latents, torch.zeros(length).long(), None)
+        return Clip(latents, torch.zeros(length).long(), None)
 
 
 def test_metrics_that_are_no_numbers_fail_the_run(tmp_path):
@@ -374,8 +375,8 @@ def test_a_split_that_is_held_out_and_too_short_is_refused_at_the_start(monkeypa
     (tmp_path / "validation").mkdir()
     args = argparse.Namespace(validation_dataset_name=None, latents_dir=str(tmp_path), validation_split="validation")
     args.streaming, args.num_frames, args.frame_interval = False, 4, 1
-    monkeypatch.setattr(clip_sources, "open_clips", lambda *_: FaultyLatents())
+    monkeypatch.setattr(training_clips, "open_clips", lambda *_: FaultyLatents())
     with pytest.raises(ValueError, match="split 'validation', which is held out: .* the longest of 4 .* has 3"):
-        clip_sources.open_validation_clips(args, None)
+        training_clips.open_validation_clips(args, None)
     args.num_frames = 3
-    assert clip_sources.open_validation_clips(args, None) is not None
+    assert training_clips.open_validation_clips(args, None) is not None

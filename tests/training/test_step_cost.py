@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from tiny_models import tiny_pipeline, tiny_transformer
 
-from diffusers_far.data.latents import LatentClip
+from diffusers_far.data.clips import Clip
 from diffusers_far.training.clips import TrainingBatches
 from diffusers_far.training.objective import TrainingObjective
 from diffusers_far.training.step_cost import describe_cost, describe_step_cost
@@ -26,7 +26,7 @@ class Trajectories:
     num_frames, latent_shape = np.array([6, 6]), (4, 4, 4)
 
     def clip(self, trajectory, start, length, interval=1):
-        return LatentClip(torch.randn(length, 4, 4, 4), torch.ones(length).long(), None)
+        return Clip(torch.randn(length, 4, 4, 4), torch.ones(length).long(), None)
 
 
 @pytest.mark.parametrize("teacher_forcing", [False, True])

@@ -14,13 +14,13 @@ from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_dc
 from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data.actions import ActionCombiner
 from diffusers_far.data.loading import stream_split
-from diffusers_far.data.rows import BadExampleError
+from diffusers_far.data.rows import ActionCombiner, BadExampleError
+from diffusers_far.data.video_clips import StreamedClips
 from diffusers_far.models.codec import encode_video
 from diffusers_far.training.clips import encode_batches
 from diffusers_far.training.objective import TrainingObjective
-from diffusers_far.training.streaming import StreamedBatches, StreamedClips
+from diffusers_far.training.streaming import StreamedBatches
 
 
 SIZES = {"num_frames": 6, "short_window": 2, "interval": 1, "batch_size": 2, "num_accumulated": 1, "seed": 0}
@@ -112,25 +112,25 @@ def test_videos_are_encoded_clip_by_clip(clips):
 def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(clips, num_accumulated, tmp_path):
     expected = list(batches_of(clips, num_accumulated=num_accumulated).load(0, 15))
     accelerator, interrupted = Accelerator(cpu=True), batches_of(clips, num_accumulated=num_accumulated)
-    interrupted.loader.save_with(accelerator)
+    interrupted.save_with(accelerator)
     seen = list(islice(interrupted.load(0, 15), 7 * num_accumulated))
     accelerator.save_state(str(tmp_path / "checkpoint"))
 
     accelerator, resumed = Accelerator(cpu=True), batches_of(clips, num_accumulated=num_accumulated)
-    resumed.loader.save_with(accelerator)
+    resumed.save_with(accelerator)
     accelerator.load_state(str(tmp_path / "checkpoint"))
     assert_same_batches(seen + list(resumed.load(7, 15)), expected)
 
 
 def test_a_checkpoint_of_another_stream_is_begun_anew_and_says_so(clips, tmp_path, caplog):
     accelerator, first = Accelerator(cpu=True), batches_of(clips)
-    first.loader.save_with(accelerator)
+    first.save_with(accelerator)
     list(first.load(0, 3))
     accelerator.save_state(str(tmp_path / "checkpoint"))
     accelerator, other = Accelerator(cpu=True), batches_of(clips, seed=1)
-    other.loader.save_with(accelerator)
+    other.save_with(accelerator)
     accelerator.load_state(str(tmp_path / "checkpoint"))
-    assert other.loader.position == other.stream.start
+    assert other.position == other.stream.start
     assert "it begins anew" in caplog.text
 
 
@@ -138,7 +138,7 @@ def test_each_process_saves_its_own_position(clips, tmp_path):
     accelerator = Accelerator(cpu=True)
     for index in range(2):
         batches = batches_of(clips, process_index=index, num_processes=2)
-        batches.loader.save_with(accelerator)
+        batches.save_with(accelerator)
         list(batches.load(0, 1 + index))
     accelerator.save_state(str(tmp_path / "checkpoint"))
     saved = [json.loads((tmp_path / "checkpoint" / f"stream-{index}.json").read_text()) for index in range(2)]

@@ -6,9 +6,8 @@ import torch
 from tiny_models import tiny_vq
 
 from diffusers_far import TokenARConfig, TokenARForVideo
-from diffusers_far.data.latents import LatentClip
+from diffusers_far.data.clips import Clip, ClipBatch
 from diffusers_far.models.codec import decode_codes
-from diffusers_far.training.clips import ClipBatch
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 from diffusers_far.training.tokens import continue_clips, measure_tokens, token_conditions, token_loss
 from diffusers_far.training.validation import psnr_per_horizon
@@ -73,7 +72,7 @@ def test_repeating_the_last_frame_is_measured_beside_the_model(clips):
         num_frames, latent_shape = np.array([4, 4]), (1, 2, 3)
 
         def clip(self, trajectory, start, length, interval=1):
-            return LatentClip(clips.latents[trajectory], clips.actions[trajectory], None)
+            return Clip(clips.latents[trajectory], clips.actions[trajectory], None)
 
     vq = tiny_vq()
     sizes = {"num_frames": 4, "num_clips": 2, "num_videos": 2, "num_new_frames": 2, "batch_size": 2}

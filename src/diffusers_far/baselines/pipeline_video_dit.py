@@ -5,25 +5,30 @@ B batch, F frames, C latent channels, H/W latent height/width; h/w pixels.
 
 import os
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
 from diffusers.utils import logging
 
-from ..models.denoising_steps import DenoisingSteps
-from ..models.frames import FrameBatch, shift_actions
+from ..checks import check_choice
+from ..models.frames import FrameBatch
 from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
-from ..pipelines.inputs import PipelineInputs, frame_noise
-from ..pipelines.pipeline_far import FARPipeline
-from ..pipelines.pipeline_output import FARPipelineOutput, join_frames
-from ..pipelines.rollout import Rollout
+from ..pipelines.pipeline_far import FARPipeline, FARPipelineOutput, VideoPipeline
+from ..pipelines.rollout import Rollout, frame_noise
 from ..pipelines.settings import GenerationRequest
 
 
 logger = logging.get_logger(__name__)
 
 CONTEXT_MODES = ("noised", "clean")
+FRAME_BY_FRAME = (  # arguments of a call that mean nothing to a whole clip
+    "use_cache",
+    "max_long_frames",
+    "num_sink_frames",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "callback_on_frame_end",
+)
 
 
 class ClipRollout(Rollout):
@@ -34,26 +39,27 @@ class ClipRollout(Rollout):
             at every step, with noise that stays the same; what a model was trained on whose clips have one noise level
             throughout. `"clean"`: as it is, at timestep -1; what `--clean_prefix_ratio` trains. Either way the context
             is taken anew from the given frames at every step, so that nothing changes it.
-        context_noise (`torch.Tensor` of shape `(B, F_context, C, H, W)`, *optional*): For `"noised"`.
         arguments: As of a [`Rollout`].
+
+    Attributes:
+        context_noise (`torch.Tensor` of shape `(B, F_context, C, H, W)`): For `"noised"`; to be set before the first step.
     """
 
-    def __init__(self, *arguments, context_mode: str, context_noise: torch.Tensor | None = None, **options):
+    def __init__(self, *arguments, context_mode: str, **options):
         super().__init__(*arguments, **options)
         self.context_mode = context_mode
-        self.context_noise = context_noise
+        self.context_noise: torch.Tensor | None = None
 
-    def _velocity(self, noisy: FrameBatch, steps: DenoisingSteps) -> torch.Tensor:
+    def _velocity(self, noisy: FrameBatch, timestep: torch.Tensor, modulation: None = None) -> torch.Tensor:
         """Velocity of the noisy frames at a step, `(B, F, C, H, W)`."""
-        timestep = steps.timestep
         if self.frames is None:
-            return self._predict(noisy, timestep)
+            return self._predict(noisy, timestep, class_labels=self._model_labels())
         context = self._context_at(timestep)
         batch_size, num_context = context.latents.shape[:2]
         timesteps = torch.full((batch_size, num_context + noisy.num_frames), float(timestep), device=self.device)
         if self.context_mode == "clean":
             timesteps[:, :num_context] = CLEAN_TIMESTEP
-        return self._predict(context.append(noisy), timesteps)[:, num_context:]
+        return self._predict(context.append(noisy), timesteps, class_labels=self._model_labels())[:, num_context:]
 
     def _context_at(self, timestep: torch.Tensor) -> FrameBatch:
         """The context as the model is shown it where the new frames are at `timestep`."""
@@ -66,7 +72,7 @@ class ClipRollout(Rollout):
         return FrameBatch(latents.to(self.frames.latents.dtype), self.frames.actions, self.frames.action_mask)
 
 
-class VideoDiTPipeline(FARPipeline):
+class VideoDiTPipeline(VideoPipeline):
     r"""
     A video diffusion transformer, the baseline of FAR: the same network with `frame_causal=False`, trained with
     `train_far.py --objective video_dit`. It makes all new frames at once and knows no cache, no stream and no session.
@@ -79,6 +85,9 @@ class VideoDiTPipeline(FARPipeline):
         arguments: As of a [`FARPipeline`].
     """
 
+    is_frame_causal = False
+
+    # diffusers reads here what a pipeline is made of, so all is named.
     def __init__(
         self,
         transformer: FARTransformer3DModel,
@@ -94,54 +103,22 @@ class VideoDiTPipeline(FARPipeline):
         short_cache: str | None = None,
         context_mode: str = "noised",
     ):
-        if context_mode not in CONTEXT_MODES:
-            raise ValueError(f"`context_mode` is {context_mode!r}; choose one of {', '.join(CONTEXT_MODES)}.")
-        super().__init__(
-            transformer,
-            vae,
-            scheduler,
-            fps,
-            action_names,
-            height,
-            width,
-            flex_rope,
-            num_inference_steps,
-            guidance_scale,
-            short_cache,
-        )
+        check_choice("context_mode", context_mode, CONTEXT_MODES)
+        shipped = (fps, action_names, height, width, flex_rope, num_inference_steps, guidance_scale, short_cache)
+        super().__init__(transformer, vae, scheduler, *shipped)
         self.register_to_config(context_mode=context_mode)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        video: Any = None,
-        video_latents: torch.Tensor | None = None,
-        actions: Any = None,
-        class_labels: Any = None,
-        num_frames: int = 16,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_videos_per_context: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        short_cache: str | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> FARPipelineOutput | tuple:
+    def __call__(self, *arguments, return_dict: bool = True, **named) -> FARPipelineOutput | tuple:
         r"""
         Generate `num_frames` new frames at once.
 
         Args:
-            video, video_latents, actions, class_labels, num_frames, height, width, num_inference_steps, guidance_scale,
-                num_videos_per_context, output_type, return_dict, attention_kwargs: As of a [`FARPipeline`]'s call. The
-                steps are those of all frames together.
-            generator (`torch.Generator` or a list, one per video, *optional*): Draws the noise of the new frames, then
-                that of the context where it is noised. With a list each video is the same alone as in a batch.
-            latents (`torch.Tensor` of shape `(B, num_frames, C, H, W)`, *optional*): Starting noise of the new frames.
-            short_cache (`str`, *optional*): There is no cache: only `"exact"`, the default, is accepted.
+            arguments: Those of a [`FARPipeline`]'s call, in its order or by name, but for what only frame after frame can
+                have: `use_cache` and its options, and callbacks. Denoising steps are those of all frames together.
+                `generator` draws the noise of the new frames, then that of the context where it is noised; with a list each
+                video is the same alone as in a batch. Of `short_cache` only `"exact"`, the default, is accepted.
+            return_dict (`bool`, defaults to `True`): `False` returns a tuple.
 
         Returns:
             [`FARPipelineOutput`], the new frames only.
@@ -150,52 +127,26 @@ class VideoDiTPipeline(FARPipeline):
             ValueError: An argument has the wrong shape, type or values, or the transformer is frame-causal.
         """
         # 1. Check the inputs
-        request = GenerationRequest(
-            video=video,
-            video_latents=video_latents,
-            actions=actions,
-            class_labels=class_labels,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_videos_per_context=num_videos_per_context,
-            generator=generator,
-            latents=latents,
-            use_cache=False,
-            short_cache=short_cache or self.default_short_cache,
-            output_type=output_type,
-            attention_kwargs=attention_kwargs,
-            callback_on_step_end_tensor_inputs=(),
-        )
-        request, inputs = self.check_inputs(request, is_whole_clip=True)
-        self._warn_of_long_clips(inputs.num_context_frames + inputs.num_frames)
+        unknown = [name for name in FRAME_BY_FRAME if name in named]
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` was given but this pipeline makes all frames at once; leave it out.")
+        inputs = self.check_inputs(GenerationRequest(*arguments, **named, use_cache=False))
+        request, num_context = inputs.request, inputs.num_context_frames
+        self._warn_of_long_clips(inputs.num_frames)
 
         # 2. Show the context, and denoise all new frames beside it
-        context, new = self._frame_batches(inputs, generator)
-        rollout = ClipRollout(
-            self.transformer,
-            self.scheduler,
-            latent_shape=(new.latents.shape[0], *new.latents.shape[2:]),
-            max_frames=inputs.num_context_frames + inputs.num_frames,
-            device=self._execution_device,
-            class_labels=self._for_videos(inputs.class_labels, inputs),
-            config=request.settings,
-            context_mode=self.config.context_mode,
-            context_noise=self._context_noise(context, generator),
-        )
+        generation = self._begin(inputs, ClipRollout, context_mode=self.config.context_mode)
+        rollout, context = generation.rollout, generation.unwritten
+        new = generation.as_fed(generation.noise(0, request.num_frames), num_context)
         if context is not None:
-            rollout.write(context)
-        with self.progress_bar(total=rollout.num_steps) as progress_bar:
-            made = rollout.denoise(new, partial(count_step, progress_bar), generator)
+            if self.config.context_mode == "noised":
+                rollout.context_noise = frame_noise(context.shape, request.generator, rollout.device)
+            rollout.write(generation.as_fed(context, 0))
+        with self.progress_bar(total=self.num_timesteps) as progress_bar:
+            made = rollout.denoise(new, partial(count_step, progress_bar), request.generator)
 
         # 3. The new frames
-        frames = join_frames([self.decode_frame(frame, output_type) for frame in made.unbind(1)], output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (frames,)
-        return FARPipelineOutput(frames=frames)
+        return self._output(made.unbind(1), request.output_type, return_dict)
 
     def _warn_of_long_clips(self, num_frames: int) -> None:
         trained_frames = self.transformer.config.trained_frames
@@ -205,35 +156,6 @@ class VideoDiTPipeline(FARPipeline):
                 f"{trained_frames}; shorten the context or make fewer frames."
             )
 
-    def _frame_batches(
-        self, inputs: PipelineInputs, generator: torch.Generator | list[torch.Generator] | None
-    ) -> tuple[FrameBatch | None, FrameBatch]:
-        """The context, if any, and the noise that the new frames start from, with the actions that they are fed."""
-        device, num_context = self._execution_device, inputs.num_context_frames
-        context = self._for_videos(self._encode_context(inputs, device), inputs)
-        noise = None if inputs.latents is None else inputs.latents.to(device).float()
-        if noise is None:
-            shape = (self.transformer.config.in_channels, inputs.latent_height, inputs.latent_width)
-            num_videos = inputs.batch_size * inputs.num_videos_per_context
-            noise = frame_noise((num_videos, inputs.num_frames, *shape), generator, device)
-        if inputs.actions is None:
-            return None if context is None else FrameBatch(context), FrameBatch(noise)
-        num_frames = num_context + inputs.num_frames
-        actions, mask = shift_actions(
-            self._for_videos(inputs.actions, inputs), self.transformer.config.action_shift, num_frames
-        )
-        new = FrameBatch(noise, actions[:, num_context:], mask[:, num_context:])
-        if context is None:
-            return None, new
-        return FrameBatch(context, actions[:, :num_context], mask[:, :num_context]), new
-
-    def _context_noise(
-        self, context: FrameBatch | None, generator: torch.Generator | list[torch.Generator] | None
-    ) -> torch.Tensor | None:
-        if context is None or self.config.context_mode == "clean":
-            return None
-        return frame_noise(tuple(context.latents.shape), generator, self._execution_device)
-
 
 def count_step(progress_bar, step_index: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Show a finished step; the latents stay as they are."""
@@ -241,7 +163,7 @@ def count_step(progress_bar, step_index: int, timestep: torch.Tensor, latents: t
     return latents
 
 
-def load_pipeline(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> FARPipeline:
+def load_pipeline(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> VideoPipeline:
     """The pipeline that a folder or repo needs: [`VideoDiTPipeline`] where all frames see each other, else
     [`FARPipeline`].
 

@@ -30,8 +30,8 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checks import check_condition, check_count, check_memory
-from ..models.frames import shift_actions
+from ..checks import check_count, check_memory
+from ..models.frames import check_condition, shift_actions
 from ..models.loading import describe_key_errors, explained_loading_errors, require_safetensors
 
 

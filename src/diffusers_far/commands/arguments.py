@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..command_line import HeightAndWidth, HelpWithDefaults, number, whole_number
-from ..data.actions import COMBINATION_RULES
+from ..data.rows import COMBINATION_RULES
 from ..data.sources import SOURCES
 from ..evaluation.protocols import PROTOCOLS, WorldModelProtocol
 from .app.settings import WorldLimits, checked_hosts

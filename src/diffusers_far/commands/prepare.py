@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 
 from ..command_line import require_one_process, set_up_logging
-from ..data.actions import COMBINATION_RULES, ActionCombiner
 from ..data.dataset_folder import check_folder, dataset_card, plan_shards, write_dataset
 from ..data.loading import choose_split
 from ..data.preparation import RESERVED_COLUMNS, Preparation, RowForm
-from ..data.rows import BadExampleError
+from ..data.rows import COMBINATION_RULES, ActionCombiner, BadExampleError
 from ..data.sources import SOURCES, Trajectory, TrajectorySource, open_split_folders
 from .arguments import SPLITS
 

@@ -1,4 +1,4 @@
-"""Clips in latent space: of latents that were encoded once and lie on the disk, or encoded when they are asked for.
+"""Clips of latents that were encoded once and lie on the disk.
 
 A cached split is a folder of Arrow files that `datasets` opens too; clips are cut from it without copying more than the
 clip. Each file carries, in its schema's metadata, which VAE and which dataset it was made of, so that a shard that was
@@ -23,11 +23,9 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from ..files import written_whole
-from ..models.codec import encode_video, spatial_compression
-from .actions import clip_actions, count_actions
-from .loading import dataset_fingerprint, vae_hash
-from .rows import SOURCE_COLUMN, check_actions, check_labels, row_name
-from .video_clips import VideoClips
+from ..models.identity import vae_hash
+from .clips import Clip
+from .rows import SOURCE_COLUMN, check_conditions, clip_actions, count_actions, row_name
 
 
 logger = logging.getLogger(__name__)
@@ -63,23 +61,6 @@ class LatentSource:
 
     def shard_path(self, folder: str | Path, shard: int) -> Path:
         return Path(folder) / f"latents-{shard:05d}-of-{self.num_shards:05d}.arrow"
-
-
-@dataclass(frozen=True)
-class LatentClip:
-    """Consecutive frames of one trajectory.
-
-    Attributes:
-        latents (`torch.Tensor` of shape `(F, C, H, W)`): float32, already multiplied by the scaling factor; or codes
-            (F, 1, H, W), int64.
-        actions (`torch.Tensor` of shape `(F,)`, int64, or `(F, A)`, float32): The action taken at each frame, which
-            leads to the next one; `None` if the dataset has none.
-        label (`int`): The trajectory's class; `None` if the dataset has none.
-    """
-
-    latents: torch.Tensor
-    actions: torch.Tensor | None
-    label: int | None
 
 
 def write_shard(
@@ -266,17 +247,14 @@ class LatentDataset:
         return count_actions(self._actions)
 
     def check_rows(self, num_actions: int | None = None, num_classes: int | None = None) -> None:
-        """As [`VideoClips.check_rows`]; frames are all of one size here."""
+        """As `VideoClips.check_rows`; frames are all of one size here."""
 
         def name(trajectory: int) -> str:
             known = SOURCE_COLUMN in self.table.column_names
             return row_name(trajectory, self.table.data.column(SOURCE_COLUMN)[trajectory] if known else None)
 
-        if self._actions is not None:
-            limit = getattr(self.combine_actions, "num_actions", None) or num_actions
-            check_actions(self._actions, self.num_frames, limit, name)
-        if self._labels is not None and num_classes is not None:
-            check_labels(self._labels, num_classes, name)
+        columns = (self._actions, self._labels)
+        check_conditions(*columns, self.num_frames, name, self.combine_actions, num_actions, num_classes)
 
     def require_vae(self, vae: torch.nn.Module) -> None:
         """Raise a `ValueError` unless these latents were made with `vae`."""
@@ -288,14 +266,7 @@ class LatentDataset:
                 "new folder."
             )
 
-    def clip(
-        self,
-        trajectory: int,
-        start: int,
-        length: int,
-        interval: int = 1,
-        combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> LatentClip:
+    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> Clip:
         """Cut `length` frames, `interval` apart, from frame `start` on.
 
         Args:
@@ -303,9 +274,6 @@ class LatentDataset:
             start (`int`): First frame.
             length (`int`): Number of frames, at least 1.
             interval (`int`): Distance between them in frames, at least 1.
-            combine_actions (callable, *optional*): Actions (length, interval) or (length, interval, A) to (length,) or
-                (length, A): what becomes of the actions between two kept frames; the dataset's own by default. Needed
-                when `interval` is above 1 and the dataset has actions.
 
         Raises:
             ValueError: If the trajectory is shorter than that, or actions would be lost.
@@ -324,21 +292,20 @@ class LatentDataset:
             del self._unchecked[shard]
         first = self._first_frame[trajectory] + start
         frames = self._views[shard][first : first + span : interval]
-        return LatentClip(
+        actions = None
+        if self._actions is not None:
+            stored = self._actions[trajectory].values
+            # The last frame's may be missing: the one before stands in.
+            stored = stored.slice(min(start, len(stored) - 1), length * interval)
+            actions = np.asarray(stored.to_pylist())
+            if actions.ndim == 1:
+                actions = actions.astype(np.int64)  # whole numbers are discrete, whatever type they are stored in
+            actions = torch.from_numpy(clip_actions(actions, length, interval, self.combine_actions))
+        return Clip(
             latents=torch.from_numpy(frames.astype(np.float32 if frames.dtype.kind == "f" else np.int64)),
-            actions=self._clip_actions(trajectory, start, length, interval, combine_actions or self.combine_actions),
+            actions=actions,
             label=None if self._labels is None else self._labels[trajectory].as_py(),
         )
-
-    def _clip_actions(self, trajectory, start, length, interval, combine_actions) -> torch.Tensor | None:
-        if self._actions is None:
-            return None
-        actions = self._actions[trajectory].values
-        start = min(start, len(actions) - 1)  # the last frame's may be missing: the one before stands in
-        actions = np.asarray(actions.slice(start, length * interval).to_pylist())
-        if actions.ndim == 1:
-            actions = actions.astype(np.int64)  # whole numbers are discrete, whatever type they are stored in
-        return torch.from_numpy(clip_actions(actions, length, interval, combine_actions))
 
 
 def _latents_feature(channels: int, height: int, width: int, dtype: np.dtype) -> List:
@@ -360,58 +327,3 @@ def _frames_of(shard: Dataset) -> np.ndarray:
         shape.append(values.type.list_size)
         values = values.values
     return values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
-
-
-class EncodedDataset:
-    """As [`LatentDataset`], of videos instead of cached latents. Encoding every clip again takes time at each step:
-    cache the latents of a dataset that is seen more than once.
-
-    Args:
-        trajectories (`datasets.Dataset`): A row per trajectory, with `actions` and `label` where there are any.
-        vae (`nn.Module`): Encodes, where it lies.
-        column (`str`): The videos: `List(Image())` or `Video`.
-        combine_actions (callable, *optional*): As for [`LatentDataset`].
-
-    Attributes:
-        videos ([`VideoClips`]): The same clips before they are encoded.
-        num_frames (`np.ndarray` of shape `(num_trajectories,)`, int64): Frames of each trajectory.
-        latent_shape (`tuple`): `(C, H, W)`.
-        dataset_fingerprint (`str`), vae_hash (`str`): What it is made of.
-        num_actions (`int`, *optional*): One above the highest discrete action.
-    """
-
-    def __init__(
-        self,
-        trajectories: Dataset,
-        vae: torch.nn.Module,
-        column: str = "video",
-        combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> None:
-        self.videos = VideoClips(trajectories, column, combine_actions)
-        self.vae = vae
-        self.num_frames, self.num_actions = self.videos.num_frames, self.videos.num_actions
-        self.dataset_fingerprint, self.vae_hash = dataset_fingerprint(trajectories), vae_hash(vae)
-        first_frame = self.videos.frames.clip(0, 0, 1)
-        unit = spatial_compression(vae)
-        if first_frame.shape[2] % unit or first_frame.shape[3] % unit:
-            raise ValueError(
-                f"Frames of {first_frame.shape[2]}x{first_frame.shape[3]} cannot be encoded: the VAE needs multiples of "
-                f"{unit}; prepare the dataset with prepare_dataset.py and `--size`."
-            )
-        self.latent_shape = tuple(encode_video(vae, first_frame).shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.num_frames)
-
-    def check_rows(self, num_actions: int | None = None, num_classes: int | None = None) -> None:
-        """See [`VideoClips.check_rows`]."""
-        self.videos.check_rows(num_actions, num_classes)
-
-    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> LatentClip:
-        """Decode and encode `length` frames, `interval` apart, from frame `start` on.
-
-        Raises:
-            BadExampleError: If the trajectory's file is damaged or its actions do not fit its frames.
-        """
-        clip = self.videos.clip(trajectory, start, length, interval)
-        return LatentClip(encode_video(self.vae, clip.frames).float().cpu(), clip.actions, clip.label)

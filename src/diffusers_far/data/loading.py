@@ -1,7 +1,7 @@
 """Opening a split of a dataset, with errors that say what is there.
 
-A trajectory's split is a function of its name alone, so that it never moves as a dataset grows. A dataset and a VAE are
-identified by their content, not by where they lie or when they were written.
+A trajectory's split is a function of its name alone, so that it never moves as a dataset grows. A dataset is
+identified by its content, not by where it lies or when it was written.
 """
 
 import hashlib
@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset, Image, Video, get_dataset_split_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
-from ..models.identity import model_identity
 from .streaming import StreamedSplit, require_own_file
 
 
@@ -49,12 +47,6 @@ def dataset_fingerprint(dataset: Dataset, num_rows: int = 32) -> str:
 def _content_hash(file: dict) -> str:
     content = Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]
     return hashlib.sha256(content).hexdigest()
-
-
-def vae_hash(vae: torch.nn.Module) -> str:
-    """What latents are known to be made by: a VAE's [`~models.identity.model_identity`], the same in float32 and in
-    float16."""
-    return model_identity(vae, rounded_to=torch.float16)
 
 
 def load_split(dataset_name: str, split: str) -> Dataset:

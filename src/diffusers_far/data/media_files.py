@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from ..pictures import upright_rgb
-from .images import MAX_PIXELS, fit_frame, require_pixels
+from ..pictures import fit_frame, upright_rgb
 from .rows import BadExampleError
-from .video import VIDEO_SUFFIXES, iter_video
+from .video import MAX_PIXELS, VIDEO_SUFFIXES, iter_video, require_pixels
 
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")

@@ -11,9 +11,16 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, List, Value
 
 from ..files import written_whole
-from .actions import CONTINUOUS_RULES, DISCRETE_RULES, ActionCombiner, align_actions, group_actions
-from .images import encode_png, fit_frame
-from .rows import SOURCE_COLUMN, BadExampleError
+from ..pictures import encode_png, fit_frame
+from .rows import (
+    CONTINUOUS_RULES,
+    DISCRETE_RULES,
+    SOURCE_COLUMN,
+    ActionCombiner,
+    BadExampleError,
+    align_actions,
+    group_actions,
+)
 from .sources.trajectory import Trajectory
 
 

@@ -6,8 +6,7 @@ A split is made of shards: its parquet files, or the rows of a `metadata.jsonl`.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,101 +14,19 @@ import datasets
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset, IterableDataset, List, Value
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .frames import decode_file, decode_images, holds_video_files
+from .clips import StoredTrajectory, holds_video_files
 from .rows import SOURCE_COLUMN, BadExampleError
 from .sources.trajectory import path_inside
-from .video import count_frames, read_frame_times
-from .video_clips import VideoClip, cut_actions
+from .video import count_frames
 
 
 # A dataset of single video files has a shard for each; so many of them together are read as one.
 MAX_SHARDS = 256
 SAMPLED_FILES = 32
 SAMPLED_BYTES = 2**16
-
-
-@dataclass(frozen=True)
-class StoredClip:
-    """A clip whose frames are still images or a video file: small, to be sent to a process that decodes it.
-
-    Args:
-        video (list of `dict`, `str` or `bytes`): The clip's images, or a whole video file's path or content.
-        start, length, interval (`int`): The clip's frames in the video file.
-        actions (`np.ndarray`, *optional*), label (`int`, *optional*): As of [`VideoClip`].
-        name (`str`): Of its trajectory, for errors.
-        frame_size (`tuple`, *optional*): `(height, width)` that its frames must have.
-    """
-
-    video: list[dict] | str | bytes
-    start: int
-    length: int
-    interval: int
-    actions: np.ndarray | None
-    label: int | None
-    name: str
-    frame_size: tuple[int, int] | None = None
-
-    def decode(self) -> VideoClip:
-        """Raises a `BadExampleError` if the video file is damaged, or its frames have another size."""
-        try:
-            if isinstance(self.video, list):
-                frames = decode_images(self.video)
-            else:
-                times = read_frame_times(self.video) if self.start else None
-                frames = decode_file(self.video, self.start, self.length, self.interval, times)
-        except (ValueError, OSError) as error:  # frames of several sizes, an image that is none
-            raise BadExampleError(f"{self.name!r} has frames that cannot be read: {error}") from error
-        if self.frame_size is not None and tuple(frames.shape[2:]) != self.frame_size:
-            raise BadExampleError(
-                f"{self.name!r} has frames of {tuple(frames.shape[2:])}, but the first trajectory's are "
-                f"{self.frame_size} (height, width); prepare the dataset with prepare_dataset.py and `--size`."
-            )
-        return VideoClip(frames, None if self.actions is None else torch.from_numpy(self.actions), self.label)
-
-
-@dataclass(frozen=True)
-class StoredTrajectory:
-    """A row that was read and not decoded.
-
-    Args:
-        name (`str`): For errors.
-        video (list of `dict`, `str` or `bytes`): Its images, or its video file's path or content.
-        num_frames (`int`): Frames.
-        actions (`list`, *optional*): Not yet checked against the frames.
-        label (`int`, *optional*): Its class.
-    """
-
-    name: str
-    video: list[dict] | str | bytes
-    num_frames: int
-    actions: list | None
-    label: int | None
-
-    def cut(
-        self,
-        start: int,
-        length: int,
-        interval: int = 1,
-        combine_actions: Callable | None = None,
-        frame_size: tuple[int, int] | None = None,
-    ) -> StoredClip:
-        """`length` frames, `interval` apart, from frame `start` on, with their actions; of `frame_size`, where it is given.
-
-        Raises:
-            BadExampleError: If the actions do not fit the frames.
-        """
-        video, actions = self.video, None
-        if isinstance(video, list):
-            video = video[start : start + (length - 1) * interval + 1 : interval]
-        if self.actions is not None:
-            actions = cut_actions(
-                self.actions, self.num_frames, start, length, interval, combine_actions, lambda: repr(self.name)
-            )
-        return StoredClip(video, start, length, interval, actions, self.label, self.name, frame_size)
 
 
 class StreamedSplit:
@@ -161,9 +78,9 @@ class StreamedSplit:
         self._require_own_files(row)
         video = row[self.column]
         if row.get(SOURCE_COLUMN) is not None:
-            name = f"{row[SOURCE_COLUMN]}, {name}"
+            name = f"{row[SOURCE_COLUMN]!r}, {name}"
         if self.holds_files:
-            name = video["path"] or name
+            name = repr(video["path"]) if video["path"] else name
             video = fetch_file(video)
         num_frames = count_frames(video) if self.holds_files else len(video)
         return StoredTrajectory(name, video, num_frames, row.get("actions"), row.get("label"))

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..pictures import upright_rgb
-from .images import MAX_PIXELS, require_pixels
 from .rows import BadExampleError
 
 
 VIDEO_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
+MAX_PIXELS = 2**26  # of one frame, unless a reader is told otherwise
 
 # FFmpeg's own decoders leave the transparency of a webm out.
 TRANSPARENCY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -195,6 +195,14 @@ def _may_hold_no_frame(codec: str, packet) -> bool:
     if codec == "vp8":
         return not memoryview(packet)[0] & 0x10
     return codec == "mpeg4" and packet.size < 20
+
+
+def require_pixels(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    """Raise a `BadExampleError` if a file has frames of too large a `(height, width)`."""
+    if size[0] * size[1] > max_pixels:
+        raise BadExampleError(
+            f"{name} has frames of {size[0]}x{size[1]}, above {max_pixels / 1e6:.3g} million pixels; make them smaller."
+        )
 
 
 def _stack(path: str | Path | bytes, frames: list[np.ndarray]) -> np.ndarray:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data.frames import VideoFrames, evenly_spaced
+from ..data.clips import Clip, evenly_spaced
+from ..data.video_clips import VideoClips
 from ..pipelines import FARPipeline
 from .media import contact_sheet, write_mp4
 from .metrics import frame_lpips, frame_psnr, frame_ssim, revisits_by_age
@@ -22,23 +23,6 @@ from .results import ResultFolder
 
 SHEET_FRAMES = 10  # of a sample, on the contact sheet
 SMALL_SIDE = 128  # frames below are shown enlarged
-
-
-@dataclass(frozen=True)
-class TrueVideo:
-    """One clip.
-
-    Args:
-        frames (`torch.Tensor` of shape `(F, 3, h, w)`): In [0, 1].
-        actions (`torch.Tensor` of shape `(F,)`, int64, or `(F, A)`, float32, *optional*): Taken at each frame.
-        label (`int`, *optional*): Its class.
-        pose (`torch.Tensor` of shape `(F, 3)`, *optional*): Where each frame was seen from.
-    """
-
-    frames: torch.Tensor
-    actions: torch.Tensor | None
-    label: int | None
-    pose: torch.Tensor | None
 
 
 class TrueVideos:
@@ -63,43 +47,25 @@ class TrueVideos:
         self.needs_actions = transformer_config.num_actions is not None or transformer_config.action_dim is not None
         self.needs_label = transformer_config.num_classes is not None and getattr(protocol, "condition", "") != "free"
         check_conditions(dataset, protocol, self.needs_actions, self.needs_label, transformer_config)
-        self.frames = VideoFrames(dataset)
-        usable = np.flatnonzero(self.frames.num_frames >= protocol.num_frames_needed)
-        self.num_too_short = len(self.frames.num_frames) - len(usable)
+        conditions = {"actions": self.needs_actions, "label": self.needs_label, "pose": True}
+        self.clips = VideoClips(dataset, conditions=[name for name, is_needed in conditions.items() if is_needed])
+        usable = np.flatnonzero(self.clips.num_frames >= protocol.num_frames_needed)
+        self.num_too_short = len(self.clips.num_frames) - len(usable)
         if len(usable) < protocol.num_videos:
             raise ValueError(
                 f"`num_videos` is {protocol.num_videos}, but {len(usable)} of {len(dataset)} videos have the "
                 f"{protocol.num_frames_needed} frames that this protocol needs; lower it, or the numbers of frames."
             )
         self.rows = usable[evenly_spaced(len(usable), protocol.num_videos)].tolist()
-        # Without the frames, so that a row is quick to read.
-        self.conditions = dataset.select_columns(
-            [name for name in ("actions", "label", "pose") if name in dataset.column_names]
-        )
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def clip(self, video: int, num_frames: int) -> TrueVideo:
-        """The first `num_frames` frames of a video's clip."""
-        row, interval = self.rows[video], self.protocol.frame_interval
-        start = self.protocol.first_frame(video, int(self.frames.num_frames[row]))
-        frames = self.frames.clip(row, start, num_frames, interval).float() / 255
-        conditions = self.conditions[row] if self.conditions.column_names else {}
-        span = slice(start, start + (num_frames - 1) * interval + 1, interval)
-        pose = conditions.get("pose")
-        return TrueVideo(
-            frames=frames,
-            actions=as_actions(conditions["actions"][span]) if self.needs_actions else None,
-            label=int(conditions["label"]) if self.needs_label else None,
-            pose=None if pose is None else torch.tensor(pose[span], dtype=torch.float32),
-        )
-
-
-def as_actions(actions: list) -> torch.Tensor:
-    """Integers stay integers, (F,); all else is float32, (F, A)."""
-    values = np.asarray(actions)
-    return torch.from_numpy(values.astype(np.int64 if values.dtype.kind in "iu" else np.float32))
+    def clip(self, video: int, num_frames: int) -> Clip:
+        """The first `num_frames` frames of a video's clip, with the conditions that the model takes, and poses."""
+        row = self.rows[video]
+        start = self.protocol.first_frame(video, int(self.clips.num_frames[row]))
+        return self.clips.clip(row, start, num_frames, self.protocol.frame_interval)
 
 
 def check_conditions(
@@ -186,16 +152,14 @@ def measured_batches(protocol: RolloutProtocol, networks: MetricNetworks) -> lis
     return [batch for batch in protocol.batches() if networks.can_measure(protocol.task(batch[0].task))]
 
 
-def roll_out(pipe: FARPipeline, clips: list[TrueVideo], cases: list[Case], protocol: RolloutProtocol) -> torch.Tensor:
+def roll_out(pipe: FARPipeline, clips: list[Clip], cases: list[Case], protocol: RolloutProtocol) -> torch.Tensor:
     """The new frames of each case, `(B, task.num_frames, 3, h, w)`, float32, on the CPU."""
     task = protocol.task(cases[0].task)
     sizes = {tuple(clip.frames.shape[-2:]) for clip in clips}
     if len(sizes) > 1:
         raise ValueError(f"The dataset's videos have sizes {sorted(sizes)}; prepare them with one size.")
     height, width = sizes.pop()
-    video = (
-        torch.stack([clip.frames[: task.num_context_frames] for clip in clips]) if task.num_context_frames else None
-    )
+    video = torch.stack([clip.video[: task.num_context_frames] for clip in clips]) if task.num_context_frames else None
     actions = None if clips[0].actions is None else torch.stack([clip.actions for clip in clips])
     num_classes = pipe.transformer.config.num_classes
     labels = None
@@ -219,7 +183,7 @@ def roll_out(pipe: FARPipeline, clips: list[TrueVideo], cases: list[Case], proto
 
 
 def measure_case(
-    case: Case, clip: TrueVideo, predicted: torch.Tensor, protocol: RolloutProtocol, networks: MetricNetworks
+    case: Case, clip: Clip, predicted: torch.Tensor, protocol: RolloutProtocol, networks: MetricNetworks
 ) -> dict[str, torch.Tensor]:
     """Everything that is kept of a case: scores of each frame, and features.
 
@@ -232,21 +196,21 @@ def measure_case(
         `(frames, features)`, `video_features` of shape `(features,)`, and once for each video those of the truth.
     """
     task = protocol.task(case.task)
-    num_context = task.num_context_frames
+    num_context, true_video = task.num_context_frames, clip.video
     result = {}
     if task.compares_frames:
-        truth = clip.frames[num_context:]
+        truth = true_video[num_context:]
         result |= frame_scores(predicted, truth, networks)
         if case.trajectory == 0:
-            repeated = clip.frames[num_context - 1].expand_as(truth)
+            repeated = true_video[num_context - 1].expand_as(truth)
             result |= {f"repeated_{name}": score for name, score in frame_scores(repeated, truth, networks).items()}
             if clip.pose is not None and isinstance(protocol, ContinuationProtocol):
                 result |= view_masks(clip.pose, num_context, protocol)
     if task.compares_distributions:
-        made = torch.cat([clip.frames[:num_context], predicted])
+        made = torch.cat([true_video[:num_context], predicted])
         result |= features_of(made, num_context, protocol, networks)
         if case.trajectory == 0 and case.seed == protocol.seeds[0]:
-            true_features = features_of(clip.frames, num_context, protocol, networks)
+            true_features = features_of(true_video, num_context, protocol, networks)
             result |= {f"true_{name}": features for name, features in true_features.items()}
     return result
 
@@ -286,16 +250,16 @@ def features_of(
     return features
 
 
-def write_sample(folder: Path, case: Case, clip: TrueVideo, predicted: torch.Tensor, fps: float) -> None:
+def write_sample(folder: Path, case: Case, clip: Clip, predicted: torch.Tensor, fps: float) -> None:
     """One rollout to look at: an mp4, truth on the left, and evenly spaced frames, truth above."""
     folder.mkdir(exist_ok=True)
-    num_context = len(clip.frames) - len(predicted)
-    made = torch.cat([clip.frames[:num_context], predicted])
+    true_video, num_context = clip.video, len(clip.frames) - len(predicted)
+    made = torch.cat([true_video[:num_context], predicted])
     height, width = made.shape[-2:]
     scale = max(1, 2 * SMALL_SIDE // min(height, width)) if min(height, width) < SMALL_SIDE else 1
     if (height * scale) % 2:
         scale *= 2  # H.264 wants even sides
-    write_mp4(folder / f"{case.name}.mp4", torch.cat([clip.frames, made], dim=-1), fps, scale)
+    write_mp4(folder / f"{case.name}.mp4", torch.cat([true_video, made], dim=-1), fps, scale)
     shown = evenly_spaced(len(predicted), SHEET_FRAMES)
-    sheet = contact_sheet([clip.frames[num_context:][shown], predicted[shown]], scale=1 if scale == 1 else 2)
+    sheet = contact_sheet([true_video[num_context:][shown], predicted[shown]], scale=1 if scale == 1 else 2)
     sheet.save(folder / f"{case.name}.png")

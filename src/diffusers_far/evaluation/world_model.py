@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data.actions import align_actions
-from ..data.frames import VideoFrames
+from ..data.clips import ClipBatch
+from ..data.video_clips import VideoClips
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
 from .metrics import (
@@ -27,23 +27,6 @@ from .metrics import (
     seen_before,
 )
 from .protocols import WorldModelProtocol
-
-
-@dataclass(frozen=True)
-class Walks:
-    """Recorded walks, F context and new frames of each.
-
-    Args:
-        video (`torch.Tensor` of shape `(B, F, 3, h, w)`): In [0, 1].
-        actions (`torch.Tensor` of shape `(B, F)`, int64, or `(B, F, A)`, float32, *optional*): Taken at each frame.
-        pose (`torch.Tensor` of shape `(B, F, 3)`, *optional*): x, y and heading in degrees.
-        label (`torch.Tensor` of shape `(B,)`, *optional*): The class of each.
-    """
-
-    video: torch.Tensor
-    actions: torch.Tensor | None = None
-    pose: torch.Tensor | None = None
-    label: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +66,8 @@ def check_dataset(dataset: Dataset, pipe: FARPipeline, protocol: WorldModelProto
             )
 
 
-def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
-    """Cut the protocol's frames from the first walks that are long enough.
+def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> ClipBatch:
+    """Cut the protocol's frames from the first walks that are long enough: F context and new frames of each.
 
     Args:
         dataset (`datasets.Dataset`): A column `video`, images or files; and `actions`, `pose`, `label` where they exist.
@@ -93,51 +76,31 @@ def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> Walks:
     Raises:
         ValueError: Too few walks that are long enough, frames of several sizes, or conditions that do not fit the frames.
     """
-    frames = VideoFrames(dataset)
+    clips = VideoClips(dataset, conditions=("actions", "pose", "label"))
     first, last = protocol.first_context_frame, protocol.last_frame
-    rows = np.flatnonzero(frames.num_frames >= last)[: protocol.num_walks].tolist()
+    rows = np.flatnonzero(clips.num_frames >= last)[: protocol.num_walks].tolist()
     if len(rows) < protocol.num_walks:
-        longest = max(frames.num_frames, default=0)
         raise ValueError(
             f"`num_walks` is {protocol.num_walks}, but {len(rows)} of {len(dataset)} recordings reach frame {last} (the longest "
-            f"has {longest}); lower `num_walks`, `first_context_frame`, `num_context_frames` or `num_frames`."
+            f"has {max(clips.num_frames)}); lower `num_walks`, `first_context_frame`, `num_context_frames` or `num_frames`."
         )
-    conditions = dataset.select_columns(
-        [name for name in ("actions", "pose", "label") if name in dataset.column_names]
-    )
-    videos, found = [], {name: [] for name in conditions.column_names}
+    walks = []
     for row in rows:
-        videos.append(frames.clip(row, first, last - first))
-        if videos[-1].shape != videos[0].shape:
+        walks.append(clips.clip(row, first, last - first))
+        if walks[-1].frames.shape != walks[0].frames.shape:
             raise ValueError(
-                f"Row {row} has frames of {tuple(videos[-1].shape[-2:])} pixels and row {rows[0]} of "
-                f"{tuple(videos[0].shape[-2:])}; prepare the dataset with one size."
+                f"Row {row} has frames of {tuple(walks[-1].frames.shape[-2:])} pixels and row {rows[0]} of "
+                f"{tuple(walks[0].frames.shape[-2:])}; prepare the dataset with one size."
             )
-        for name, values in (conditions[row] if found else {}).items():
-            try:
-                found[name].append(_read_condition(name, values, int(frames.num_frames[row]), slice(first, last)))
-            except ValueError as error:
-                raise ValueError(f"Row {row} of the dataset: {error}") from error
-    # Contiguous: else what the autoencoder rounds depends on which frames it is given together.
-    video = torch.stack(videos).contiguous().float() / 255
-    return Walks(video, **{name: torch.stack(values) for name, values in found.items()})
-
-
-def _read_condition(name: str, values: object, num_frames: int, window: slice) -> torch.Tensor:
-    """A row's actions or poses at the frames of a window, or its label."""
-    if name == "label":
-        return torch.tensor(int(values))
-    if name == "actions":
-        return torch.from_numpy(align_actions(values, num_frames)[window])
-    pose = np.asarray(values, dtype=np.float32)
-    if pose.shape != (num_frames, 3):
-        raise ValueError(f"`pose` has shape {pose.shape}, not ({num_frames}, 3): x, y and heading in degrees.")
-    return torch.from_numpy(pose[window])
+    return ClipBatch.stack(walks)
 
 
 @torch.no_grad()
 def predict_walks(
-    pipe: FARPipeline, walks: Walks, protocol: WorldModelProtocol, on_batch_end: Callable[[int], object] | None = None
+    pipe: FARPipeline,
+    walks: ClipBatch,
+    protocol: WorldModelProtocol,
+    on_batch_end: Callable[[int], object] | None = None,
 ) -> Predictions:
     """Continue every walk at its true actions, one frame at the mirrored action, and from the recent frames if it is asked.
     `on_batch_end` is told how many walks are done since the last time."""
@@ -147,17 +110,17 @@ def predict_walks(
     config = pipe.transformer.config
     takes_actions = config.num_actions is not None or config.action_dim is not None
     predicted, mirrored, forgetful, reconstructed = [], [], [], []
-    for start in range(0, len(walks.video), protocol.batch_size):
-        batch = slice(start, start + protocol.batch_size)
-        video = walks.video[batch]
-        actions = walks.actions[batch] if takes_actions else None
+    for start in range(0, len(walks), protocol.batch_size):
+        batch = walks[start : start + protocol.batch_size]
+        video, labels = batch.video, batch.labels
+        actions = batch.actions if takes_actions else None
         context = encode_video(pipe.vae, video.flatten(0, 1)).unflatten(0, video.shape[:2])
 
         def continue_walks(actions: torch.Tensor | None, num_frames: int, first_shown: int = 0) -> torch.Tensor:
             return pipe(
                 video_latents=context[:, first_shown:num_context],
                 actions=None if actions is None else actions[:, first_shown : num_context + num_frames],
-                class_labels=None if config.num_classes is None else walks.label[batch],
+                class_labels=None if config.num_classes is None else labels,
                 num_frames=num_frames,
                 num_inference_steps=protocol.num_inference_steps,
                 guidance_scale=protocol.guidance_scale,
@@ -181,18 +144,19 @@ def predict_walks(
         if on_batch_end is not None:
             on_batch_end(len(video))
 
-    truth = walks.video[:, num_context:]
+    video = walks.video
+    truth = video[:, num_context:]
     return Predictions(
         truth=truth,
         predicted=torch.cat(predicted).to(truth),
-        repeated=walks.video[:, num_context - 1 : num_context].expand_as(truth),
+        repeated=video[:, num_context - 1 : num_context].expand_as(truth),
         reconstructed=torch.cat(reconstructed).to(truth),
         mirrored=torch.cat(mirrored).to(truth) if mirrored else None,
         forgetful=torch.cat(forgetful).to(truth) if forgetful else None,
     )
 
 
-def score_walks(predictions: Predictions, walks: Walks, protocol: WorldModelProtocol) -> dict:
+def score_walks(predictions: Predictions, walks: ClipBatch, protocol: WorldModelProtocol) -> dict:
     """The protocol's figures, ready for JSON: estimates with 95% intervals over walks.
 
     Returns:
@@ -249,14 +213,14 @@ def _psnr_scores(psnr: dict[str, torch.Tensor], mask: torch.Tensor) -> dict:
     }
 
 
-def _seen_views(walks: Walks, protocol: WorldModelProtocol, memory: slice) -> torch.Tensor:
+def _seen_views(walks: ClipBatch, protocol: WorldModelProtocol, memory: slice) -> torch.Tensor:
     """Which new frames show a view that a stretch of the context showed: `(B, num_frames)`, bool."""
     frames = slice(protocol.num_context_frames, protocol.num_context_frames + protocol.num_frames)
     near = {"max_distance": protocol.max_distance, "max_turn": protocol.max_turn}
     return torch.stack([seen_before(pose, memory, frames, **near) for pose in walks.pose])
 
 
-def memory_scores(gain: torch.Tensor, walks: Walks, protocol: WorldModelProtocol) -> dict:
+def memory_scores(gain: torch.Tensor, walks: ClipBatch, protocol: WorldModelProtocol) -> dict:
     """What the whole context is better by than its recent frames, `gain` `(B, num_frames)` in dB of PSNR: a model that remembers
     is better on views that it was shown before the recent frames and not since (`remembered`: a revisit, long ago being
     told by place), and no better on those that it never was (`unseen`)."""

@@ -13,6 +13,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
+from ..checks import check_count, is_finite_number
 from ..models.functional import frame_causal_mask
 from ..models.transformer_far import AttentionFrames, FARAttentionBias
 
@@ -44,15 +45,14 @@ class FlexRoPEConfig:
     trained_frames: int | None = None
 
     def __post_init__(self):
-        if not 0 <= self.slope < float("inf"):
+        if not is_finite_number(self.slope) or self.slope < 0:
             raise ValueError(f"`slope` is {self.slope}; attention decays by a finite slope of 0 or more.")
         if not callable(self.schedule) and self.schedule not in SCHEDULES:
             raise ValueError(
                 f"`schedule` is {self.schedule!r}; choose one of {', '.join(map(repr, SCHEDULES))} or pass a function "
                 "(frame_index, step_index, num_inference_steps) -> slope."
             )
-        if self.trained_frames is not None and self.trained_frames < 1:
-            raise ValueError(f"`trained_frames` is {self.trained_frames}; it counts frames, at least 1.")
+        check_count("trained_frames", self.trained_frames, "it counts frames, at least 1", optional=True)
 
 
 class DenoisingStep(StateManager):
@@ -67,9 +67,11 @@ class DenoisingStep(StateManager):
         self.current = None
 
     def set_context(self, context) -> None:
+        """Called by `cache_context` when it is entered."""
         self.current = context
 
     def reset(self) -> None:
+        """Forget where the loop was."""
         self.current = None
 
 
@@ -97,6 +99,7 @@ class FlexRoPEHook(ModelHook):
         self.is_on = callable(config.schedule) or config.slope > 0
 
     def pre_forward(self, module: FARAttentionBias, attention_mask, frames: AttentionFrames):
+        """The inputs of the module, with the decay in the mask."""
         if self.is_on and frames.last_query_frame >= self.first_decaying_frame:
             slopes = self.slopes(frames)
             if slopes is not None:
@@ -104,6 +107,7 @@ class FlexRoPEHook(ModelHook):
         return (attention_mask, frames), {}
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Called by diffusers between two uses of a model."""
         self.step.reset()
         return module
 

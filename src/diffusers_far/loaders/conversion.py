@@ -29,6 +29,15 @@ ORIGINAL_DEFAULTS = {
     "short_term_ctx_winsize": 16,
     "condition_cfg": None,
 }
+# Arguments that mean the same here.
+SAME_ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "patch_size",
+)
 # Where a condition's type leads: the key of its size there, and the argument here.
 ORIGINAL_CONDITIONS = {"label": ("num_classes", "num_classes"), "action": ("num_action_classes", "num_actions")}
 # Ours to theirs; all other weights have the same names.
@@ -71,20 +80,14 @@ def convert_original_far_transformer(
         )
     original_config = {**ORIGINAL_DEFAULTS, **original_config}
     config = {
-        "in_channels": original_config["in_channels"],
-        "out_channels": original_config["out_channels"],
-        "num_layers": original_config["num_layers"],
-        "num_attention_heads": original_config["num_attention_heads"],
-        "attention_head_dim": original_config["attention_head_dim"],
-        "patch_size": original_config["patch_size"],
+        **{name: original_config[name] for name in SAME_ARGUMENTS},
         "long_patch_size": find_long_patch_size(state_dict, original_config),
         "short_window": original_config["short_term_ctx_winsize"],
         "axes_dims_rope": tuple(original_config["axes_dims_rope"]),
         **condition_arguments(original_config["condition_cfg"]),
     }
-    dropped = []
-    if config["long_patch_size"] is not None:
-        dropped = [key for key in state_dict if key.startswith(UNTRAINED_PREFIX)]
+    is_long = config["long_patch_size"] is not None
+    dropped = [key for key in state_dict if is_long and key.startswith(UNTRAINED_PREFIX)]
     weights = {key: tensor for key, tensor in state_dict.items() if key not in dropped}
 
     with torch.device("meta"):

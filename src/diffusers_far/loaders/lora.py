@@ -230,10 +230,11 @@ def readable_metadata() -> Iterator[None]:
 
 def check_metadata(metadata: Any) -> None:
     """Refuse an adapter's config that is no config, or would make every frame NaN."""
-    fields = metadata if isinstance(metadata, dict) else {"": metadata}
-    for name, value in fields.items():
-        if fields is not metadata or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(BROKEN_METADATA.format(problem=f"{name} {value}".strip()))
+    if not isinstance(metadata, dict):
+        raise ValueError(BROKEN_METADATA.format(problem=metadata))
+    for name, value in metadata.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(BROKEN_METADATA.format(problem=f"{name} {value}"))
 
 
 def check_lora_fits(state_dict: Mapping[str, torch.Tensor], transformer: torch.nn.Module, prefix: str) -> None:

@@ -38,6 +38,19 @@ class FrameBatch:
             form["action_mask"] = (shape, torch.bool)
         return form
 
+    def check_conditions(self, model: torch.nn.Module, class_labels: torch.Tensor | None) -> None:
+        """Refuse conditions that the model lacks or takes otherwise.
+
+        Raises:
+            ValueError: Actions, their mask or the classes are missing, superfluous or of the wrong shape.
+        """
+        shape = self.latents.shape[:2]
+        action_shape = shape if model.config.action_dim is None else (*shape, model.config.action_dim)
+        check_condition("actions", self.actions, model.takes_actions, tuple(action_shape))
+        check_condition("class_labels", class_labels, model.takes_labels, (shape[0],))
+        if self.action_mask is not None:
+            check_condition("action_mask", self.action_mask, model.takes_actions, tuple(shape))
+
     @property
     def num_frames(self) -> int:
         return self.latents.shape[1]
@@ -81,6 +94,16 @@ class FrameBatch:
         if self.action_mask is not None:
             return self.action_mask
         return torch.ones(self.latents.shape[:2], dtype=torch.bool, device=self.latents.device)
+
+
+def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError where a condition is missing, superfluous or of the wrong shape."""
+    if value is None and is_taken:
+        raise ValueError(f"`{name}` is None but this model is conditioned on it; pass {name} of shape {shape}.")
+    if value is not None and not is_taken:
+        raise ValueError(f"`{name}` was given but this model is not conditioned on it; leave it out.")
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"`{name}` has shape {tuple(value.shape)}; with these latents it must be {shape}.")
 
 
 def shift_actions(actions: torch.Tensor, action_shift: int, num_frames: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,8 +43,9 @@ def unpatchify(patches: torch.Tensor, patch_size: int, height: int, width: int) 
     return latents.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
 
 
-def position_ids(plan: ContextPlan, device: torch.device | None = None) -> torch.Tensor:
-    """Where each token of a pass stands. A long token stands at the first short token that its patch covers.
+def position_ids(plan: ContextPlan, device: torch.device | None = None, has_twins: bool = False) -> torch.Tensor:
+    """Where each token of a pass stands. A long token stands at the first short token that its patch covers, and a noisy twin
+    of a short frame where that frame's tokens do.
 
     Returns:
         `torch.Tensor` of shape `(L, 3)`, int64: frame, row and column, the latter two in short tokens.
@@ -57,25 +58,23 @@ def position_ids(plan: ContextPlan, device: torch.device | None = None) -> torch
         return torch.cartesian_prod(frames, rows, columns)
 
     short_ids = grid(plan.first_short_frame, plan.end_frame, plan.patch_size)
-    if plan.num_long_frames == 0:
-        return short_ids
-    return torch.cat([grid(plan.first_frame, plan.end_long_frame, plan.long_patch_size), short_ids])
+    parts = [short_ids, short_ids] if has_twins else [short_ids]
+    if plan.num_long_frames:
+        parts.insert(0, grid(plan.first_frame, plan.end_long_frame, plan.long_patch_size))
+    return torch.cat(parts)
 
 
-def frame_ids(plan: ContextPlan, device: torch.device | None = None) -> torch.Tensor:
-    """Absolute frame index of each token of a pass.
+def frame_ids(plan: ContextPlan, device: torch.device | None = None, has_twins: bool = False) -> torch.Tensor:
+    """Absolute frame index of each token of a pass, after which the short frames may follow once more, as noisy twins.
 
     Returns:
         `torch.Tensor` of shape `(L,)`, int64.
     """
     long_frames = torch.arange(plan.first_frame, plan.end_long_frame, device=device)
     short_frames = torch.arange(plan.first_short_frame, plan.end_frame, device=device)
-    return torch.cat(
-        [
-            long_frames.repeat_interleave(plan.tokens_per_long_frame),
-            short_frames.repeat_interleave(plan.tokens_per_short_frame),
-        ]
-    )
+    short_ids = short_frames.repeat_interleave(plan.tokens_per_short_frame)
+    parts = [long_frames.repeat_interleave(plan.tokens_per_long_frame), short_ids]
+    return torch.cat([*parts, short_ids] if has_twins else parts)
 
 
 def rotary_embedding(position_ids: torch.Tensor, axes_dims: tuple[int, ...], theta: float = 10000.0) -> torch.Tensor:

@@ -43,6 +43,11 @@ def model_identity(model: torch.nn.Module, rounded_to: torch.dtype | None = None
     return digest.hexdigest()
 
 
+def vae_hash(vae: torch.nn.Module) -> str:
+    """What latents are known to be made by: a VAE's [`model_identity`], the same in float32 and in float16."""
+    return model_identity(vae, rounded_to=torch.float16)
+
+
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what diffusers notes for itself, such as where it came from."""
     return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -36,6 +36,12 @@ def execution_device(module: torch.nn.Module) -> torch.device:
     return module.device
 
 
+def bring_to_device(module: torch.nn.Module) -> None:
+    """Have a model that accelerate offloads as a whole come to its device, as a call of it would."""
+    if getattr(module, "_hf_hook", None) is not None:
+        module._hf_hook.pre_forward(module)
+
+
 def offloaded_weights(module: torch.nn.Module) -> set[str]:
     """Names of the weights that accelerate keeps in memory or on the disk: in the model they are on the meta device."""
     return {name for hook in offloading_hooks(module) for name in getattr(hook, "weights_map", None) or ()}

@@ -143,6 +143,12 @@ class LayerKVCache:
         return self.key_store[:, window], self.value_store[:, window]
 
 
+def computing_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """What keys and values come out in, of a model in `dtype`: another one under autocast."""
+    device_type = torch.device(device).type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype
+
+
 class FARKVCache:
     """Keys and values of the clean frames of a rollout. Made by [`FARTransformer3DModel.init_kv_cache`].
 
@@ -241,45 +247,58 @@ class FARKVCache:
         """The layout of the clean frames: what is long and short when the next frame is the noisy one."""
         return self.plan_for_frames(self.num_frames + 1).segment(0, self.num_frames)
 
-    def check(self, model: torch.nn.Module, frames: FrameBatch, dtype: torch.dtype, *, noisy: bool) -> None:
+    def check(self, model: torch.nn.Module, frames: FrameBatch, *, noisy: bool) -> None:
         """Refuse a call that this cache was not made for, before anything is computed or written.
 
         Raises:
             ValueError: Another model, batch size, latent size or dtype; frames beyond `max_frames`; or more than one
                 noisy frame.
         """
-        if self._model() is not model:
-            raise ValueError(
+        batch_size, num_frames, _, height, width = frames.latents.shape
+        dtype = computing_dtype(frames.latents.dtype, frames.latents.device)
+        is_another = self._model() is not model
+        fits = (batch_size, height, width, dtype) == (self.batch_size, *self._latent_size, self.dtype)
+        num_clean = self.num_frames + (0 if noisy else num_frames)
+        is_full = self.options.max_long_frames is None and num_clean + 1 > self.max_frames
+        if is_another or not fits or is_full or (noisy and num_frames != 1):
+            raise ValueError(self._misfit(is_another, frames, dtype, noisy, num_clean))
+
+    def _misfit(self, is_another: bool, frames: FrameBatch, dtype: torch.dtype, noisy: bool, num_clean: int) -> str:
+        """Why a call does not fit, the first reason."""
+        batch_size, num_frames, _, height, width = frames.latents.shape
+        if is_another:
+            return (
                 f"`kv_cache` was made by another {type(self._model()).__name__}; keys of one model mean nothing to "
                 "another. Make a cache with `init_kv_cache` of the model that you call."
             )
-        batch_size, num_frames, _, height, width = frames.latents.shape
         if batch_size != self.batch_size:
-            raise ValueError(
+            return (
                 f"`hidden_states` has a batch of {batch_size} but `kv_cache` was made for {self.batch_size}; "
                 f"make one with `init_kv_cache(batch_size={batch_size}, ...)`."
             )
-        if (height, width) != (self._largest_plan.height, self._largest_plan.width):
-            raise ValueError(
+        if (height, width) != self._latent_size:
+            return (
                 f"`hidden_states` has latents of {height}x{width} but `kv_cache` was made for "
-                f"{self._largest_plan.height}x{self._largest_plan.width}; make one for this size."
+                f"{'x'.join(map(str, self._latent_size))}; make one for this size."
             )
         if dtype != self.dtype:
-            raise ValueError(
+            return (
                 f"The model computes in {dtype} but `kv_cache` holds {self.dtype}; "
                 f"make one with `init_kv_cache(..., dtype={dtype})`."
             )
         if noisy and num_frames != 1:
-            raise ValueError(
+            return (
                 f"`hidden_states` has {num_frames} frames but exactly one frame is denoised against `kv_cache`; "
                 "pass one noisy frame, or clean frames with `update_cache=True`."
             )
-        num_clean = self.num_frames + (0 if noisy else num_frames)
-        if self.options.max_long_frames is None and num_clean + 1 > self.max_frames:
-            raise ValueError(
-                f"`kv_cache` has room for `max_frames` {self.max_frames}, the noisy frame included; {num_clean} clean "
-                f"frames need {num_clean + 1}. Make one with a larger `max_frames`."
-            )
+        return (
+            f"`kv_cache` has room for `max_frames` {self.max_frames}, the noisy frame included; {num_clean} clean "
+            f"frames need {num_clean + 1}. Make one with a larger `max_frames`."
+        )
+
+    @property
+    def _latent_size(self) -> tuple[int, int]:
+        return self._largest_plan.height, self._largest_plan.width
 
     @property
     def _most_frames(self) -> float:

@@ -6,8 +6,9 @@ B batch, F frames, C latent channels, H/W latent height/width, T tokens of a fra
 N heads, D head dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
@@ -21,11 +22,10 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from ..checks import check_condition, check_count, check_finite, check_memory
+from ..checks import check_count, check_finite, check_memory
 from .adapters import AdapterMixin, lora_scale, scaled_adapters
 from .context_plan import ContextPlan
-from .denoising_steps import DenoisingSteps
-from .frames import FrameBatch, pair_with_clean
+from .frames import FrameBatch, check_condition, pair_with_clean
 from .functional import (
     CausalChunks,
     apply_rotary_embedding,
@@ -39,50 +39,66 @@ from .functional import (
     unpatchify,
 )
 from .int8 import Int8Mixin
-from .internals import attention_backend, call_uncompiled, execution_device, group_offloading, is_compiled
+from .internals import (
+    attention_backend,
+    bring_to_device,
+    call_uncompiled,
+    execution_device,
+    group_offloading,
+    is_compiled,
+)
 from .kv_cache import CacheOptions, CachePass, FARKVCache, LayerKVCache
 from .loading import CompleteWeightsMixin
 
 
 @dataclass(frozen=True)
 class AttentionFrames:
-    """When the queries and keys of a pass are; what a hook on the attention needs to know of time.
+    """When the queries and keys of a pass are; what a hook on the attention needs to know of time. Its tensors are computed
+    where they are asked for.
 
     Args:
-        query_frames (`torch.Tensor` of shape `(L,)`): Absolute frame index of each query; with a cache, where the
-            queries attend frame by frame, of each frame of the pass: `(F,)`.
-        key_frames (`torch.Tensor` of shape `(L_key,)`): Same clock, in the order of the keys.
-        first_query_frame (`int`), last_query_frame (`int`): Known on the host, so that no decision waits for a device.
-        is_twin (`torch.Tensor` of shape `(L,)`, bool, *optional*): Marks the noisy twins of clean frames, where a pass
-            has such.
+        plan (`ContextPlan`): The frames of the pass.
+        device (`torch.device`, *optional*): Of the tensors.
+        has_twins (`bool`): The short frames follow once more, as noisy twins of clean frames.
+        kv_cache (`FARKVCache`, *optional*), cache_pass (`CachePass`, *optional*): The pass runs against this cache; without
+            one its keys are its own.
     """
 
-    query_frames: torch.Tensor
-    key_frames: torch.Tensor
-    first_query_frame: int
-    last_query_frame: int
-    is_twin: torch.Tensor | None = None
+    plan: ContextPlan
+    device: torch.device | None = None
+    has_twins: bool = False
+    kv_cache: FARKVCache | None = None
+    cache_pass: CachePass | None = None
 
+    @property
+    def first_query_frame(self) -> int:
+        return self.plan.first_frame
 
-def attention_frames_of(
-    plan: ContextPlan,
-    key_frames: torch.Tensor | None,
-    device: torch.device | None = None,
-    *,
-    has_twins: bool = False,
-) -> AttentionFrames:
-    """When the queries and keys of a pass are; without a cache the keys are those of the pass itself."""
-    is_twin = None
-    if has_twins:
-        query_frames = frame_ids(plan, device)
-        is_twin = torch.arange(plan.num_tokens + plan.num_short_tokens, device=device) >= plan.num_tokens
-        query_frames = key_frames = torch.cat([query_frames, query_frames[plan.num_long_tokens :]])
-    elif key_frames is None:
-        query_frames = key_frames = frame_ids(plan, device)
-    else:
-        long_frames = torch.arange(plan.first_frame, plan.end_long_frame, device=device)
-        query_frames = torch.cat([long_frames, torch.arange(plan.first_short_frame, plan.end_frame, device=device)])
-    return AttentionFrames(query_frames, key_frames, plan.first_frame, plan.end_frame - 1, is_twin)
+    @property
+    def last_query_frame(self) -> int:
+        return self.plan.end_frame - 1
+
+    @cached_property
+    def query_frames(self) -> torch.Tensor:
+        """Absolute frame index of each query, `(L,)`; with a cache, where the queries attend frame by frame, of each frame
+        of the pass, `(F,)`."""
+        if self.kv_cache is None:
+            return frame_ids(self.plan, self.device, self.has_twins)
+        long_frames = torch.arange(self.plan.first_frame, self.plan.end_long_frame, device=self.device)
+        short_frames = torch.arange(self.plan.first_short_frame, self.plan.end_frame, device=self.device)
+        return torch.cat([long_frames, short_frames])
+
+    @cached_property
+    def key_frames(self) -> torch.Tensor:
+        """Absolute frame index of each key, in the order of the keys, `(L_key,)`."""
+        return self.query_frames if self.kv_cache is None else self.kv_cache.key_frames(self.cache_pass)
+
+    @cached_property
+    def is_twin(self) -> torch.Tensor | None:
+        """Marks the noisy twins among the queries, bool, `(L,)`; `None` where there are none."""
+        if not self.has_twins:
+            return None
+        return torch.arange(len(self.query_frames), device=self.device) >= self.plan.num_tokens
 
 
 class FARAttentionBias(nn.Module):
@@ -332,14 +348,14 @@ class FARAdaLayerNorm(nn.Module):
         self.linear = nn.Linear(dim, num_chunks * dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
-    def modulation(self, temb: torch.Tensor, steps: DenoisingSteps | None = None) -> tuple[torch.Tensor, ...]:
-        """Chunks of the modulation of each frame, `(B, F, dim)` -> `num_chunks` times `(B, F, 1, dim)`; with `steps`
-        from what those keep."""
-        projected = self._project(temb) if steps is None else steps.product(self, self._project)
-        return projected[:, :, None].chunk(self.num_chunks, dim=-1)
-
-    def _project(self, temb: torch.Tensor) -> torch.Tensor:
+    def modulation(self, temb: torch.Tensor) -> torch.Tensor:
+        """Shift, scale and so on of each frame, `(B, F, dim)` -> `(B, F, num_chunks * dim)`."""
         return self.linear(nn.functional.silu(temb))
+
+    def chunks(self, temb: torch.Tensor | None, modulation: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """`num_chunks` times `(B, F, 1, dim)`: of the `modulation` where it is known already, else of the embedding."""
+        modulation = self.modulation(temb) if modulation is None else modulation
+        return modulation[:, :, None].chunk(self.num_chunks, dim=-1)
 
 
 class FARTransformerBlock(nn.Module):
@@ -370,29 +386,29 @@ class FARTransformerBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         long_hidden_states: torch.Tensor | None,
-        temb: torch.Tensor,
-        long_temb: torch.Tensor | None,
+        temb: torch.Tensor | None,
         rotary_emb: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        kv_cache: LayerKVCache | None,
+        attention_mask: Any = None,
+        kv_cache: LayerKVCache | None = None,
         num_output_frames: int | None = None,
-        steps: DenoisingSteps | None = None,
+        modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`hidden_states` (B, F_short, T_short, dim) with `temb` (B, F_short, dim), and likewise for the long frames.
+        """`hidden_states` (B, F_short, T_short, dim) after `long_hidden_states` (B, F_long, T_long, dim), with `temb`
+        (B, F_long + F_short, dim). Where the `modulation` of the two norms is known, `temb` is not read.
 
         In the last block nobody reads every output. With `num_output_frames` it returns the last so many short frames
         alone; with 0, which needs a `kv_cache`, it only stores keys and values.
-
-        `steps` are those of the one noisy frame, where `temb` is its embedding at one of them.
         """
+        long_temb, long_attn_input = None, None
+        attn_modulation, mlp_modulation = modulation or (None, None)
+
         # 1. Attention, over the tokens of all frames at once
-        attn_input, gate = self._modulated_norm1(hidden_states, temb, steps)
-        long_attn_input, long_gate = None, None
         if long_hidden_states is not None:
+            num_long_frames = long_hidden_states.shape[1]
+            long_temb, temb = temb[:, :num_long_frames], temb[:, num_long_frames:]
             long_attn_input, long_gate = self._modulated_norm1(long_hidden_states, long_temb)
-        num_output_tokens = None
-        if num_output_frames is not None:
-            num_output_tokens = num_output_frames * hidden_states.shape[2]
+        attn_input, gate = self._modulated_norm1(hidden_states, temb, attn_modulation)
+        num_output_tokens = None if num_output_frames is None else num_output_frames * hidden_states.shape[2]
         attn_output, long_attn_output = self.attn(
             attn_input,
             long_attn_input,
@@ -406,28 +422,44 @@ class FARTransformerBlock(nn.Module):
 
         # 2. Gated residuals and MLP, for each kind of token
         if num_output_frames is not None:
-            hidden_states, temb, gate = (each[:, -num_output_frames:] for each in (hidden_states, temb, gate))
-        hidden_states = self._feed_forward(hidden_states + gate * attn_output.view_as(hidden_states), temb, steps)
+            hidden_states, gate = hidden_states[:, -num_output_frames:], gate[:, -num_output_frames:]
+            temb = None if temb is None else temb[:, -num_output_frames:]
+        hidden_states = hidden_states + gate * attn_output.view_as(hidden_states)
+        hidden_states = self._feed_forward(hidden_states, temb, mlp_modulation)
         if long_attn_output is None:
             return hidden_states, None
         long_attn_output = long_gate * long_attn_output.view_as(long_hidden_states)
         return hidden_states, self._feed_forward(long_hidden_states + long_attn_output, long_temb)
 
-    def _modulated_norm1(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, steps: DenoisingSteps | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        shift, scale, gate = self.norm1.modulation(temb, steps)
+    def _modulated_norm1(self, hidden_states, temb, modulation=None) -> tuple[torch.Tensor, torch.Tensor]:
+        shift, scale, gate = self.norm1.chunks(temb, modulation)
         return (self.norm1.norm(hidden_states) * (1 + scale) + shift).flatten(1, 2), gate
 
-    def _feed_forward(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, steps: DenoisingSteps | None = None
-    ) -> torch.Tensor:
-        shift, scale, gate = self.norm2.modulation(temb, steps)
+    def _feed_forward(self, hidden_states, temb, modulation=None) -> torch.Tensor:
+        shift, scale, gate = self.norm2.chunks(temb, modulation)
         return hidden_states + gate * self.mlp(self.norm2.norm(hidden_states) * (1 + scale) + shift)
 
 
 CLEAN_TIMESTEP = -1.0  # outside the schedule: a finished frame
 LONG_TIMESTEP = -2.0  # a long frame, which is always clean
+
+# Rows of a modulation that are computed at once. With more, a step has enough rows of its own to make the reading of weights
+# worth it, and what is kept would be large: 12 layers of width 768 keep 56 MB of 256 rows in float32.
+MAX_MODULATION_ROWS = 256
+
+
+@dataclass(frozen=True)
+class FrameModulation:
+    """What time and conditions do to the one noisy frame at one denoising step; of
+    [`FARTransformer3DModel.frame_modulations`].
+
+    Args:
+        blocks (`tuple`): For each block the modulations of its two norms, `(B, 1, 3 * dim)`.
+        output (`torch.Tensor` of shape `(B, 1, 2 * dim)`): Of the norm before the output.
+    """
+
+    blocks: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    output: torch.Tensor
 
 
 @dataclass
@@ -656,10 +688,49 @@ class FARTransformer3DModel(
             rotation=self._time_rotation,
         )
 
+    @torch.no_grad()
+    def frame_modulations(
+        self,
+        frame: FrameBatch,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> list[FrameModulation] | None:
+        """What time and conditions do to one noisy frame, for all of its denoising steps at once.
+
+        A modulation multiplies its weights with one row a step, which takes as long as reading the weights: here they are
+        read once a frame.
+
+        Args:
+            frame (`FrameBatch`): The noisy frame; only its conditions count.
+            timesteps (`torch.Tensor` of shape `(S,)`): Of the steps, 0 to 1000.
+            class_labels (`torch.Tensor` of shape `(B,)`, *optional*), attention_kwargs (`dict`, *optional*): As of a call.
+
+        Returns:
+            S of them, for `forward`; `None` where each block has to compute its own, because it is compiled or offloaded
+            in groups, or where that is as fast, for a large batch.
+        """
+        batch_size, num_steps = len(frame.latents), len(timesteps)
+        if num_steps * batch_size > MAX_MODULATION_ROWS or self._has_compiled_blocks or group_offloading(self):
+            return None
+        bring_to_device(self)
+        frame.check_conditions(self, class_labels)
+        with scaled_adapters(self, lora_scale(attention_kwargs)):
+            timestep = timesteps.float().expand(batch_size, num_steps)
+            temb = self._embed(frame.repeated(num_steps), timestep, class_labels)
+            blocks = [
+                (block.norm1.modulation(temb), block.norm2.modulation(temb)) for block in self.transformer_blocks
+            ]
+            output = self.norm_out.modulation(temb)
+        return [
+            FrameModulation(tuple((first[:, step], second[:, step]) for first, second in blocks), output[:, step])
+            for step in (slice(index, index + 1) for index in range(num_steps))
+        ]
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor | float | int,
+        timestep: torch.Tensor | float | int | None = None,
         actions: torch.Tensor | None = None,
         action_mask: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
@@ -668,7 +739,7 @@ class FARTransformer3DModel(
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         clean_hidden_states: torch.Tensor | None = None,
-        denoising_steps: DenoisingSteps | None = None,
+        modulation: FrameModulation | None = None,
     ) -> FARTransformerOutput | tuple[torch.Tensor | None]:
         """Predict velocities, of a whole clip or of one frame against a cache; or write clean frames to the cache.
 
@@ -686,9 +757,8 @@ class FARTransformer3DModel(
             clean_hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): For training without a cache:
                 what the noisy frames were made of. Each short frame then attends to the clean frames before it instead
                 of the noisy ones, as at inference, and so a clip trains every length of clean context at once.
-            denoising_steps (`DenoisingSteps`, *optional*): For a noisy frame and its `kv_cache`: all of its steps, of
-                which this one, at `timestep`, is taken. What depends on time and conditions alone is then computed at
-                the first.
+            modulation (`FrameModulation`, *optional*): For a noisy frame and its `kv_cache`: this step's, from
+                [`frame_modulations`]. It knows time and conditions, which are left out then.
 
         Returns:
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
@@ -696,105 +766,115 @@ class FARTransformer3DModel(
         """
         scale = lora_scale(attention_kwargs)
         frames = FrameBatch(hidden_states, actions, action_mask)
-        timestep = self._timestep_per_frame(timestep, frames)
-        self._check_inputs(frames, class_labels, timestep, kv_cache, update_cache)
-        self._check_clean(clean_hidden_states, frames, kv_cache)
+        self._check_call(frames, kv_cache, update_cache, clean_hidden_states)
+        if modulation is None:
+            timestep = self._timestep_per_frame(timestep, frames)
+            frames.check_conditions(self, class_labels)
+        else:
+            self._check_modulation(
+                modulation, frames, timestep, class_labels, is_noisy=kv_cache is not None and not update_cache
+            )
         with scaled_adapters(self, scale), torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
-                plan = self.context_plan(frames.num_frames, *hidden_states.shape[-2:])
-                if clean_hidden_states is not None:
-                    frames, timestep = pair_with_clean(frames, timestep, clean_hidden_states, plan, CLEAN_TIMESTEP)
-                sample = self._run_pass(frames, plan, timestep, class_labels)
+                sample = self._predict_clip(frames, timestep, class_labels, clean_hidden_states)
             elif update_cache:
-                sample = None
-                for piece in kv_cache.pieces(frames):
-                    encoded, plan, cache_pass = kv_cache.begin_write(piece)
-                    clean = timestep[:, :1].expand(-1, plan.num_frames)
-                    self._run_pass(encoded, plan, clean, class_labels, kv_cache, cache_pass)
+                sample = self._write(frames, timestep, class_labels, kv_cache)
             else:
                 plan, cache_pass = kv_cache.begin_noisy()
-                steps = None if self._has_compiled_blocks else denoising_steps
-                if steps is not None and not steps.is_worth_it(len(hidden_states)):
-                    steps = None
-                sample = self._run_pass(frames, plan, timestep, class_labels, kv_cache, cache_pass, steps)
+                temb = self._embed(frames, timestep, class_labels) if modulation is None else None
+                sample = self._run_pass(frames, plan, temb, kv_cache, cache_pass, modulation)
 
-        if not return_dict:
-            return (sample,)
-        return FARTransformerOutput(sample=sample)
+        return FARTransformerOutput(sample=sample) if return_dict else (sample,)
+
+    def _predict_clip(
+        self,
+        frames: FrameBatch,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        clean_latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Velocity of the short frames of a whole clip; of their noisy twins where the clean latents are given."""
+        plan = self.context_plan(frames.num_frames, *frames.latents.shape[-2:])
+        if clean_latents is not None:
+            frames, timestep = pair_with_clean(frames, timestep, clean_latents, plan, CLEAN_TIMESTEP)
+        return self._run_pass(frames, plan, self._embed(frames, timestep, class_labels, plan.num_long_frames))
+
+    def _write(
+        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, kv_cache: FARKVCache
+    ) -> None:
+        """Add clean frames to the cache."""
+        if bool((timestep != CLEAN_TIMESTEP).any()):
+            raise ValueError(
+                f"`timestep` is {timestep.unique().tolist()} in a write to `kv_cache`; only clean frames are cached, "
+                "and their timestep is -1."
+            )
+        for piece in kv_cache.pieces(frames):
+            encoded, plan, cache_pass = kv_cache.begin_write(piece)
+            timestep = torch.full(encoded.latents.shape[:2], CLEAN_TIMESTEP, device=encoded.latents.device)
+            temb = self._embed(encoded, timestep, class_labels, plan.num_long_frames)
+            self._run_pass(encoded, plan, temb, kv_cache, cache_pass)
 
     def _run_pass(
         self,
         frames: FrameBatch,
         plan: ContextPlan,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
+        temb: torch.Tensor | None,
         kv_cache: FARKVCache | None = None,
         cache_pass: CachePass | None = None,
-        steps: DenoisingSteps | None = None,
+        modulation: FrameModulation | None = None,
     ) -> torch.Tensor | None:
         """One pass of the network over the frames of a plan: the velocity of its short frames, `None` for a write.
 
-        `frames` may go on with noisy twins of the short frames; then it is their velocity that is returned.
+        `frames` may go on with noisy twins of the short frames; then it is their velocity that is returned. `temb` is the
+        embedding of each frame, `(B, F, dim)`; `modulation` replaces it.
         """
-        device = frames.latents.device
+        latents, num_long, device = frames.latents, plan.num_long_frames, frames.latents.device
         has_twins = frames.num_frames > plan.num_frames
 
         # 1. Patches
-        num_long = plan.num_long_frames
-        short_states = self.x_embedder(patchify(frames.latents[:, num_long:], plan.patch_size))
+        short_states = self.x_embedder(patchify(latents[:, num_long:], plan.patch_size))
         long_states = None
         if num_long:
-            long_states = self.context_embedder(patchify(frames.latents[:, :num_long], plan.long_patch_size))
+            long_states = self.context_embedder(patchify(latents[:, :num_long], plan.long_patch_size))
 
-        # 2. Time and conditions, one embedding per frame
-        embed = partial(self._embed_conditions, class_labels=class_labels, num_long_frames=num_long)
-        temb = embed(frames, timestep) if steps is None else steps.embedding(embed, frames)
-        long_temb, temb = temb[:, :num_long], temb[:, num_long:]
+        # 2. Positions, and who sees whom
+        positions = position_ids(plan, device, has_twins)
+        rotary_emb = rotary_embedding(positions, self.config.axes_dims_rope, self.config.rope_theta)
+        attention_frames = AttentionFrames(plan, device, has_twins, kv_cache, cache_pass)
+        attention_mask = self.attention_bias(self._attention_mask(attention_frames), attention_frames)
 
-        # 3. Positions, and who sees whom: against a cache each frame sees a view of it, so nothing is masked
-        config = self.config
-        positions = position_ids(plan, device)
-        if has_twins:
-            positions = torch.cat([positions, positions[plan.num_long_tokens :]])
-        rotary_emb = rotary_embedding(positions, config.axes_dims_rope, config.rope_theta)
-        if kv_cache is None:
-            layers = [None] * config.num_layers
-            attention_frames = attention_frames_of(plan, None, device, has_twins=has_twins)
-            attention_mask = self._attention_mask(plan, attention_frames)
-        else:
-            layers = kv_cache.layers(cache_pass)
-            attention_frames = attention_frames_of(plan, kv_cache.key_frames(cache_pass), device)
-            attention_mask = None
-        attention_mask = self.attention_bias(attention_mask, attention_frames)
-
-        # 4. Blocks; of the last one only what is read
-        is_write = cache_pass is not None and not cache_pass.is_noisy
-        is_long_context = is_write and plan.num_frames > 2 * config.short_window
-        num_output_frames = self._num_output_frames(plan, attention_mask, is_write=is_write, has_twins=has_twins)
-        last_block, shared = self.transformer_blocks[-1], (temb, long_temb, rotary_emb, attention_mask)
-        for block, layer in zip(self.transformer_blocks, layers):
-            num_outputs = num_output_frames if block is last_block else None
-            inputs = (short_states, long_states, *shared, layer, num_outputs, steps)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                short_states, long_states = self._gradient_checkpointing_func(block, *inputs)
-            elif (block is last_block and is_write) or is_long_context:
-                # With its hooks, but not compiled: so little work is not worth it, nor are so many frames, whose attentions
-                # the compiler would unroll for a pass that does not come again.
-                short_states, long_states = call_uncompiled(block, *inputs)
-            else:
-                short_states, long_states = block(*inputs)
+        # 3. Blocks; of the last one only what is read
+        num_layers, is_write = self.config.num_layers, cache_pass is not None and not cache_pass.is_noisy
+        layers = [None] * num_layers if kv_cache is None else kv_cache.layers(cache_pass)
+        modulations = [None] * num_layers if modulation is None else modulation.blocks
+        num_outputs = [None] * (num_layers - 1) + [
+            0 if is_write else self._num_output_frames(plan, attention_mask, has_twins)
+        ]
+        for block, *own in zip(self.transformer_blocks, layers, num_outputs, modulations):
+            run = self._way_to_run(block, plan, is_write)
+            short_states, long_states = run(short_states, long_states, temb, rotary_emb, attention_mask, *own)
         if is_write:
             return None
 
-        # 5. Velocity, of the twins where there are any
-        scale, shift = self.norm_out.modulation(temb[:, -plan.num_short_frames :], steps)
-        patches = self.proj_out(self.norm_out.norm(short_states[:, -plan.num_short_frames :]) * (1 + scale) + shift)
+        # 4. Velocity, of the twins where there are any
+        num_short, output = plan.num_short_frames, None if modulation is None else modulation.output
+        scale, shift = self.norm_out.chunks(None if temb is None else temb[:, -num_short:], output)
+        patches = self.proj_out(self.norm_out.norm(short_states[:, -num_short:]) * (1 + scale) + shift)
         return unpatchify(patches, plan.patch_size, plan.height, plan.width)
 
-    def _num_output_frames(self, plan: ContextPlan, attention_mask, *, is_write: bool, has_twins: bool) -> int | None:
+    def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, is_write: bool) -> Callable:
+        """How a block is called: as it is, with gradient checkpointing, or as if it were not compiled."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return partial(self._gradient_checkpointing_func, block)
+        # So little work as the last block's of a write is not worth compiling, nor are so many frames, whose attentions the
+        # compiler would unroll for a pass that does not come again.
+        is_long_context = plan.num_frames > 2 * self.config.short_window
+        if is_write and (is_long_context or block is self.transformer_blocks[-1]):
+            return partial(call_uncompiled, block)
+        return block
+
+    def _num_output_frames(self, plan: ContextPlan, attention_mask, has_twins: bool) -> int | None:
         """How many of the last block's short frames are read; `None` where all are, or cannot be told apart."""
-        if is_write:
-            return 0
         is_everything = not has_twins and plan.num_long_frames == 0
         is_block_mask = attention_mask is not None and not isinstance(attention_mask, (torch.Tensor, CausalChunks))
         return None if is_everything or is_block_mask else plan.num_short_frames
@@ -804,9 +884,11 @@ class FARTransformer3DModel(
         shift = torch.tensor([[num_frames, 0, 0]], device=execution_device(self))
         return rotary_embedding(shift, self.config.axes_dims_rope, self.config.rope_theta)
 
-    def _timestep_per_frame(self, timestep: torch.Tensor | float | int, frames: FrameBatch) -> torch.Tensor:
+    def _timestep_per_frame(self, timestep: torch.Tensor | float | None, frames: FrameBatch) -> torch.Tensor:
         """`timestep` as `(B, F)`, float32."""
         batch_size, num_frames = frames.latents.shape[:2]
+        if timestep is None:
+            raise ValueError("`timestep` is None; pass a number, or one for each clip or frame.")
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=frames.latents.device)
         if timestep.ndim == 1 and timestep.shape[0] in (1, batch_size):
             timestep = timestep[:, None]
@@ -817,88 +899,85 @@ class FARTransformer3DModel(
             )
         return timestep.expand(batch_size, num_frames)
 
-    def _embed_conditions(
-        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, num_long_frames: int
+    def _embed(
+        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, num_long_frames: int = 0
     ) -> torch.Tensor:
         """The sum of time, action and class embedding of each frame, `(B, F, dim)`."""
-        batch_size, num_frames = frames.latents.shape[:2]
-        is_long = torch.arange(num_frames, device=timestep.device) < num_long_frames
+        is_long = torch.arange(frames.num_frames, device=timestep.device) < num_long_frames
         timestep = timestep.masked_fill(is_long, LONG_TIMESTEP)
         # Sinusoids in float32 whatever the dtype: bfloat16 rounds timesteps above 256.
         time_proj = self.time_proj(timestep.flatten()).to(frames.latents.dtype)
-        temb = self.timestep_embedder(time_proj).unflatten(0, (batch_size, num_frames))
+        temb = self.timestep_embedder(time_proj).unflatten(0, timestep.shape)
 
         dropout = self.config.condition_dropout if self.training else 0.0
         if self.takes_actions:
             action_mask = frames.action_mask
             if dropout:
-                kept = torch.rand(batch_size, num_frames, device=temb.device) >= dropout
+                kept = torch.rand(timestep.shape, device=temb.device) >= dropout
                 action_mask = kept if action_mask is None else kept & action_mask
             temb = temb + self.action_embedder(frames.actions, action_mask)
         if self.takes_labels:
             if dropout:
-                dropped = torch.rand(batch_size, device=temb.device) < dropout
+                dropped = torch.rand(len(timestep), device=temb.device) < dropout
                 class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
             temb = temb + self.label_embedder(class_labels)[:, None]
         return temb
 
-    def _attention_mask(self, plan: ContextPlan, frames: AttentionFrames):
-        """`None` where every query sees every key; else a `BlockMask` for flex attention, [`CausalChunks`] for the native
-        one, a dense mask for others and for compiled blocks, which chunks would compile again and again."""
-        if (plan.num_frames == 1 and frames.is_twin is None) or not self.config.frame_causal:
+    def _attention_mask(self, frames: AttentionFrames):
+        """Who sees whom. `None` where every query sees every key, as against a cache, of which each frame sees a view of its
+        own; else a `BlockMask` for flex attention, [`CausalChunks`] for the native one, a dense mask for others and for
+        compiled blocks, which chunks would compile again and again."""
+        is_alone = frames.plan.num_frames == 1 and not frames.has_twins
+        if frames.kv_cache is not None or is_alone or not self.config.frame_causal:
             return None
         backend = attention_backend(self.transformer_blocks[0].attn)
         if backend == AttentionBackendName.FLEX:
             return frame_causal_block_mask(frames.query_frames, frames.key_frames, frames.is_twin)
         mask = frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)
         if backend == AttentionBackendName.NATIVE and not self._has_compiled_blocks:
-            return frame_causal_chunks(plan, mask, has_twins=frames.is_twin is not None)
+            return frame_causal_chunks(frames.plan, mask, has_twins=frames.has_twins)
         return mask[None, None]
 
-    def _check_inputs(
-        self,
-        frames: FrameBatch,
-        class_labels: torch.Tensor | None,
-        timestep: torch.Tensor,
-        kv_cache: FARKVCache | None,
-        update_cache: bool,
+    def _check_call(
+        self, frames: FrameBatch, kv_cache: FARKVCache | None, update_cache: bool, clean_latents: torch.Tensor | None
     ) -> None:
-        """Refuse what this model cannot be fed. Shapes only, but for the timesteps of a write, so nothing waits."""
-        batch_size, num_frames, channels = frames.latents.shape[:3]
+        """Refuse what this model cannot be fed. Shapes only, so nothing waits."""
+        channels = frames.latents.shape[2]
         if channels != self.config.in_channels:
             raise ValueError(
                 f"`hidden_states` has {channels} channels but this model has `in_channels` {self.config.in_channels}; "
                 "pass latents as (batch, frames, channels, height, width)."
             )
-        action_shape = (batch_size, num_frames)
-        if self.config.action_dim is not None:
-            action_shape += (self.config.action_dim,)
-        check_condition("actions", frames.actions, self.takes_actions, action_shape)
-        check_condition("class_labels", class_labels, self.takes_labels, (batch_size,))
-        if frames.action_mask is not None:
-            check_condition("action_mask", frames.action_mask, self.takes_actions, (batch_size, num_frames))
         if kv_cache is not None:
-            device_type = frames.latents.device.type
-            autocast = torch.is_autocast_enabled(device_type)
-            dtype = torch.get_autocast_dtype(device_type) if autocast else frames.latents.dtype
-            kv_cache.check(self, frames, dtype, noisy=not update_cache)
+            kv_cache.check(self, frames, noisy=not update_cache)
         elif update_cache:
             raise ValueError("`update_cache` is True but `kv_cache` is None; pass the cache to write to.")
-        if update_cache and bool((timestep != CLEAN_TIMESTEP).any()):
-            raise ValueError(
-                f"`timestep` is {timestep.unique().tolist()} in a write to `kv_cache`; only clean frames are cached, "
-                "and their timestep is -1."
-            )
+        if clean_latents is not None:
+            self._check_clean(clean_latents, frames, kv_cache)
 
-    def _check_clean(
-        self, clean_hidden_states: torch.Tensor | None, frames: FrameBatch, kv_cache: FARKVCache | None
-    ) -> None:
-        if clean_hidden_states is None:
-            return
+    def _check_clean(self, clean_latents: torch.Tensor, frames: FrameBatch, kv_cache: FARKVCache | None) -> None:
         if kv_cache is not None or not self.config.frame_causal:
             reason = "`kv_cache` holds the clean frames" if kv_cache is not None else "no frame is causal"
             raise ValueError(f"`clean_hidden_states` was given but {reason}; leave it out.")
-        check_condition("clean_hidden_states", clean_hidden_states, True, tuple(frames.latents.shape))
+        check_condition("clean_hidden_states", clean_latents, True, tuple(frames.latents.shape))
+
+    def _check_modulation(
+        self, modulation: FrameModulation, frames: FrameBatch, timestep, class_labels, *, is_noisy: bool
+    ) -> None:
+        if not is_noisy:
+            raise ValueError("`modulation` was given, but it is for one noisy frame and its `kv_cache`; leave it out.")
+        given = {"timestep": timestep, "class_labels": class_labels}
+        given |= {"actions": frames.actions, "action_mask": frames.action_mask}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"`{name}` was given beside `modulation`, which knows it; leave one of the two out.")
+        found = (len(modulation.blocks), *modulation.output.shape)
+        expected = (self.config.num_layers, len(frames.latents), 1, 2 * self.inner_dim)
+        if found != expected:
+            raise ValueError(
+                f"`modulation` has (layers, batch, frames, channels) {found}, but this call needs {expected}; make it with "
+                "`frame_modulations` of this model, for this batch."
+            )
 
 
 def initialize_weights(model: FARTransformer3DModel) -> None:

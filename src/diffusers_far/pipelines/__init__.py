@@ -1,3 +1,2 @@
-from .pipeline_far import FARPipeline
-from .pipeline_output import FARPipelineOutput
+from .pipeline_far import FARPipeline, FARPipelineOutput
 from .session import FARSession

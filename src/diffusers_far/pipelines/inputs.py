@@ -1,19 +1,29 @@
 """What a user passes to the pipeline, checked and brought into one form before any work is done.
 
-B batch, F frames, C latent channels, H/W latent height/width, A action channels; h/w pixels.
+B contexts, N videos: each context is continued `num_videos_per_context` times. F frames, C latent channels, H/W latent
+height/width, A action channels; h/w pixels.
 """
 
+import inspect
 import math
-import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import SchedulerMixin
 
-from ..checks import check_count, is_whole_number
+from ..checks import (
+    as_tensor,
+    check_choice,
+    check_count,
+    check_integers,
+    check_shape,
+    check_values_finite,
+    is_finite_number,
+)
 from ..models.codec import spatial_compression
 from ..models.kv_cache import CacheOptions
 from ..models.transformer_far import FARTransformer3DModel
@@ -23,25 +33,37 @@ from .settings import GenerationRequest, GenerationSettings
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ["latents"]
+LATENT_DIMENSIONS = "batch, frames, channels, height, width"
+WHOLE_PIXELS = "pass a whole number of pixels, or leave it out"
 NUM_TIMESTEPS = 1000  # of noise that the model tells apart; the timestep of pure noise
 
 
 @dataclass(frozen=True)
 class PipelineInputs:
-    """What a call works with, checked. `video` and `video_latents` are of B samples; B counts contexts, each of which is
-    continued `num_videos_per_context` times."""
+    """A request that is checked, and what it leads to.
 
+    Args:
+        request ([`GenerationRequest`]): As it was given.
+        settings ([`GenerationSettings`]): How its frames are made.
+        video (`torch.Tensor` of shape `(B, F_context, 3, h, w)`, *optional*): The context in pixels, float32 in [0, 1].
+        num_context_frames (`int`): Of the context, in whichever form it was given.
+        actions (`torch.Tensor` of shape `(N, F)` or `(N, F, A)`, *optional*): Taken at the frames; the last may be missing.
+        class_labels (`torch.Tensor` of shape `(N,)`, *optional*).
+        latent_shape (`tuple`): `(N, C, H, W)` of each frame.
+    """
+
+    request: GenerationRequest
+    settings: GenerationSettings
     video: torch.Tensor | None
-    video_latents: torch.Tensor | None
+    num_context_frames: int
     actions: torch.Tensor | None
     class_labels: torch.Tensor | None
-    latents: torch.Tensor | None
-    batch_size: int
-    num_context_frames: int
-    num_frames: int
-    num_videos_per_context: int
-    latent_height: int
-    latent_width: int
+    latent_shape: tuple[int, int, int, int]
+
+    @property
+    def num_frames(self) -> int:
+        """Of context and new frames."""
+        return self.num_context_frames + self.request.num_frames
 
 
 def check_request(
@@ -49,24 +71,23 @@ def check_request(
     vae: torch.nn.Module,
     own_size: tuple[int | None, int | None],
     request: GenerationRequest,
+    settings: GenerationSettings,
     *,
     is_session: bool = False,
-    is_whole_clip: bool = False,
 ) -> PipelineInputs:
     """Check all arguments of a call, or of the start of a session, before any work is done.
 
     Args:
-        own_size (`tuple`): The pipeline's own height and width, if any.
-        request ([`GenerationRequest`]): Filled in with the pipeline's defaults.
+        own_size (`tuple`): The pipeline's own height and width in pixels, if any.
+        request ([`GenerationRequest`]), settings ([`GenerationSettings`]): The settings are what the request leads to.
         is_session (`bool`): The action at the last frame of the context is yet to be taken.
-        is_whole_clip (`bool`): The pipeline makes all frames at once, not one after the other.
 
     Raises:
         ValueError: Names the argument, its value, the rule and the cure.
     """
-    config, latents = transformer.config, request.latents
-    check_settings(transformer, request.settings, is_whole_clip=is_whole_clip)
-    check_output_type(request.output_type)
+    config = transformer.config
+    check_settings(transformer, settings)
+    check_choice("output_type", request.output_type, OUTPUT_TYPES)
     unknown = [name for name in request.callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
     if unknown:
         raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; there are {CALLBACK_TENSORS}.")
@@ -76,77 +97,51 @@ def check_request(
         raise ValueError("`video` and `video_latents` were both given; pass the context in one of the two forms.")
 
     # 1. Context, noise and size
-    video, latent_channels = None, (config.in_channels, None, None)
-    if request.video is not None:
-        video = video_to_tensor(request.video)
-    if request.video_latents is not None:
-        check_latents("video_latents", request.video_latents, (None, None, *latent_channels))
-    if latents is not None:
-        check_latents("latents", latents, (None, request.num_frames, *latent_channels))
-    latent_height, latent_width = latent_size(
-        config,
-        spatial_compression(vae),
-        own_size,
-        video,
-        request.video_latents,
-        latents,
-        request.height,
-        request.width,
-    )
-    context = video if video is not None else request.video_latents
+    video = None if request.video is None else video_to_tensor(request.video)
+    for name, num_frames in (("video_latents", None), ("latents", request.num_frames)):
+        if getattr(request, name) is not None:
+            check_latents(name, getattr(request, name), (None, num_frames, config.in_channels, None, None))
+    patch_size = config.long_patch_size or config.patch_size
+    height, width = latent_size(request, video, own_size, spatial_compression(vae), patch_size)
 
-    # 2. Batch
-    batch_size = infer_batch_size(
-        context,
-        latents,
-        request.actions,
-        request.class_labels,
-        request.num_videos_per_context,
-        3 if config.action_dim else 2,
-    )
-    if batch_size < 1:
-        raise ValueError(f"`actions` or `class_labels` are of {batch_size} samples; pass at least one.")
-    num_videos = batch_size * request.num_videos_per_context
-    if latents is not None:
-        frame_shape = (config.in_channels, latent_height, latent_width)
-        check_latents("latents", latents, (num_videos, request.num_frames, *frame_shape))
-    check_generator(request.generator, num_videos)
-
-    # 3. Conditions
+    # 2. Conditions, for each sample or for all of them
+    context = request.video_latents if video is None else video
     num_context_frames = 0 if context is None else context.shape[1]
-    num_all_frames = num_context_frames + request.num_frames
-    lengths = (num_all_frames, num_all_frames - config.action_shift) if config.action_shift else (num_all_frames,)
+    num_actions = num_context_frames + request.num_frames
+    lengths = range(num_actions - config.action_shift, num_actions + 1)
     if is_session:
-        lengths = (max(num_context_frames - 1, 0),)
+        lengths = [max(num_context_frames - 1, 0)]
+    actions = check_actions(request.actions, config, lengths)
+    class_labels = request.class_labels
+    if class_labels is not None or config.num_classes is not None:
+        class_labels = check_class_labels(class_labels, config.num_classes)
+
+    # 3. Batch
+    num_repeats = request.num_videos_per_context
+    if context is None:
+        batch_size = batch_without_video(request.latents, (actions, class_labels), num_repeats)
+    else:
+        batch_size = len(context)
+    latent_shape = (batch_size * num_repeats, config.in_channels, height, width)
+    if request.latents is not None:
+        num_videos, *frame_shape = latent_shape
+        check_shape("latents", request.latents, (num_videos, request.num_frames, *frame_shape), LATENT_DIMENSIONS)
+    if request.generator is not None:
+        check_generator(request.generator, latent_shape[0])
     return PipelineInputs(
+        request=request,
+        settings=settings,
         video=video,
-        video_latents=request.video_latents,
-        actions=check_actions(request.actions, config, batch_size, lengths),
-        class_labels=check_class_labels(request.class_labels, config.num_classes, batch_size),
-        latents=latents,
-        batch_size=batch_size,
         num_context_frames=num_context_frames,
-        num_frames=request.num_frames,
-        num_videos_per_context=request.num_videos_per_context,
-        latent_height=latent_height,
-        latent_width=latent_width,
+        actions=rows_of_videos("actions", actions, batch_size, num_repeats),
+        class_labels=rows_of_videos("class_labels", class_labels, batch_size, num_repeats),
+        latent_shape=latent_shape,
     )
 
 
-def check_settings(
-    transformer: FARTransformer3DModel, settings: GenerationSettings, *, is_whole_clip: bool = False
-) -> None:
+def check_settings(transformer: FARTransformer3DModel, settings: GenerationSettings) -> None:
     """Refuse ways of generating that this model does not know or that contradict each other."""
     config, options = transformer.config, settings.cache_options
-    if config.frame_causal and is_whole_clip:
-        raise ValueError(
-            "The transformer has `frame_causal=True` and makes frame after frame, but this pipeline makes whole clips; "
-            "load it as a `FARPipeline`."
-        )
-    if not config.frame_causal and not is_whole_clip:
-        raise ValueError(
-            "The transformer has `frame_causal=False` and makes whole clips; this pipeline makes frame after frame."
-        )
     check_count("num_inference_steps", settings.num_inference_steps, most=NUM_TIMESTEPS)
     options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
     if not settings.use_cache and options != CacheOptions():
@@ -157,13 +152,25 @@ def check_settings(
     check_guidance(transformer, settings.guidance_scale)
 
 
-def check_sigmas(sigmas: Any, num_inference_steps: int | None) -> None:
-    """Refuse noise levels that do not fall from at most 1 to above 0, one for each step."""
-    if sigmas is None:
-        return
+def check_guidance(transformer: FARTransformer3DModel, guidance_scale: Any) -> None:
+    """Refuse guidance that is no finite number of at least 0, or that this model cannot follow."""
+    if not is_finite_number(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it is at least 0, finite, and guides above 1.")
+    if guidance_scale > 1 and not (transformer.takes_actions or transformer.takes_labels):
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
+        )
+
+
+def check_sigmas(scheduler: SchedulerMixin, sigmas: Any, num_inference_steps: int | None) -> None:
+    """Refuse noise levels that do not fall from at most 1 to above 0, one for each step, or a scheduler without them."""
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"`sigmas` was given but the scheduler, {type(scheduler).__name__}, takes none; give `num_inference_steps`."
+        )
     levels = list(sigmas) if isinstance(sigmas, (list, tuple, np.ndarray)) else []
-    are_numbers = all(isinstance(level, numbers.Real) and 0 < level <= 1 for level in levels)
-    if not levels or not are_numbers or any(later >= level for level, later in zip(levels, levels[1:])):
+    are_levels = all(is_finite_number(level) and 0 < level <= 1 for level in levels)
+    if not levels or not are_levels or any(later >= level for level, later in zip(levels, levels[1:])):
         raise ValueError(
             f"`sigmas` is {sigmas!r}; pass a list of noise levels that fall from at most 1 to above 0, one for each step."
         )
@@ -171,23 +178,6 @@ def check_sigmas(sigmas: Any, num_inference_steps: int | None) -> None:
         raise ValueError(
             f"`sigmas` has {len(levels)} noise levels but `num_inference_steps` is {num_inference_steps}; leave the latter "
             "out."
-        )
-
-
-def check_output_type(output_type: Any) -> None:
-    """Refuse a form of frames that there is not."""
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
-
-
-def check_guidance(transformer: FARTransformer3DModel, guidance_scale: Any) -> None:
-    """Refuse guidance that is no finite number of at least 0, or that this model cannot follow."""
-    is_number = isinstance(guidance_scale, numbers.Real) and not isinstance(guidance_scale, bool)
-    if not is_number or not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it is at least 0, finite, and guides above 1.")
-    if guidance_scale > 1 and not (transformer.takes_actions or transformer.takes_labels):
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
         )
 
 
@@ -204,40 +194,48 @@ def check_generator(generator: Any, num_videos: int) -> None:
 
 
 def latent_size(
-    config, compression: int, own_size: tuple[int | None, int | None], video, video_latents, latents, height, width
+    request: GenerationRequest,
+    video: torch.Tensor | None,
+    own_size: tuple[int | None, int | None],
+    compression: int,
+    patch_size: int,
 ) -> tuple[int, int]:
-    """Latent height and width: from the video or latents, else as given, else the pipeline's own."""
-    for name, value in (*zip(("height", "width"), own_size), ("height", height), ("width", width)):
-        if value is not None and not is_whole_number(value):
-            raise ValueError(f"`{name}` is {value!r}; pass a whole number of pixels, or leave it out.")
-    for name, tensor, pixels in (
-        ("video", video, 1),
-        ("video_latents", video_latents, compression),
-        ("latents", latents, compression),
-    ):
-        if tensor is not None:
-            size = (tensor.shape[-2] * pixels, tensor.shape[-1] * pixels)
-            source = f"`{name}`"
-            if (height or size[0], width or size[1]) != size:
-                raise ValueError(
-                    f"`height` and `width` are {height} and {width} but {source} is of {size[0]}x{size[1]} pixels; "
-                    "leave them out, or resize."
-                )
-            break
+    """Latent height and width: from the video or latents, else as asked for, else the pipeline's own."""
+    for name in ("height", "width"):  # one below 1 is refused in the end
+        check_count(name, getattr(request, name), WHOLE_PIXELS, least=-math.inf, optional=True)
+    given = {"video": video, "video_latents": request.video_latents, "latents": request.latents}
+    source = next((name for name, tensor in given.items() if tensor is not None), None)
+    if source is None:
+        source, size = "height`x`width", size_without_video(request, own_size)
     else:
-        size, source = (height or own_size[0], width or own_size[1]), "`height`x`width`"
-        if None in size:
+        pixels = 1 if source == "video" else compression
+        size = tuple(side * pixels for side in given[source].shape[-2:])
+        if (request.height or size[0], request.width or size[1]) != size:
             raise ValueError(
-                f"`height` and `width` are {height} and {width}, without a video, and this pipeline has no size of "
-                "its own; pass both, in pixels."
+                f"`height` and `width` are {request.height} and {request.width} but `{source}` is of {size[0]}x{size[1]} "
+                "pixels; leave them out, or resize."
             )
-    unit = compression * (config.long_patch_size or config.patch_size)
-    if size[0] < 1 or size[1] < 1 or size[0] % unit or size[1] % unit:
+    unit = compression * patch_size
+    fitting = [max(1, round(side / unit)) * unit for side in size]
+    if any(side < 1 or side % unit for side in size):
         raise ValueError(
-            f"{source} is {size[0]}x{size[1]} pixels; VAE and patches need multiples of {unit}: resize, for example "
-            f"to {max(1, round(size[0] / unit)) * unit}x{max(1, round(size[1] / unit)) * unit}."
+            f"`{source}` is {size[0]}x{size[1]} pixels; VAE and patches need multiples of {unit}: resize, for example to "
+            f"{fitting[0]}x{fitting[1]}."
         )
     return size[0] // compression, size[1] // compression
+
+
+def size_without_video(request: GenerationRequest, own_size: tuple[int | None, int | None]) -> tuple[int, int]:
+    """Height and width in pixels as asked for, else the pipeline's own."""
+    for name, pixels in zip(("height", "width"), own_size):
+        check_count(name, pixels, WHOLE_PIXELS, least=-math.inf, optional=True)
+    size = (request.height or own_size[0], request.width or own_size[1])
+    if None in size:
+        raise ValueError(
+            f"`height` and `width` are {request.height} and {request.width}, without a video, and this pipeline has no "
+            "size of its own; pass both, in pixels."
+        )
+    return size
 
 
 def video_to_tensor(video: Any) -> torch.Tensor:
@@ -256,14 +254,7 @@ def video_to_tensor(video: Any) -> torch.Tensor:
     if isinstance(video, (list, tuple)):
         video = stack_frames(video)
     if isinstance(video, np.ndarray):
-        if video.ndim not in (4, 5) or video.shape[-1] != 3:
-            raise ValueError(
-                f"`video` is an array of shape {video.shape}; pass (frames, height, width, 3) or "
-                "(batch, frames, height, width, 3)."
-            )
-        if video.dtype.kind not in "fui":
-            raise ValueError(f"`video` is an array of dtype {video.dtype}; pass uint8, or floats in [0, 1].")
-        video = torch.from_numpy(np.ascontiguousarray(np.moveaxis(video, -1, -3)))
+        video = channels_first(video)
     if not isinstance(video, torch.Tensor):
         raise ValueError(f"`video` is a {type(video).__name__}; pass a list of PIL images, an array or a tensor.")
     if video.ndim not in (4, 5) or video.shape[-3] != 3:
@@ -278,14 +269,25 @@ def video_to_tensor(video: Any) -> torch.Tensor:
     if not video.is_floating_point():
         raise ValueError(f"`video` has dtype {video.dtype}; pass uint8, or floats in [0, 1].")
     video = video.float()
-    if not torch.isfinite(video).all():
-        raise ValueError("`video` contains NaN or infinite values; pass finite values in [0, 1].")
+    check_values_finite("video", video, "pass finite values in [0, 1]")
     low, high = video.min().item(), video.max().item()
     if low < 0 or high > 1:
         raise ValueError(
             f"`video` has values from {low:.4g} to {high:.4g}; pass floats in [0, 1] (uint8 is divided by 255)."
         )
     return video
+
+
+def channels_first(video: np.ndarray) -> torch.Tensor:
+    """An array of frames, channels last, as a tensor of the same values."""
+    if video.ndim not in (4, 5) or video.shape[-1] != 3:
+        raise ValueError(
+            f"`video` is an array of shape {video.shape}; pass (frames, height, width, 3) or "
+            "(batch, frames, height, width, 3)."
+        )
+    if video.dtype.kind not in "fui":
+        raise ValueError(f"`video` is an array of dtype {video.dtype}; pass uint8, or floats in [0, 1].")
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(video, -1, -3)))
 
 
 def stack_frames(video: list) -> np.ndarray | torch.Tensor:
@@ -315,160 +317,119 @@ def stack_frames(video: list) -> np.ndarray | torch.Tensor:
     raise ValueError(f"`video` is a list of {type(video[0]).__name__}; pass PIL images, arrays or tensors.")
 
 
-def check_actions(actions: Any, config, batch_size: int, lengths: tuple[int, ...]) -> torch.Tensor | None:
-    """Actions as one tensor, `(B, F)` int64 or `(B, F, A)` float32.
+def check_actions(actions: Any, config, lengths: Sequence[int]) -> torch.Tensor | None:
+    """Actions as one tensor, `(B, F)` int64 or `(B, F, A)` float32; of one row where that is for every sample.
 
     Args:
-        actions: Tensor, array or nested list; one row serves every sample of a batch.
+        actions: Tensor, array or nested list.
         config: Of the transformer: `num_actions`, `action_dim`.
-        batch_size (`int`): B.
-        lengths (`tuple[int, ...]`): How many there may be; of 0, none need be given.
+        lengths: Numbers of actions that fit; where 0 is among them, `actions` may be `None`.
 
     Raises:
         ValueError: Missing, superfluous, of the wrong length, type, range or number of channels, or not finite.
     """
-    takes_actions = config.num_actions is not None or config.action_dim is not None
-    if actions is None:
-        if takes_actions and 0 not in lengths:
-            kind = f"integers from 0 to {config.num_actions - 1}" if config.num_actions else "floats"
-            raise ValueError(
-                f"`actions` is None but this model is conditioned on actions; pass {kind} for {lengths[0]} frames."
-            )
+    channels = () if config.action_dim is None else (config.action_dim,)
+    if config.num_actions is None and not channels:
+        if actions is not None:
+            raise ValueError("`actions` was given but this model takes no actions; leave it out.")
         return None
-    if not takes_actions:
-        raise ValueError("`actions` was given but this model takes no actions; leave it out.")
-    try:
-        actions = torch.as_tensor(np.asarray(actions) if isinstance(actions, (list, tuple)) else actions)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"`actions` cannot be read as a tensor ({error}); pass rows of equal length.") from error
-
-    num_dims = 1 if config.num_actions is not None else 2
-    if actions.ndim == num_dims:
-        actions = actions[None]
-    if actions.ndim != num_dims + 1:
-        form = "(batch, frames)" if num_dims == 1 else f"(batch, frames, {config.action_dim})"
-        raise ValueError(f"`actions` has shape {tuple(actions.shape)}; this model takes {form}.")
-    if actions.shape[0] not in (1, batch_size):
+    if actions is None and 0 not in lengths:
+        kind = "floats" if channels else f"integers from 0 to {config.num_actions - 1}"
         raise ValueError(
-            f"`actions` has {actions.shape[0]} rows but the batch is {batch_size}; pass one row per sample."
+            f"`actions` is None but this model is conditioned on actions; pass {kind} for {max(lengths)} frames."
         )
+    if actions is None:
+        return torch.zeros(1, 0, *channels, dtype=torch.float32 if channels else torch.int64)
+    actions = as_tensor("actions", actions, "pass rows of equal length")
+    actions = actions[None] if actions.ndim == 1 + len(channels) else actions
+    if actions.ndim != 2 + len(channels) or not len(actions):
+        form = ", ".join(("batch", "frames", *map(str, channels)))
+        raise ValueError(f"`actions` has shape {tuple(actions.shape)}; this model takes ({form}).")
     if actions.shape[1] not in lengths:
         left_out = " (the last may be left out)" if len(lengths) > 1 else ""
         raise ValueError(
-            f"`actions` has {actions.shape[1]} frames but context and new frames need {lengths[0]}; "
+            f"`actions` has {actions.shape[1]} frames but context and new frames need {max(lengths)}; "
             f"pass one action per frame{left_out}."
         )
-    return check_action_values(actions, config).expand(batch_size, *actions.shape[1:])
+    return check_action_values(actions, config)
 
 
 def check_action_values(actions: torch.Tensor, config) -> torch.Tensor:
     """Type and range of actions of any length."""
-    if config.num_actions is None:
-        if actions.shape[-1] != config.action_dim:
-            raise ValueError(f"`actions` has {actions.shape[-1]} channels; this model takes {config.action_dim}.")
-        if actions.is_complex() or actions.dtype == torch.bool or not torch.isfinite(actions).all():
-            raise ValueError(f"`actions` ({actions.dtype}) must be finite numbers; NaN and infinity are not actions.")
-        return actions.float()
-    if actions.is_floating_point() or actions.is_complex() or actions.dtype == torch.bool:
-        raise ValueError(
-            f"`actions` has dtype {actions.dtype} but this model has {config.num_actions} discrete actions; "
-            f"pass integers from 0 to {config.num_actions - 1}."
-        )
-    if actions.numel() and (actions.min() < 0 or actions.max() >= config.num_actions):
-        raise ValueError(
-            f"`actions` has values from {actions.min().item()} to {actions.max().item()}; this model's actions are "
-            f"0 to {config.num_actions - 1}."
-        )
-    return actions.long()
+    if config.num_actions is not None:
+        most = config.num_actions - 1
+        check_integers("actions", actions, most, f"this model's actions are 0 to {most}")
+        return actions.long()
+    if actions.shape[-1] != config.action_dim:
+        raise ValueError(f"`actions` has {actions.shape[-1]} channels; this model takes {config.action_dim}.")
+    if actions.is_complex() or actions.dtype == torch.bool or not torch.isfinite(actions).all():
+        raise ValueError(f"`actions` ({actions.dtype}) must be finite numbers; NaN and infinity are not actions.")
+    return actions.float()
 
 
-def check_class_labels(class_labels: Any, num_classes: int | None, batch_size: int) -> torch.Tensor | None:
-    """Labels as a tensor of shape `(B,)`, int64; one label serves the whole batch."""
-    if class_labels is None:
-        if num_classes is not None:
-            raise ValueError(
-                f"`class_labels` is None but this model is conditioned on classes; pass integers from 0 to "
-                f"{num_classes} ({num_classes} is the null class)."
-            )
-        return None
-    if num_classes is None:
+def check_class_labels(class_labels: Any, num_classes: int | None) -> torch.Tensor | None:
+    """Labels as a tensor of shape `(B,)`, int64; of one label where that is for every sample.
+
+    Raises:
+        ValueError: Missing, superfluous, or no labels of this model.
+    """
+    if num_classes is None and class_labels is not None:
         raise ValueError("`class_labels` was given but this model takes no classes; leave it out.")
-    try:
-        class_labels = torch.as_tensor(class_labels)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"`class_labels` cannot be read as a tensor ({error}); pass integers.") from error
+    if num_classes is None:
+        return None
+    if class_labels is None:
+        raise ValueError(
+            f"`class_labels` is None but this model is conditioned on classes; pass integers from 0 to {num_classes} "
+            f"({num_classes} is the null class)."
+        )
+    class_labels = as_tensor("class_labels", class_labels, "pass integers")
     class_labels = class_labels[None] if class_labels.ndim == 0 else class_labels
-    if (
-        class_labels.is_floating_point()
-        or class_labels.dtype == torch.bool
-        or class_labels.ndim != 1
-        or not len(class_labels)
-    ):
+    if class_labels.ndim != 1 or not len(class_labels):
         raise ValueError(
             f"`class_labels` has dtype {class_labels.dtype} and shape {tuple(class_labels.shape)}; pass one integer per "
             "sample."
         )
-    if class_labels.shape[0] not in (1, batch_size):
-        raise ValueError(
-            f"`class_labels` has {class_labels.shape[0]} labels but the batch is {batch_size}; pass one per sample."
-        )
-    if class_labels.min() < 0 or class_labels.max() > num_classes:
-        raise ValueError(
-            f"`class_labels` has values from {class_labels.min().item()} to {class_labels.max().item()}; this model's "
-            f"classes are 0 to {num_classes - 1}, and {num_classes} is the null class."
-        )
-    return class_labels.long().expand(batch_size)
+    rule = f"this model's classes are 0 to {num_classes - 1}, and {num_classes} is the null class"
+    check_integers("class_labels", class_labels, num_classes, rule)
+    return class_labels.long()
 
 
 def check_latents(name: str, latents: Any, expected: tuple[int | None, ...]) -> None:
     """Refuse latents that are not a finite float tensor of the expected shape, where `None` fits any size."""
-    wanted = "(" + ", ".join("any" if size is None else str(size) for size in expected) + ")"
     if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
         kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-        raise ValueError(f"`{name}` is {kind}; pass a float tensor of shape {wanted}.")
-    fits = latents.ndim == len(expected) and all(size in (None, given) for size, given in zip(expected, latents.shape))
-    if not fits:
-        raise ValueError(
-            f"`{name}` has shape {tuple(latents.shape)}; it must be {wanted}: batch, frames, channels, height, width."
-        )
+        raise ValueError(f"`{name}` is {kind}; pass a float tensor ({LATENT_DIMENSIONS}).")
+    check_shape(name, latents, expected, LATENT_DIMENSIONS)
     if 0 in latents.shape:
         raise ValueError(f"`{name}` has shape {tuple(latents.shape)}: no frames; leave it out to start from nothing.")
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"`{name}` contains NaN or infinite values; pass finite latents.")
+    check_values_finite(name, latents, "pass finite latents")
 
 
-def frame_noise(
-    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device: torch.device
-) -> torch.Tensor:
-    """Noise of one frame, `(B, 1, C, H, W)`, float32; each sample's from its own generator where a list is given."""
-    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+def batch_without_video(
+    latents: torch.Tensor | None, conditions: tuple[torch.Tensor | None, ...], num_videos_per_context: int
+) -> int:
+    """The number of contexts that are continued, where these are empty: from the noise, else from actions and labels, else
+    1."""
+    if latents is None:
+        return max(1 if condition is None else len(condition) for condition in conditions)
+    if len(latents) % num_videos_per_context:
+        raise ValueError(
+            f"`latents` has a batch of {len(latents)}; it must be a multiple of `num_videos_per_context` "
+            f"{num_videos_per_context}."
+        )
+    return len(latents) // num_videos_per_context
 
 
-def infer_batch_size(context, latents, actions, class_labels, num_videos_per_context: int, action_dims: int) -> int:
-    """The number of contexts: from the context, else from noise, labels or actions, else 1."""
-    if context is not None:
-        return context.shape[0]
-    if latents is not None:
-        if latents.shape[0] % num_videos_per_context:
-            raise ValueError(
-                f"`latents` has a batch of {latents.shape[0]}; it must be a multiple of `num_videos_per_context` "
-                f"{num_videos_per_context}."
-            )
-        return latents.shape[0] // num_videos_per_context
-    if class_labels is not None and num_dims(class_labels) > 0:
-        return len(class_labels)
-    if actions is not None and num_dims(actions) == action_dims:
-        return len(actions)
-    return 1
-
-
-def num_dims(value: Any) -> int:
-    """Dimensions of a tensor, an array or a nested list."""
-    if hasattr(value, "ndim"):
-        return value.ndim
-    if not isinstance(value, (list, tuple)):
-        return 0
-    return 1 + num_dims(value[0]) if len(value) else 1
+def rows_of_videos(
+    name: str, rows: torch.Tensor | None, batch_size: int, num_videos_per_context: int = 1
+) -> torch.Tensor | None:
+    """A condition for each video, from one row for each context, or one for all: `(B, ...)` or `(1, ...)` to `(N, ...)`."""
+    if rows is None:
+        return None
+    if len(rows) not in (1, batch_size):
+        kind = "labels" if rows.ndim == 1 else "rows"
+        raise ValueError(f"`{name}` has {len(rows)} {kind} but the batch is {batch_size}; pass one per sample.")
+    return repeat_samples(rows.expand(batch_size, *rows.shape[1:]), num_videos_per_context)
 
 
 def repeat_samples(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -485,17 +446,14 @@ def check_step_action(
         ValueError: Missing, superfluous, of the wrong type, range or number.
     """
     takes_actions = config.num_actions is not None or config.action_dim is not None
-    if action is not None and takes_actions and not has_frame:
-        raise ValueError(f"`action` is {action!r} but there is no frame yet that it could be taken at; leave it out.")
-    if action is None and takes_actions and not has_frame:
+    if takes_actions and not has_frame:
+        if action is not None:
+            raise ValueError(
+                f"`action` is {action!r} but there is no frame yet that it could be taken at; leave it out."
+            )
         return None
-    if action is None:
-        return check_actions(None, config, batch_size, (1,))
-    try:
-        action = torch.as_tensor(action)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"`action` {action!r} cannot be read as a tensor ({error}); pass numbers.") from error
-    num_dims_of_one = 0 if config.num_actions is not None else 1
-    if action.ndim == num_dims_of_one:
-        action = action[None]
-    return check_actions(action[:, None], config, batch_size, (1,))[:, 0].to(device)
+    if action is not None:
+        action, num_dims_of_one = as_tensor("action", action, "pass numbers"), 0 if config.action_dim is None else 1
+        action = (action if action.ndim > num_dims_of_one else action[None])[:, None]
+    actions = rows_of_videos("actions", check_actions(action, config, [1]), batch_size)
+    return None if actions is None else actions[:, 0].to(device)

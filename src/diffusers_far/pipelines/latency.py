@@ -1,7 +1,6 @@
 """How many denoising steps a frame may take to come in time."""
 
 import math
-import numbers
 import statistics
 import time
 from collections import deque
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from ..checks import check_count
+from ..checks import check_count, is_finite_number
 from .inputs import NUM_TIMESTEPS
 
 
@@ -61,8 +60,9 @@ class LatencyBudget:
         Raises:
             ValueError: `max_seconds_per_frame` is not a finite number above 0, or `min_inference_steps` no count.
         """
-        is_number = isinstance(max_seconds_per_frame, numbers.Real) and not isinstance(max_seconds_per_frame, bool)
-        if max_seconds_per_frame is not None and not (is_number and 0 < max_seconds_per_frame < math.inf):
+        if max_seconds_per_frame is not None and not (
+            is_finite_number(max_seconds_per_frame) and max_seconds_per_frame > 0
+        ):
             raise ValueError(
                 f"`max_seconds_per_frame` is {max_seconds_per_frame!r}; pass seconds above 0, or None for no limit."
             )
@@ -149,20 +149,17 @@ class LatencyBudget:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], **arguments) -> "LatencyBudget":
-        """A budget in a state that another was in; `arguments` are its device and clock.
+        """A budget with the limits and measurements of another; `arguments` are its device and clock.
 
         Raises:
-            ValueError: No budget is ever in this state.
+            ValueError: No budget has such a state.
         """
         if not isinstance(state, dict) or state.keys() != cls().state().keys():
             raise ValueError(f"the latency budget is {state!r}; it has {', '.join(cls().state())}")
         for name in ("num_inference_steps_used", "announced"):
-            if state[name] is not None:
-                check_count(name, state[name])
+            check_count(name, state[name], optional=True)
         for name in ("step_seconds", "other_seconds"):
-            if not isinstance(state[name], list) or not all(
-                isinstance(seconds, numbers.Real) and -math.inf < seconds < math.inf for seconds in state[name]
-            ):
+            if not isinstance(state[name], list) or not all(map(is_finite_number, state[name])):
                 raise ValueError(f"`{name}` is {state[name]!r}; it is a list of seconds")
         budget = cls(state["max_seconds_per_frame"], state["min_inference_steps"], **arguments)
         budget.num_inference_steps_used = state["num_inference_steps_used"]

@@ -138,9 +138,7 @@ def usage_example(pipe: DiffusionPipeline, name: str) -> str:
         values = f"randn(1, {num_frames}, {config.action_dim})"
         if config.num_actions is not None:
             values = f"randint({config.num_actions}, (1, {num_frames}))"
-        conditions += (
-            f"actions = torch.{values}  # one per context and new frame; actions[:, t] leads to frame t + 1\n"
-        )
+        conditions = f"actions = torch.{values}  # one per context and new frame; actions[:, t] leads to frame t + 1\n"
         arguments += ", actions=actions"
     if pipe.transformer.takes_labels:
         arguments += ", class_labels=[0]"
@@ -164,6 +162,7 @@ def example_size(pipe: DiffusionPipeline) -> tuple[int, int]:
 
 
 def describe_transformer(transformer: torch.nn.Module) -> str:
+    """Size and dtype."""
     config = transformer.config
     return (
         f"{count_parameters(transformer)} parameters; {config.num_layers} layers, width {transformer.inner_dim}, "
@@ -172,6 +171,7 @@ def describe_transformer(transformer: torch.nn.Module) -> str:
 
 
 def describe_autoencoder(vae: torch.nn.Module) -> str:
+    """Class, size, and what it makes of an image."""
     return (
         f"`{type(vae).__name__}`, {count_parameters(vae)} parameters; {vae.config.latent_channels} latent channels, "
         f"{spatial_compression(vae)}x smaller than the image along each side"
@@ -179,12 +179,14 @@ def describe_autoencoder(vae: torch.nn.Module) -> str:
 
 
 def describe_frames(pipe: DiffusionPipeline) -> str | None:
+    """Size and rate of the videos that the model knows, where the pipeline has them."""
     size = f"{pipe.config.height}x{pipe.config.width} pixels" if pipe.config.height and pipe.config.width else None
     rate = f"{pipe.config.fps:g} per second" if pipe.config.fps else None
     return ", ".join(text for text in (size, rate) if text) or None
 
 
 def describe_context(config) -> str:
+    """In which patches old and new frames are seen."""
     short = f"patches of {config.patch_size}x{config.patch_size} latents"
     if config.long_patch_size is None:
         return f"every frame in {short}"
@@ -195,6 +197,7 @@ def describe_context(config) -> str:
 
 
 def describe_conditions(config, action_names: list[str] | None) -> str:
+    """Actions and classes that the model takes."""
     conditions = []
     if config.num_actions is not None:
         names = ""
@@ -212,7 +215,7 @@ def describe_conditions(config, action_names: list[str] | None) -> str:
 
 
 def describe_defaults(pipe: DiffusionPipeline) -> str:
-    """How a call that does not say is made."""
+    """The defaults of a call."""
     per_frame = " a frame" if pipe.transformer.config.frame_causal else ""
     text = f"{pipe.default_inference_steps} steps{per_frame}, guidance {pipe.default_guidance_scale:g}"
     if pipe.default_short_cache == "exact":
@@ -221,6 +224,7 @@ def describe_defaults(pipe: DiffusionPipeline) -> str:
 
 
 def describe_flex_rope(flex_rope: Mapping[str, Any] | None) -> str | None:
+    """The decay that the pipeline applies, from its config."""
     if flex_rope is None:
         return None
     return f"slope {flex_rope['slope']:g}, schedule `{flex_rope['schedule']}`"

@@ -1,16 +1,20 @@
 """FARPipeline: continue or generate a video, frame after frame.
 
-B batch, F frames, C latent channels, H/W latent height/width, A action channels; h/w pixels.
+N videos, F frames, C latent channels, H/W latent height/width, A action channels; h/w pixels.
 """
 
+import functools
+import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
+from diffusers.utils import BaseOutput, logging
 
 from ..hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from ..loaders.lora import FARLoraLoaderMixin
@@ -18,19 +22,20 @@ from ..models.codec import decode_video, encode_video, latent_statistics
 from ..models.frames import FrameBatch, shift_actions
 from ..models.transformer_far import FARTransformer3DModel
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
-from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, check_sigmas, frame_noise, repeat_samples
+from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, check_sigmas, repeat_samples
 from .latency import LatencyBudget
-from .pipeline_output import FARPipelineOutput, Frame, join_frames
-from .precision import warn_of_slow_dtype
-from .rollout import Rollout, check_scheduler
-from .session import FARSession
+from .rollout import Rollout, check_scheduler, frame_noise
+from .session import FARSession, Frame
 from .session_history import NoiseSource, SessionHistory, check_max_history, new_generator
-from .settings import DEFAULT_INFERENCE_STEPS, GenerationInterrupted, GenerationRequest
+from .settings import DEFAULT_INFERENCE_STEPS, GenerationRequest
 
 
 logger = logging.get_logger(__name__)
 
 ENCODED_FRAMES = 32  # frames that the VAE encodes at once; one at a time with `vae.enable_slicing()`
+
+# What a transformer makes, with `frame_causal` and without, and the pipeline for it.
+MADE_BY = {True: ("frame after frame", "FARPipeline"), False: ("whole clips", "VideoDiTPipeline")}
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -43,17 +48,32 @@ EXAMPLE_DOC_STRING = """
 
 
 @dataclass
+class FARPipelineOutput(BaseOutput):
+    """Output of [`FARPipeline`].
+
+    Args:
+        frames (`list[list[PIL.Image.Image]]`, `np.ndarray` or `torch.Tensor`): The new frames only: a list of videos;
+            `(B, F, height, width, 3)` in [0, 1]; `(B, F, 3, height, width)` in [0, 1]; or latents `(B, F, C, H, W)`.
+    """
+
+    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+
+
+class GenerationInterrupted(Exception):
+    """Raised inside a call whose user set `pipe._interrupt`; the frames that are finished are returned."""
+
+
+@dataclass
 class Generation:
     """A call in the making.
 
     Args:
-        request ([`GenerationRequest`]), inputs ([`PipelineInputs`]): What was asked for, checked.
-        rollout ([`Rollout`]): The context so far.
-        actions, action_mask (`torch.Tensor`, *optional*): What each frame is fed, those to come included.
-        unwritten (`torch.Tensor` of shape `(B, F, C, H, W)`, *optional*): Clean frames that the rollout has not been given.
+        inputs ([`PipelineInputs`]): What was asked for.
+        rollout ([`Rollout`]): The frames that it was given so far.
+        actions, action_mask (`torch.Tensor`, *optional*): What each frame of context and new ones is fed.
+        unwritten (`torch.Tensor` of shape `(N, F, C, H, W)`, *optional*): Clean frames that the rollout was not given yet.
     """
 
-    request: GenerationRequest
     inputs: PipelineInputs
     rollout: Rollout
     actions: torch.Tensor | None
@@ -67,27 +87,30 @@ class Generation:
         frames = slice(first_frame, first_frame + latents.shape[1])
         return FrameBatch(latents, self.actions[:, frames], self.action_mask[:, frames])
 
+    def noise(self, first: int, num_frames: int) -> torch.Tensor:
+        """Noise of new frames, `(N, num_frames, C, H, W)`, as it was given, or drawn; `first` counts from the first new
+        one."""
+        request, (num_videos, *frame_shape) = self.inputs.request, self.inputs.latent_shape
+        if request.latents is not None:
+            return request.latents[:, first : first + num_frames].to(self.rollout.device)
+        return frame_noise((num_videos, num_frames, *frame_shape), request.generator, self.rollout.device)
 
-class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
+
+class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     r"""
-    Frame-autoregressive video generation: continues a video, under actions, a class or nothing, or starts from nothing.
+    What the pipelines that continue a video share: their components, what they are shipped with, the check of what is
+    asked for, and the way from pixels to latents and back. [`FARPipeline`] is one, [`VideoDiTPipeline`] another.
 
     Args:
-        transformer ([`FARTransformer3DModel`]): The denoiser.
-        vae (`AutoencoderDC`, `AutoencoderKL` or `AutoencoderTiny`): Encodes and decodes single frames.
-        scheduler: A flow-matching scheduler, such as `FlowMatchEulerDiscreteScheduler`; others are refused.
-        fps (`float`, *optional*): Frames per second of the videos that the model knows.
-        action_names (`list[str]`, *optional*): Names of the discrete actions, by index; a saved pipeline has them as a
-            `dict`.
-        height (`int`, *optional*), width (`int`, *optional*): The model's own size in pixels.
-        flex_rope (`dict`, *optional*): Fields of a [`FlexRoPEConfig`] to apply; written by `enable_flex_rope`.
-        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str` or `int`,
-            *optional*): What a call takes that does not give them. Where the pipeline has none either: 50 steps, a guidance of
-            1 (none), and `"exact"`.
+        arguments: As of a [`FARPipeline`].
+
+    Attributes:
+        is_frame_causal (`bool`): Whether its transformer makes frame after frame, or whole clips.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _callback_tensor_inputs = CALLBACK_TENSORS
+    is_frame_causal = True
+    _checked_scheduler = None  # the last one that was accepted, and its config
 
     def __init__(
         self,
@@ -105,57 +128,189 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
     ):
         super().__init__()
         check_components_complete(transformer=transformer, vae=vae)
-        if scheduler is not None:  # diffusers' way to load a part: `from_pretrained(..., transformer=None)`
-            check_scheduler(scheduler)
         if vae is not None and transformer is not None:
             latent_statistics(vae, torch.empty(transformer.config.in_channels, 1, 1))
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        if isinstance(action_names, dict):
-            action_names = list(action_names.values())
-        self.register_to_config(fps=fps, action_names=action_names, height=height, width=width)
-        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        self.register_to_config(short_cache=short_cache)
-        self.register_to_config(flex_rope=applied_flex_rope(transformer))
         if flex_rope is not None:
             try:
                 flex_rope = FlexRoPEConfig(**flex_rope)
             except TypeError as error:
                 raise ValueError(f"`flex_rope` is {flex_rope!r}; it has the fields of a FlexRoPEConfig.") from error
-            self.enable_flex_rope(flex_rope)
+            apply_flex_rope(transformer, flex_rope)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        if scheduler is not None:  # diffusers' way to load a part: `from_pretrained(..., transformer=None)`
+            self._check_scheduler()
+        if isinstance(action_names, dict):
+            action_names = list(action_names.values())
+        self.register_to_config(
+            fps=fps,
+            action_names=action_names,
+            height=height,
+            width=width,
+            flex_rope=applied_flex_rope(transformer),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            short_cache=short_cache,
+        )
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps of all frames of the last call."""
+        """Denoising steps of the last call, of all its frames."""
         return self._num_timesteps
 
     @property
+    def guidance_scale(self) -> float:
+        """Guidance of the step that is being taken; a callback changes it through `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
     def default_inference_steps(self) -> int:
-        """Denoising steps of a frame where a call does not say."""
+        """Denoising steps of a frame, for calls that do not give them."""
         return self.config.num_inference_steps or DEFAULT_INFERENCE_STEPS
 
     @property
     def default_guidance_scale(self) -> float:
-        """Guidance where a call does not say; 1 is none."""
+        """Guidance, for calls that do not give it; 1 is no guidance."""
         return 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
 
     @property
     def default_short_cache(self) -> str | int:
-        """How the short window is cached where a call does not say, see [`CacheOptions`]."""
+        """How the short window is cached, for calls that do not give it; see [`CacheOptions`]."""
         return self.config.short_cache or "exact"
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+    def _check_scheduler(self) -> None:
+        """Refuse a scheduler that does not follow the transformer's flow. Users replace it: each new one is tried once."""
+        scheduler = (self.scheduler, dict(getattr(self.scheduler, "config", {})))
+        if self._checked_scheduler != scheduler:
+            check_scheduler(self.scheduler)
+            self._checked_scheduler = scheduler
+
+    def check_inputs(self, request: GenerationRequest, *, is_session: bool = False) -> PipelineInputs:
+        """Check a request before any work is done, and fill in what the pipeline is shipped with.
+
+        Args:
+            request ([`GenerationRequest`]): As the user gave it.
+            is_session (`bool`): See [`~pipelines.inputs.check_request`].
+
+        Raises:
+            ValueError: Names the argument or the component, its value, the rule and the cure.
+        """
+        left_out = [name for name, component in self.components.items() if component is None]
+        if left_out:
+            raise ValueError(f"This pipeline was loaded without {', '.join(left_out)}; load it whole to make frames.")
+        is_frame_causal = self.transformer.config.frame_causal
+        if is_frame_causal != self.is_frame_causal:
+            makes, its_pipeline = MADE_BY[is_frame_causal]
+            raise ValueError(
+                f"The transformer has `frame_causal={is_frame_causal}` and makes {makes}; load it as a `{its_pipeline}`."
+            )
+        self._check_scheduler()
+        if request.sigmas is not None:
+            check_sigmas(self.scheduler, request.sigmas, request.num_inference_steps)
+        own_size = (self.config.height, self.config.width)
+        return check_request(
+            self.transformer, self.vae, own_size, request, request.settings(self), is_session=is_session
+        )
+
+    def _start_rollout(self, inputs: PipelineInputs, rollout_class: type[Rollout] = Rollout, **options) -> Rollout:
+        """A rollout that was given no frame yet; `options` are those of another class."""
+        device, dtype = self._execution_device, self.transformer.dtype
+        if self.transformer.training:
+            logger.warning("The transformer is in training mode and drops conditions; call `pipe.transformer.eval()`.")
+        if device.type == "cpu" and dtype in HALF_PRECISION_UNITS:
+            warn_of_slow_dtype(dtype)
+        return rollout_class(
+            self.transformer,
+            self.scheduler,
+            latent_shape=inputs.latent_shape,
+            max_frames=inputs.num_frames,
+            device=device,
+            class_labels=inputs.class_labels,
+            config=inputs.settings,
+            **options,
+        )
+
+    def _begin(self, inputs: PipelineInputs, rollout_class: type[Rollout] = Rollout, **options) -> Generation:
+        """Encode the context; no frame is made yet."""
+        rollout = self._start_rollout(inputs, rollout_class, **options)
+        actions, action_mask = inputs.actions, None
+        if actions is not None:
+            action_shift = self.transformer.config.action_shift
+            actions, action_mask = shift_actions(actions.to(rollout.device), action_shift, inputs.num_frames)
+        self._interrupt = False
+        self._guidance_scale = inputs.settings.guidance_scale
+        self._num_timesteps = rollout.num_steps * (inputs.request.num_frames if self.is_frame_causal else 1)
+        return Generation(inputs, rollout, actions, action_mask, unwritten=self._encode_context(inputs))
+
+    @torch.no_grad()
+    def _encode_context(self, inputs: PipelineInputs) -> torch.Tensor | None:
+        """Latents of the context of each video, `(N, F, C, H, W)`, float32."""
+        latents, video, device = inputs.request.video_latents, inputs.video, self._execution_device
+        if video is not None:
+            batch_size = 1 if getattr(self.vae, "use_slicing", False) else ENCODED_FRAMES
+            latents = encode_video(self.vae, video.flatten(0, 1), batch_size, device).unflatten(0, video.shape[:2])
+        if latents is None:
+            return None
+        return repeat_samples(latents.to(device).float(), inputs.request.num_videos_per_context)
+
+    @torch.no_grad()
+    def decode_frame(self, latents: torch.Tensor, output_type: str) -> Frame:
+        """One frame of every video, latents `(N, C, H, W)`, as the user wants it.
+
+        Args:
+            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+
+        Returns:
+            A list of N images, `(N, h, w, 3)` in [0, 1], `(N, 3, h, w)` in [0, 1], or a copy of the latents.
+        """
+        if output_type == "latent":
+            return latents.clone()  # what the user does with it is not done to the context
+        batch_size = 1 if getattr(self.vae, "use_slicing", False) else len(latents)
+        images = decode_video(self.vae, latents, batch_size, self._execution_device).float()
+        if output_type == "pt":
+            return images
+        images = VaeImageProcessor.pt_to_numpy(images)
+        return images if output_type == "np" else VaeImageProcessor.numpy_to_pil(images)
+
+    def _output(self, latents: list[torch.Tensor], output_type: str, return_dict: bool) -> FARPipelineOutput | tuple:
+        """Finished frames, each `(N, C, H, W)`, decoded and joined to videos."""
+        frames = [self.decode_frame(each, output_type) for each in latents]
+        self.maybe_free_model_hooks()
+        if frames and output_type == "pil":
+            frames = [list(video) for video in zip(*frames)]
+        elif frames:  # none where the call was interrupted before the first was finished
+            frames = np.stack(frames, axis=1) if output_type == "np" else torch.stack(frames, dim=1)
+        return FARPipelineOutput(frames=frames) if return_dict else (frames,)
+
+
+class FARPipeline(VideoPipeline):
+    r"""
+    Frame-autoregressive video generation: continues a video, under actions, a class or nothing, or starts from nothing.
+
+    Args:
+        transformer ([`FARTransformer3DModel`]): The denoiser.
+        vae (`AutoencoderDC`, `AutoencoderKL` or `AutoencoderTiny`): Encodes and decodes single frames.
+        scheduler: A flow-matching scheduler, such as `FlowMatchEulerDiscreteScheduler`; others are refused.
+        fps (`float`, *optional*): Frames per second of the videos that the model knows.
+        action_names (`list[str]`, *optional*): Names of the discrete actions, by index; a saved pipeline has them as a
+            `dict`.
+        height (`int`, *optional*), width (`int`, *optional*): The model's own size in pixels.
+        flex_rope (`dict`, *optional*): Fields of a [`FlexRoPEConfig`] to apply; written by `enable_flex_rope`.
+        num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*), short_cache (`str` or `int`,
+            *optional*): Defaults of a call. A pipeline without them takes 50 steps, a guidance of 1 (no guidance) and `"exact"`.
+    """
+
+    _callback_tensor_inputs = CALLBACK_TENSORS
 
     @property
     def interrupt(self) -> bool:
+        """Whether the call is to end with the frames that are finished; a callback sets `_interrupt`."""
         return self._interrupt
 
     def enable_flex_rope(self, config: FlexRoPEConfig | None = None) -> None:
         """Let attention decay with time at inference, see [`FlexRoPEConfig`]. Kept when the pipeline is saved, unless
         the schedule is a function."""
-        config = apply_flex_rope(self.transformer, config)
-        self.register_to_config(flex_rope=None if callable(config.schedule) else asdict(config))
+        apply_flex_rope(self.transformer, config)
+        self.register_to_config(flex_rope=applied_flex_rope(self.transformer))
 
     def disable_flex_rope(self) -> None:
         """Back to plain RoPE."""
@@ -234,32 +389,8 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         Returns:
             [`FARPipelineOutput`], the new frames only.
         """
-        request = GenerationRequest(
-            video=video,
-            video_latents=video_latents,
-            actions=actions,
-            class_labels=class_labels,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_videos_per_context=num_videos_per_context,
-            generator=generator,
-            latents=latents,
-            use_cache=use_cache,
-            short_cache=short_cache,
-            max_long_frames=max_long_frames,
-            num_sink_frames=num_sink_frames,
-            output_type=output_type,
-            attention_kwargs=attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            callback_on_frame_end=callback_on_frame_end,
-            sigmas=sigmas,
-        )
-        request, inputs = self.check_inputs(request)
-        generation, frames = self._begin(request, inputs), []
+        inputs = self.check_inputs(GenerationRequest.among(locals()))
+        generation, frames = self._begin(inputs), []
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for frame_index in range(num_frames):
                 try:
@@ -267,25 +398,22 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
                 except GenerationInterrupted:
                     break
         # Decoded in the end: where models are offloaded, transformer and VAE then change places once.
-        frames = join_frames([self.decode_frame(latents, output_type) for latents in frames], output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (frames,)
-        return FARPipelineOutput(frames=frames)
+        return self._output(frames, output_type, return_dict)
 
     def stream(self, *, output_type: str = "pil", **arguments) -> Iterator[Frame]:
         """Like a call, with its arguments by name, but yields each frame of the batch as soon as it is decoded: a list of
         B images, `(B, h, w, 3)`, `(B, 3, h, w)` or latents `(B, C, H, W)`. Bit-equal to the call. Inputs are checked at
         once, not when the first frame is asked for."""
-        request, inputs = self.check_inputs(GenerationRequest(output_type=output_type, **arguments))
+        inputs = self.check_inputs(GenerationRequest(output_type=output_type, **arguments))
 
         @torch.no_grad()
         def decoded_frames():
             try:
-                generation = self._begin(request, inputs)
+                generation = self._begin(inputs)
                 with self.progress_bar(total=self.num_timesteps) as progress_bar:
-                    for frame_index in range(inputs.num_frames):
-                        yield self.decode_frame(self._make_frame(generation, frame_index, progress_bar), output_type)
+                    for frame_index in range(inputs.request.num_frames):
+                        latents = self._make_frame(generation, frame_index, progress_bar)
+                        yield self.decode_frame(latents, output_type)
             except GenerationInterrupted:
                 return
             finally:
@@ -328,162 +456,75 @@ class FARPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
                 depends on the machine.
             output_type (`str`, defaults to `"pil"`): Of the frames that a step returns.
         """
+        generator = new_generator(self._execution_device) if generator is None else generator
+        request = GenerationRequest.among({**locals(), "num_frames": 1})
         check_max_history(max_history, self.transformer)
-        device = self._execution_device
-        latency = LatencyBudget(max_seconds_per_frame, min_inference_steps, device=device)
-        request = GenerationRequest(
-            video=video,
-            video_latents=video_latents,
-            actions=actions,
-            class_labels=class_labels,
-            num_frames=1,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=new_generator(device) if generator is None else generator,
-            short_cache=short_cache,
-            max_long_frames=max_long_frames,
-            num_sink_frames=num_sink_frames,
+        latency = LatencyBudget(max_seconds_per_frame, min_inference_steps, device=self._execution_device)
+        inputs = self.check_inputs(request, is_session=True)
+        rollout = self._start_rollout(inputs)
+        actions = None if inputs.actions is None else inputs.actions.to(rollout.device)
+        return FARSession(
+            self.decode_frame,
+            rollout,
+            history=SessionHistory.of_context(self._encode_context(inputs), actions, max_history),
+            noise=NoiseSource(generator),
+            latency=latency,
             output_type=output_type,
-            attention_kwargs=attention_kwargs,
         )
-        request, inputs = self.check_inputs(request, is_session=True)
-        rollout, context = self._start_rollout(request, inputs)
-        history = SessionHistory.of_context(context, self._for_videos(inputs.actions, inputs), max_history)
-        noise = NoiseSource(request.generator)
-        return FARSession(self, rollout, history=history, noise=noise, latency=latency, output_type=output_type)
-
-    def check_inputs(self, request: GenerationRequest, **kind: bool) -> tuple[GenerationRequest, PipelineInputs]:
-        """Fill a request in with the pipeline's defaults, and check it before any work is done.
-
-        Args:
-            request ([`GenerationRequest`]): As the user gave it.
-            kind: See [`~pipelines.inputs.check_request`].
-        """
-        left_out = [name for name, component in self.components.items() if component is None]
-        if left_out:
-            raise ValueError(f"This pipeline was loaded without {', '.join(left_out)}; load it whole to make frames.")
-        check_scheduler(self.scheduler, takes_sigmas=request.sigmas is not None)  # users replace it
-        check_sigmas(request.sigmas, request.num_inference_steps)
-        request = request.with_defaults(self)
-        own_size = (self.config.height, self.config.width)
-        return request, check_request(self.transformer, self.vae, own_size, request, **kind)
-
-    def _for_videos(self, tensor: torch.Tensor | None, inputs: PipelineInputs) -> torch.Tensor | None:
-        """A tensor of B contexts for all of their videos, where the transformer runs."""
-        if tensor is None:
-            return None
-        return repeat_samples(tensor.to(self._execution_device), inputs.num_videos_per_context)
-
-    @torch.no_grad()
-    def _start_rollout(
-        self, request: GenerationRequest, inputs: PipelineInputs
-    ) -> tuple[Rollout, torch.Tensor | None]:
-        """A rollout that was written no frame yet, and the latents of the context, `(B * num_videos_per_context, F, C, H,
-        W)`."""
-        if self.transformer.training:
-            logger.warning("The transformer is in training mode and drops conditions; call `pipe.transformer.eval()`.")
-        device = self._execution_device
-        warn_of_slow_dtype(self.transformer.dtype, device.type)
-        num_videos = inputs.batch_size * inputs.num_videos_per_context
-        rollout = Rollout(
-            self.transformer,
-            self.scheduler,
-            latent_shape=(num_videos, self.transformer.config.in_channels, inputs.latent_height, inputs.latent_width),
-            max_frames=inputs.num_context_frames + inputs.num_frames,
-            device=device,
-            class_labels=self._for_videos(inputs.class_labels, inputs),
-            config=request.settings,
-        )
-        return rollout, self._for_videos(self._encode_context(inputs, device), inputs)
-
-    def _begin(self, request: GenerationRequest, inputs: PipelineInputs) -> Generation:
-        """Encode the context; no frame is made yet."""
-        rollout, context = self._start_rollout(request, inputs)
-        self._interrupt = False
-        self._guidance_scale = rollout.config.guidance_scale
-        self._num_timesteps = inputs.num_frames * rollout.num_steps
-        num_frames = inputs.num_context_frames + inputs.num_frames
-        actions, action_mask = self._fed_actions(inputs, num_frames, rollout.device)
-        return Generation(request, inputs, rollout, actions, action_mask, unwritten=context)
-
-    def _fed_actions(
-        self, inputs: PipelineInputs, num_frames: int, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What each frame of context and new ones is fed, with the mask of the null actions."""
-        config, actions = self.transformer.config, self._for_videos(inputs.actions, inputs)
-        if not self.transformer.takes_actions:
-            return None, None
-        if actions is None:  # a first frame from nothing, to which no action led
-            num_videos = inputs.batch_size * inputs.num_videos_per_context
-            form = FrameBatch.form(self.transformer, num_videos, num_frames, inputs.latent_height, inputs.latent_width)
-            return tuple(
-                torch.zeros(form[name][0], dtype=form[name][1], device=device) for name in ("actions", "action_mask")
-            )
-        return shift_actions(actions, config.action_shift, num_frames)
 
     def _make_frame(self, generation: Generation, frame_index: int, progress_bar) -> torch.Tensor:
-        """Latents of the next frame, `(B * num_videos_per_context, C, H, W)`.
+        """Latents of the next frame, `(N, C, H, W)`.
 
         The clean frames that came last, the whole context or the frame before, become context; then the new one is made
         from noise.
         """
-        request, rollout = generation.request, generation.rollout
-        frame = generation.inputs.num_context_frames + frame_index
+        request, rollout = generation.inputs.request, generation.rollout
         if generation.unwritten is not None:
             rollout.write(generation.as_fed(generation.unwritten, rollout.num_frames))
-
-        noise = generation.inputs.latents
-        if noise is None:
-            batch_size, *frame_shape = rollout.latent_shape
-            noise = frame_noise((batch_size, 1, *frame_shape), request.generator, rollout.device)
-        else:
-            noise = noise[:, frame_index : frame_index + 1].to(rollout.device)
+        new = generation.as_fed(generation.noise(frame_index, 1), rollout.num_frames)
 
         def on_step_end(step_index, timestep, latents):
-            step, names = frame_index * rollout.num_steps + step_index, request.callback_on_step_end_tensor_inputs
-            latents = self._call_back(rollout, request.callback_on_step_end, names, latents, step, timestep)
+            if request.callback_on_step_end is not None:
+                step, names = frame_index * rollout.num_steps + step_index, request.callback_on_step_end_tensor_inputs
+                latents = self._call_back(rollout, request.callback_on_step_end, names, latents, step, timestep)
             progress_bar.update()
             if self.interrupt:
                 raise GenerationInterrupted
             return latents
 
-        latents = rollout.denoise(generation.as_fed(noise, frame), on_step_end, request.generator)
-        latents = self._call_back(rollout, request.callback_on_frame_end, ("latents",), latents, frame_index)
+        latents = rollout.denoise(new, on_step_end, request.generator)
+        if request.callback_on_frame_end is not None:
+            latents = self._call_back(rollout, request.callback_on_frame_end, CALLBACK_TENSORS, latents, frame_index)
         generation.unwritten = latents.clone()  # a callback may use its memory again
         return generation.unwritten[:, 0]
 
     def _call_back(
-        self, rollout: Rollout, callback, tensor_inputs: tuple[str, ...], latents: torch.Tensor, *position
+        self, rollout: Rollout, callback: Callable, tensor_inputs: list[str], latents: torch.Tensor, *position
     ) -> torch.Tensor:
         """Let the user see, and replace, the latents and the guidance of what comes next."""
-        if callback is None:
-            return latents
         self._guidance_scale = rollout.config.guidance_scale  # streams of one pipeline may take turns
         outputs = callback(self, *position, dict.fromkeys(tensor_inputs, latents))
         if self._guidance_scale != rollout.config.guidance_scale:
             rollout.set_guidance(self._guidance_scale)
         return (outputs or {}).get("latents", latents)
 
-    def _encode_context(self, inputs: PipelineInputs, device: torch.device) -> torch.Tensor | None:
-        """Latents of the context, `(B, F, C, H, W)`, float32."""
-        if inputs.video_latents is not None:
-            return inputs.video_latents.to(device).float()
-        if inputs.video is None:
-            return None
-        batch_size = 1 if getattr(self.vae, "use_slicing", False) else ENCODED_FRAMES
-        latents = encode_video(self.vae, inputs.video.flatten(0, 1), batch_size, device)
-        return latents.unflatten(0, inputs.video.shape[:2]).float()
 
-    @torch.no_grad()
-    def decode_frame(self, latents: torch.Tensor, output_type: str) -> Frame:
-        """One frame of every sample, `(B, C, H, W)`, as the user wants it."""
-        if output_type == "latent":
-            return latents.clone()  # what the user does with it is not done to the context
-        batch_size = 1 if getattr(self.vae, "use_slicing", False) else len(latents)
-        images = decode_video(self.vae, latents, batch_size, self._execution_device).float()
-        if output_type == "pt":
-            return images
-        images = VaeImageProcessor.pt_to_numpy(images)
-        return images if output_type == "np" else VaeImageProcessor.numpy_to_pil(images)
+# What a CPU calls the units that multiply in a half precision.
+HALF_PRECISION_UNITS = {torch.bfloat16: "avx512_bf16", torch.float16: "amx_fp16"}
+
+
+def has_half_precision_units(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in a half precision; one that is not x86 gets the benefit of the doubt."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu.get_capabilities().get(HALF_PRECISION_UNITS[dtype], True)
+
+
+@functools.cache
+def warn_of_slow_dtype(dtype: torch.dtype) -> None:
+    """Say once that half precision saves memory but no time on this CPU. `dtype` is the transformer's."""
+    if not has_half_precision_units(dtype):
+        logger.warning(
+            f"The transformer is in {dtype}, for which this CPU has no units: it is several times as slow as float32, "
+            "which `pipe.to(torch.float32)` brings back. For speed, see `pipe.transformer.quantize_int8`."
+        )

@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..checks import check_count
-from ..models.denoising_steps import DenoisingSteps
 from ..models.frames import FrameBatch
-from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
+from ..models.kv_cache import computing_dtype
+from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel, FrameModulation
 from .inputs import NUM_TIMESTEPS, check_guidance
 from .settings import GenerationSettings
 
@@ -22,21 +23,16 @@ from .settings import GenerationSettings
 MOST_REMAINING_NOISE = 0.02  # timesteps that are rounded to whole numbers leave 0.001
 
 
-def check_scheduler(scheduler: SchedulerMixin, *, takes_sigmas: bool = False) -> None:
+def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler that does not bring noise to the data along the model's velocities.
 
     It is tried on velocities that point at known data: classes of diffusers come and go, and one class may follow flows
     under one config only.
 
-    Args:
-        takes_sigmas (`bool`): It must take noise levels of the user's.
-
     Raises:
         ValueError: Names the scheduler and the reason.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    if takes_sigmas and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"`sigmas` was given but the scheduler, {name}, takes none; give `num_inference_steps`.")
     prediction_type, reason = config.get("prediction_type", "flow_prediction"), None
     if prediction_type != "flow_prediction":
         reason = f"has `prediction_type` {prediction_type!r}, but the transformer predicts a flow's velocity"
@@ -82,12 +78,11 @@ def take_step(scheduler: SchedulerMixin, velocity, timestep, latents, generator)
     return scheduler.step(velocity, timestep, latents, return_dict=False, **arguments)[0]
 
 
-def computing_dtype(transformer: FARTransformer3DModel, device: torch.device | str) -> torch.dtype:
-    """What keys and values come out in, under autocast too."""
-    device_type = torch.device(device).type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return transformer.dtype
+def frame_noise(
+    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+) -> torch.Tensor:
+    """Noise of frames, `(B, F, C, H, W)`, float32; each sample's from its own generator where a list is given."""
+    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
 
 class Rollout:
@@ -126,7 +121,7 @@ class Rollout:
         self.latent_shape = latent_shape
         self.max_frames = max_frames
         self.device = device
-        self.class_labels = class_labels
+        self.class_labels = None if class_labels is None else class_labels.to(device)
         self.is_guided = config.guidance_scale > 1
         self.set_config(config)
         self.num_frames = 0
@@ -140,7 +135,7 @@ class Rollout:
                 height,
                 width,
                 max_frames,
-                dtype=computing_dtype(transformer, device),
+                dtype=computing_dtype(transformer.dtype, device),
                 device=device,
                 **asdict(config.cache_options),
             )
@@ -278,7 +273,7 @@ class Rollout:
         try:
             self.kv_cache.make_room(frames.num_frames)
             with self.transformer.cache_context("context"):
-                self._predict(frames, CLEAN_TIMESTEP, update_cache=True)
+                self._predict(frames, CLEAN_TIMESTEP, class_labels=self._model_labels(), update_cache=True)
             self.is_intact = True
         except ValueError:  # refused before anything was written
             self.is_intact = self.kv_cache.num_frames == num_cached
@@ -315,14 +310,13 @@ class Rollout:
         Returns:
             `torch.Tensor` of shape `(B, 1, C, H, W)`, float32.
         """
-        steps = DenoisingSteps(self._set_timesteps(num_inference_steps))
-        num_steps = len(steps.timesteps)
+        timesteps = self._set_timesteps(num_inference_steps)
+        modulations = self._modulations(frame, timesteps)
         latents = frame.latents.float()
-        for step_index, timestep in enumerate(steps.timesteps):
-            steps.index = step_index
-            inputs = self._model_inputs(FrameBatch(latents, frame.actions, frame.action_mask))
-            with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=num_steps):
-                velocity = self._velocity(inputs, steps).float()
+        for step_index, (timestep, modulation) in enumerate(zip(timesteps, modulations)):
+            inputs = self._model_inputs(replace(frame, latents=latents))
+            with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=len(timesteps)):
+                velocity = self._velocity(inputs, timestep, modulation).float()
             if self.is_guided:
                 null_velocity, velocity = velocity.chunk(2)
                 if self.config.guidance_scale > 1:
@@ -332,35 +326,49 @@ class Rollout:
                 latents = on_step_end(step_index, timestep, latents)
         return latents
 
-    def _velocity(self, noisy: FrameBatch, steps: DenoisingSteps) -> torch.Tensor:
+    def _modulations(self, frame: FrameBatch, timesteps: torch.Tensor) -> list[FrameModulation] | list[None]:
+        """Of each step, where the blocks need not compute their own."""
+        modulations = None
+        if self.kv_cache is not None:
+            modulations = self.transformer.frame_modulations(
+                self._model_inputs(frame), timesteps, self._model_labels(), self.config.attention_kwargs
+            )
+        return modulations or [None] * len(timesteps)
+
+    def _velocity(
+        self, noisy: FrameBatch, timestep: torch.Tensor, modulation: FrameModulation | None = None
+    ) -> torch.Tensor:
         """Velocity of the one noisy frame at a step, `(B, 1, C, H, W)`."""
+        if modulation is not None:
+            return self._predict(FrameBatch(noisy.latents), modulation=modulation)
         if self.kv_cache is not None or self.frames is None:
-            return self._predict(noisy, steps.timestep, steps=steps)
+            return self._predict(noisy, timestep, class_labels=self._model_labels())
         context = self.frames
         batch_size, num_clean = context.latents.shape[:2]
         timesteps = torch.full((batch_size, num_clean + 1), CLEAN_TIMESTEP, device=self.device)
-        timesteps[:, -1] = steps.timestep
-        return self._predict(context.append(noisy), timesteps)[:, -1:]
+        timesteps[:, -1] = timestep
+        return self._predict(context.append(noisy), timesteps, class_labels=self._model_labels())[:, -1:]
 
     def _predict(
-        self, frames: FrameBatch, timestep, update_cache: bool = False, steps: DenoisingSteps | None = None
+        self, frames: FrameBatch, timestep: torch.Tensor | float | None = None, **arguments
     ) -> torch.Tensor | None:
-        class_labels = self.class_labels
-        if self.is_guided and class_labels is not None:
-            null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-            class_labels = torch.cat([null_labels, class_labels])
         return self.transformer(
             frames.latents,
             timestep,
             actions=frames.actions,
             action_mask=frames.action_mask,
-            class_labels=class_labels,
             kv_cache=self.kv_cache,
-            update_cache=update_cache,
             attention_kwargs=self.config.attention_kwargs,
             return_dict=False,
-            denoising_steps=steps,
+            **arguments,
         )[0]
+
+    def _model_labels(self) -> torch.Tensor | None:
+        """Of each sample; with guidance the null class in front, of the null half."""
+        if not self.is_guided or self.class_labels is None:
+            return self.class_labels
+        null_labels = torch.full_like(self.class_labels, self.transformer.config.num_classes)
+        return torch.cat([null_labels, self.class_labels])
 
     def _model_inputs(self, frames: FrameBatch) -> FrameBatch:
         """In the model's dtype; with guidance a null half in front, whose actions are null in the context too."""

@@ -8,23 +8,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 
 from ..checks import is_whole_number
 from ..models.frames import FrameBatch
 from .inputs import check_generator, check_settings, check_step_action
 from .latency import LatencyBudget
-from .pipeline_output import Frame
 from .rollout import Rollout
 from .session_file import load_session, save_session
 from .session_history import NoiseSource, SessionFrame, SessionHistory, new_generator, smallest_history
 from .settings import GenerationSettings
 
 
-if TYPE_CHECKING:
-    from .pipeline_far import FARPipeline
+Frame = list[PIL.Image.Image] | np.ndarray | torch.Tensor  # one frame of every sample of a batch
 
 
 class FARSession:
@@ -40,8 +40,8 @@ class FARSession:
     encoded, until `reencode`.
 
     Args:
-        pipe ([`FARPipeline`]): Decodes, and lends its models.
-        rollout ([`Rollout`]): Has been written no frame but those of the history.
+        decode (callable): `(latents, output_type) -> frame`, of latents `(B, C, H, W)`, as [`FARPipeline.decode_frame`].
+        rollout ([`Rollout`]): Was given no frames but those of the history.
         history ([`SessionHistory`], *optional*): The frames so far.
         noise ([`NoiseSource`], *optional*): Torch's global generator by default.
         latency ([`LatencyBudget`], *optional*): Switched off by default.
@@ -50,7 +50,7 @@ class FARSession:
 
     def __init__(
         self,
-        pipe: "FARPipeline",
+        decode: Callable[[torch.Tensor, str], Frame],
         rollout: Rollout,
         *,
         history: SessionHistory | None = None,
@@ -58,7 +58,7 @@ class FARSession:
         latency: LatencyBudget | None = None,
         output_type: str = "pil",
     ):
-        self.pipe = pipe
+        self.decode = decode
         self.rollout = rollout
         self.history = history or SessionHistory()
         self.noise = noise or NoiseSource()
@@ -100,7 +100,7 @@ class FARSession:
     @property
     def frames(self) -> list[Frame]:
         """The frames that are remembered, decoded, each as `step` returned it."""
-        return [self.pipe.decode_frame(frame.latents, self.output_type) for frame in list(self.history.frames)]
+        return [self.decode(frame.latents, self.output_type) for frame in list(self.history.frames)]
 
     @property
     def actions(self) -> list[torch.Tensor | None]:
@@ -209,11 +209,11 @@ class FARSession:
             RuntimeError: Another caller is in the middle of a call of this session.
         """
         config = self.rollout.transformer.config
-        with self._alone("step"), self._made_whole():
+        with self._alone("step"), self._undone_on_failure():
             has_frame, batch_size = self.num_frames > 0, self.rollout.latent_shape[0]
             action = check_step_action(action, config, batch_size, has_frame=has_frame, device=self.rollout.device)
             new = self._make_frame(action)
-            decoded = self.pipe.decode_frame(new.latents, self.output_type)
+            decoded = self.decode(new.latents, self.output_type)
             self._remember(new)
             return decoded
 
@@ -230,7 +230,7 @@ class FARSession:
         Returns:
             `torch.Tensor` of shape `(B, C, H, W)`, float32.
         """
-        with self._alone("advance"), self._made_whole():
+        with self._alone("advance"), self._undone_on_failure():
             new = self._make_frame(action, **arguments)
             self._remember(new)
             return new.latents
@@ -252,7 +252,7 @@ class FARSession:
         state = self.noise.state if noise is None else None
         if noise is None:
             noise = self.noise.draw(self.rollout.latent_shape, self.rollout.device)
-        new = SessionFrame(noise[:, 0], led_by=action, action=own_action, noise=state)
+        new = SessionFrame(noise[:, 0], previous_action=action, action=own_action, noise=state)
         num_steps = self.latency.choose_steps(self.config.num_inference_steps)
         with self.latency.denoising(num_steps):
             latents = self.rollout.denoise(self._as_fed([new]), on_step_end, self.generator, num_steps)
@@ -270,7 +270,7 @@ class FARSession:
         the generators, so that both draw the same noise from here on; latents are shared."""
         with self._alone("fork"):
             return FARSession(
-                self.pipe,
+                self.decode,
                 self.rollout.clone(),
                 history=self.history.clone(),
                 noise=self.noise.clone(),
@@ -313,17 +313,25 @@ class FARSession:
             OSError: There is no such folder or no room; names both.
         """
         with self._alone("save"):
-            save_session(self, path)
+            save_session(
+                path,
+                rollout=self.rollout,
+                history=self.history,
+                noise=self.noise,
+                latency=self.latency,
+                output_type=self.output_type,
+            )
 
     @classmethod
-    def load(cls, pipe: "FARPipeline", path: str | os.PathLike) -> "FARSession":
-        """A session that was saved, on a pipeline with the same transformer, scheduler and FlexRoPE.
+    def load(cls, pipe, path: str | os.PathLike) -> "FARSession":
+        """A session that was saved, on a [`FARPipeline`] with the same transformer, scheduler and FlexRoPE.
 
         Raises:
             ValueError: The file is of another version, transformer, scheduler or FlexRoPE, damaged, or no session; or it
                 was changed to say what cannot be.
         """
-        return load_session(cls, pipe, path)
+        state = load_session(path, pipe.transformer, pipe.scheduler, pipe._execution_device)
+        return cls(pipe.decode_frame, **state)
 
     @contextmanager
     def _alone(self, verb: str) -> Iterator[None]:
@@ -346,7 +354,7 @@ class FARSession:
             self._lock.release()
 
     @contextmanager
-    def _made_whole(self) -> Iterator[None]:
+    def _undone_on_failure(self) -> Iterator[None]:
         """Measure a frame as it is made. If that fails, go back to where the session was, so that the step can be taken
         again or otherwise."""
         noise_state, num_written = self.noise.state, self.rollout.num_frames
@@ -414,7 +422,7 @@ class FARSession:
         actions = torch.zeros((batch_size, len(frames), *action_shape), dtype=dtype, device=device)
         action_mask = torch.zeros((batch_size, len(frames)), dtype=torch.bool, device=device)
         for number, frame in enumerate(frames):
-            action = frame.action if self._is_fed_own_action else frame.led_by
+            action = frame.action if self._is_fed_own_action else frame.previous_action
             if action is not None:
                 actions[:, number], action_mask[:, number] = action, True
         return FrameBatch(latents, actions, action_mask)

@@ -10,29 +10,25 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
+from diffusers import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..checks import check_count
+from ..checks import check_choice, check_count, fits
 from ..files import tensors_sha256, written_whole
 from ..hooks.flex_rope import applied_config
 from ..models.frames import FrameBatch
 from ..models.identity import model_identity, public_config
-from ..models.kv_cache import CacheOptions
+from ..models.kv_cache import CacheOptions, computing_dtype
 from ..models.transformer_far import FARTransformer3DModel
-from .inputs import check_action_values, check_class_labels, check_output_type, check_settings
+from .inputs import OUTPUT_TYPES, check_action_values, check_class_labels, check_settings, rows_of_videos
 from .latency import LatencyBudget
-from .rollout import Rollout, check_scheduler, computing_dtype
+from .rollout import Rollout, check_scheduler
 from .session_history import NoiseSource, NoiseState, SessionFrame, SessionHistory, check_max_history
 from .settings import GenerationSettings
-
-
-if TYPE_CHECKING:
-    from .pipeline_far import FARPipeline
-    from .session import FARSession
 
 
 FORMAT = "diffusers_far.session"
@@ -44,31 +40,40 @@ FACTS = (
 ).split()
 
 
-def save_session(session: "FARSession", path: str | os.PathLike) -> None:
-    """Write a session to a new file; see [`FARSession.save`]."""
-    rollout, history, noise = session.rollout, session.history, session.noise.state
+def save_session(
+    path: str | os.PathLike,
+    *,
+    rollout: Rollout,
+    history: SessionHistory,
+    noise: NoiseSource,
+    latency: LatencyBudget,
+    output_type: str,
+) -> None:
+    """Write what a session is made of to a new file; see [`FARSession.save`]."""
     past, clock = rollout.state()
     tensors = {f"past.{name}": tensor for name, tensor in past.items()}
     for number, frame in enumerate(history.frames):
         tensors |= {f"frame.{number}.{name}": tensor for name, tensor in frame_tensors(frame).items()}
     if not history.frames:
         tensors["no_frame"] = torch.zeros(rollout.latent_shape, dtype=torch.uint8)
-    if noise is not None:
-        tensors["noise_states"] = noise.states
+    if noise.state is not None:
+        tensors["noise_states"] = noise.state.states
     if rollout.class_labels is not None:
         tensors["class_labels"] = rollout.class_labels
     facts = {
         "version": VERSION,
-        "made_by": maker_facts(rollout.transformer, rollout.scheduler, rollout.kv_cache and rollout.kv_cache.dtype),
+        "made_by": facts_of_models(
+            rollout.transformer, rollout.scheduler, rollout.kv_cache and rollout.kv_cache.dtype
+        ),
         "config": saved_settings(rollout.config),
         "clock": clock,
         "num_frames": history.num_frames,
         "num_context_frames": history.num_context_frames,
         "max_history": history.max_frames,
-        "noise_device": None if noise is None else noise.device,
+        "noise_device": None if noise.state is None else noise.state.device,
         "frame_noise_devices": [None if frame.noise is None else frame.noise.device for frame in history.frames],
-        "latency": session.latency.state(),
-        "output_type": session.output_type,
+        "latency": latency.state(),
+        "output_type": output_type,
     }
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_session_file(tensors, json.dumps(facts, default=lambda number: number.item()), path)  # NumPy has its own
@@ -84,18 +89,28 @@ def write_session_file(tensors: dict[str, torch.Tensor], facts: str, path: str |
 
 
 def content_sha256(tensors: dict[str, torch.Tensor], facts: str) -> str:
+    """Sha256 (hex) of all that a file says."""
     return hashlib.sha256(f"{tensors_sha256(tensors)} {facts}".encode()).hexdigest()
 
 
-def load_session(session_class: type, pipe: "FARPipeline", path: str | os.PathLike) -> "FARSession":
-    """Read a session from a file; see [`FARSession.load`]."""
+def load_session(
+    path: str | os.PathLike, transformer: FARTransformer3DModel, scheduler: SchedulerMixin, device: torch.device
+) -> dict[str, Any]:
+    """Read what a session is made of from a file; see [`FARSession.load`].
+
+    Args:
+        device (`torch.device`): Where the transformer runs.
+
+    Returns:
+        The arguments of `save_session`, by name.
+    """
     tensors, facts = read_session_file(path)
-    check_scheduler(pipe.scheduler)
-    check_makers(pipe, facts, path)
+    check_scheduler(scheduler)
+    check_models(transformer, scheduler, device, facts, path)
     try:
-        return stored_session(session_class, pipe, tensors, facts)
+        return stored_state(transformer, scheduler, device, tensors, facts)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} cannot be gone on with: {error}") from error
+        raise ValueError(f"{str(path)!r} cannot be continued: {error}") from error
 
 
 def read_session_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -138,21 +153,26 @@ def read_session_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
 
 
 def refuse_constant(constant: str) -> NoReturn:
+    """Refuse what Python's JSON knows beside numbers: NaN and infinities."""
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def stored_session(
-    session_class: type, pipe: "FARPipeline", tensors: dict[str, torch.Tensor], facts: dict[str, Any]
-) -> "FARSession":
-    """The session of a file, of which everything is checked before it takes memory.
+def stored_state(
+    transformer: FARTransformer3DModel,
+    scheduler: SchedulerMixin,
+    device: torch.device,
+    tensors: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """What the session of a file is made of; everything is checked before it takes memory.
 
     Raises:
-        ValueError: No session of this pipeline is saved so.
+        ValueError: No session of this transformer is saved so.
     """
-    transformer, device = pipe.transformer, pipe._execution_device
     config = stored_config(transformer, facts)
     latent_shape = stored_latent_shape(transformer, tensors, facts)
-    labels = check_class_labels(tensors.get("class_labels"), transformer.config.num_classes, latent_shape[0])
+    labels = check_class_labels(tensors.get("class_labels"), transformer.config.num_classes)
+    labels = rows_of_videos("class_labels", labels, latent_shape[0])
     latency = LatencyBudget.from_state(facts["latency"], device=device)
 
     form = session_form(transformer, latent_shape, facts)
@@ -161,11 +181,11 @@ def stored_session(
     # Grows to its place only when all tensors are known to fit.
     rollout = Rollout(
         transformer,
-        pipe.scheduler,
+        scheduler,
         latent_shape=latent_shape,
         max_frames=1,
         device=device,
-        class_labels=None if labels is None else labels.to(device),
+        class_labels=labels,
         config=config,
     )
     form |= {f"past.{name}": each for name, each in rollout.state_form(facts["clock"]).items()}
@@ -183,9 +203,13 @@ def stored_session(
     history = stored_history(tensors, facts)
     past = {name.removeprefix("past."): value for name, value in tensors.items() if name.startswith("past.")}
     rollout.restore(past, facts["clock"])
-    return session_class(
-        pipe, rollout, history=history, noise=noise, latency=latency, output_type=facts["output_type"]
-    )
+    return {
+        "rollout": rollout,
+        "history": history,
+        "noise": noise,
+        "latency": latency,
+        "output_type": facts["output_type"],
+    }
 
 
 def saved_settings(settings: GenerationSettings) -> dict[str, Any]:
@@ -201,7 +225,7 @@ def stored_config(transformer: FARTransformer3DModel, facts: dict[str, Any]) -> 
         raise ValueError(f"`use_cache` is {fields['use_cache']!r}; it is true or false")
     config = GenerationSettings(**{**fields, "cache_options": options})
     check_settings(transformer, config)
-    check_output_type(facts["output_type"])
+    check_choice("output_type", facts["output_type"], OUTPUT_TYPES)
     return config
 
 
@@ -264,8 +288,7 @@ def check_tensors(tensors: dict[str, torch.Tensor], form: Form, transformer: FAR
         raise ValueError(f"it lacks the tensors {sorted(missing)} and has the unknown ones {sorted(unknown)}")
     for name, tensor in tensors.items():
         shape, dtype = form.get(name) or form[f"{name}?"]
-        fits = len(shape) == tensor.ndim and all(size in (None, given) for size, given in zip(shape, tensor.shape))
-        if not fits or tensor.dtype != dtype:
+        if not fits(tensor, shape) or tensor.dtype != dtype:
             raise ValueError(f"`{name}` is {tuple(tensor.shape)}, {tensor.dtype}; it must be {shape}, {dtype}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"`{name}` has NaN or infinite values")
@@ -305,7 +328,7 @@ def stored_noise(tensors: dict[str, torch.Tensor], name: str, device: str | None
 
 def frame_tensors(frame: SessionFrame) -> dict[str, torch.Tensor]:
     """What a file holds of a frame."""
-    tensors = {"latents": frame.latents, "led_by": frame.led_by, "action": frame.action}
+    tensors = {"latents": frame.latents, "led_by": frame.previous_action, "action": frame.action}
     if frame.noise is not None:
         tensors["noise_states"] = frame.noise.states
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -318,15 +341,21 @@ CURES = {
 }
 
 
-def check_makers(pipe: "FARPipeline", facts: dict[str, Any], path: str | os.PathLike) -> None:
-    """Refuse a pipeline that would go on with a session in another way.
+def check_models(
+    transformer: FARTransformer3DModel,
+    scheduler: SchedulerMixin,
+    device: torch.device,
+    facts: dict[str, Any],
+    path: str | os.PathLike,
+) -> None:
+    """Refuse a transformer or a scheduler that would make the next frames of a session in another way.
 
     Raises:
         ValueError: Names what differs.
     """
     is_cached = isinstance(facts["config"], dict) and facts["config"].get("use_cache") is True
-    dtype = computing_dtype(pipe.transformer, pipe._execution_device) if is_cached else None
-    ours, theirs = maker_facts(pipe.transformer, pipe.scheduler, dtype), facts["made_by"]
+    dtype = computing_dtype(transformer.dtype, device) if is_cached else None
+    ours, theirs = facts_of_models(transformer, scheduler, dtype), facts["made_by"]
     for name, cure in CURES.items():
         their_facts = theirs.get(name) if isinstance(theirs, dict) else None
         if not isinstance(their_facts, dict):
@@ -337,10 +366,10 @@ def check_makers(pipe: "FARPipeline", facts: dict[str, Any], path: str | os.Path
             )
 
 
-def maker_facts(
+def facts_of_models(
     transformer: FARTransformer3DModel, scheduler: Any, cached_dtype: torch.dtype | None
 ) -> dict[str, dict[str, Any]]:
-    """What makes a session's frames, as JSON values: with other makers it would go on in another way."""
+    """The models that make a session's frames, as JSON values: with others the next frames would be different."""
     flex_rope, flex_rope_facts = applied_config(transformer), {}
     if flex_rope is not None:
         schedule = "a function" if callable(flex_rope.schedule) else flex_rope.schedule

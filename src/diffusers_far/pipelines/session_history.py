@@ -9,7 +9,7 @@ import torch
 
 from ..checks import check_count
 from ..models.transformer_far import FARTransformer3DModel
-from .inputs import frame_noise
+from .rollout import frame_noise
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class NoiseSource:
 
     @property
     def generators(self) -> list[torch.Generator]:
+        """The generators, G of them; none where torch's global one draws."""
         if self.generator is None:
             return []
         return self.generator if isinstance(self.generator, list) else [self.generator]
@@ -113,8 +114,8 @@ def new_generator(device: torch.device | str, seed: int | None = None) -> torch.
         generator = torch.Generator(device)
     except RuntimeError as error:
         raise ValueError(
-            f"The noise was drawn on a device of type {str(device)!r}, which is not to be had here ({error}); go on where "
-            "there is one, or start with generators of the CPU, which serve every device."
+            f"The noise was drawn on a device of type {str(device)!r}, which this machine does not have ({error}); continue "
+            "where there is one, or start with generators of the CPU, which serve every device."
         ) from error
     if seed is None:
         generator.seed()
@@ -129,19 +130,21 @@ class SessionFrame:
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, H, W)`): Its own memory, float32.
-        led_by (`torch.Tensor` of shape `(B,)` or `(B, A)`, *optional*): The action that led to it, if any.
+        previous_action (`torch.Tensor` of shape `(B,)` or `(B, A)`, *optional*): The action taken at the frame before, which
+            led to this one, if any.
         action (`torch.Tensor` of shape `(B,)` or `(B, A)`, *optional*): The one taken at it, if it is known yet.
         noise (`NoiseState`, *optional*): Of the generators before they drew its noise; `None` for context.
     """
 
     latents: torch.Tensor
-    led_by: torch.Tensor | None = None
+    previous_action: torch.Tensor | None = None
     action: torch.Tensor | None = None
     noise: NoiseState | None = None
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.latents, self.led_by, self.action, None if self.noise is None else self.noise.states)
+        """Bytes of its tensors."""
+        tensors = (self.latents, self.previous_action, self.action, None if self.noise is None else self.noise.states)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -178,8 +181,8 @@ class SessionHistory:
         """
         history = cls(max_frames)
         for frame in range(0 if latents is None else latents.shape[1]):
-            led_by = None if actions is None or frame == 0 else actions[:, frame - 1].clone()
-            history.append(SessionFrame(latents[:, frame].clone(), led_by))
+            previous_action = None if actions is None or frame == 0 else actions[:, frame - 1].clone()
+            history.append(SessionFrame(latents[:, frame].clone(), previous_action))
         history.num_context_frames = history.num_frames
         return history
 
@@ -190,12 +193,13 @@ class SessionHistory:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the frames that are remembered."""
         return sum(frame.num_bytes for frame in list(self.frames))
 
     def append(self, frame: SessionFrame) -> None:
         """Remember the next frame; the action that led to it was taken at the one before."""
         if self.frames:
-            self.frames[-1].action = frame.led_by
+            self.frames[-1].action = frame.previous_action
         self.frames.append(frame)
         self.num_frames += 1
 
@@ -212,6 +216,7 @@ class SessionHistory:
         self.num_context_frames = min(self.num_context_frames, self.num_frames)
 
     def last(self, num_frames: int) -> list[SessionFrame]:
+        """The last frames, which must be remembered."""
         return self.frames[len(self.frames) - num_frames :]
 
     def before(self, frame: int, num_frames: int) -> list[SessionFrame]:

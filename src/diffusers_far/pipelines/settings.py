@@ -1,7 +1,7 @@
 """What a user asks of the pipeline, and how frames are made: one object for each, named once on the way down."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -37,13 +37,14 @@ class GenerationSettings:
     sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        lora_scale(self.attention_kwargs)
+        if self.attention_kwargs is not None:
+            lora_scale(self.attention_kwargs)
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """The arguments of a call of a pipeline as they were given; see [`FARPipeline.__call__`]. `None` means the pipeline's
-    own where it has one."""
+    """The arguments of a call of a pipeline as they were given, each under its own name; see [`FARPipeline.__call__`].
+    `None` means the pipeline's own where it has one."""
 
     video: Any = None
     video_latents: torch.Tensor | None = None
@@ -68,29 +69,23 @@ class GenerationRequest:
     callback_on_frame_end: Callable | None = None
     sigmas: list[float] | None = None
 
-    def with_defaults(self, pipe) -> "GenerationRequest":
-        """What was left out filled in with a pipeline's own."""
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> "GenerationRequest":
+        """The request among the arguments of a function, by their names, as `locals()` has them."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+
+    def settings(self, pipe) -> GenerationSettings:
+        """How the frames are to be made: as asked for, else as the pipeline is shipped."""
         num_steps, guidance, short_cache = self.num_inference_steps, self.guidance_scale, self.short_cache
         if num_steps is None:
             num_steps = pipe.default_inference_steps if self.sigmas is None else len(self.sigmas)
-        if guidance is None:
-            guidance = pipe.default_guidance_scale
         if short_cache is None:
             short_cache = pipe.default_short_cache if self.use_cache else "exact"
-        return replace(self, num_inference_steps=num_steps, guidance_scale=guidance, short_cache=short_cache)
-
-    @property
-    def settings(self) -> GenerationSettings:
-        """How the frames are made, once all is filled in."""
         return GenerationSettings(
-            self.num_inference_steps,
-            self.guidance_scale,
+            num_steps,
+            pipe.default_guidance_scale if guidance is None else guidance,
             self.use_cache,
-            CacheOptions(self.short_cache, self.max_long_frames, self.num_sink_frames),
+            CacheOptions(short_cache, self.max_long_frames, self.num_sink_frames),
             self.attention_kwargs,
             None if self.sigmas is None else tuple(self.sigmas),
         )
-
-
-class GenerationInterrupted(Exception):
-    """Raised inside a call whose user set `pipe._interrupt`; the frames that are finished are returned."""

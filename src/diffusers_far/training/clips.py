@@ -6,21 +6,93 @@ Nothing here has a state to save: a run that resumes at step N draws what the un
 B batch, F frames, C latent channels, H/W latent height/width, A action channels.
 """
 
+import argparse
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from ..data.video_clips import VideoClip
-from ..models.codec import encode_video
+from ..data import loading
+from ..data.clips import Clip, ClipBatch
+from ..data.latents import LatentDataset
+from ..data.video_clips import EncodedDataset, StreamedClips
 from ..models.frames import shift_actions
+from .config import action_combiner
 from .launch import leave_signals_to_parent
 from .objective import ObjectiveDraw, TrainingObjective, add_noise, draw_num_long_frames, velocity_loss
+
+
+class ClipDataset(Protocol):
+    """Trajectories that clips are cut from in any order, such as [`~diffusers_far.data.latents.LatentDataset`]."""
+
+    num_frames: np.ndarray  # (num_trajectories,), int64
+    latent_shape: tuple[int, int, int]  # C, H, W
+
+    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> Clip: ...
+
+
+def open_clips(
+    args: argparse.Namespace, split: str, vae: torch.nn.Module
+) -> LatentDataset | EncodedDataset | StreamedClips:
+    """The clips of a split, to train on.
+
+    Args:
+        args (`argparse.Namespace`): With `add_data_arguments` and `add_objective_arguments`.
+        split (`str`): Such as `"train"`.
+        vae (`nn.Module`): Must be the one that made the latents; encodes the dataset, where it lies.
+
+    Raises:
+        ValueError: The split is missing or damaged, or the latents are another VAE's.
+    """
+    combine_actions = action_combiner(args)
+    if args.latents_dir is not None:
+        latents = LatentDataset(args.latents_dir, split, combine_actions)
+        latents.require_vae(vae)
+        return latents
+    if args.streaming:
+        streamed = loading.stream_split(args.dataset_name, split)
+        return StreamedClips(streamed, vae, combine_actions, args.num_actions)
+    return EncodedDataset(loading.load_split(args.dataset_name, split), vae, combine_actions=combine_actions)
+
+
+def open_validation_clips(args: argparse.Namespace, vae: torch.nn.Module) -> LatentDataset | EncodedDataset | None:
+    """The held-out clips, in any order; `None` without such a split. Of a stream those of its first trajectories, as many
+    as are measured.
+
+    Raises:
+        ValueError: As [`open_clips`], or all trajectories are shorter than a clip.
+    """
+    if args.validation_dataset_name is not None:
+        trajectories = loading.load_split(args.validation_dataset_name, args.validation_split)
+        clips = EncodedDataset(trajectories, vae, combine_actions=action_combiner(args))
+    elif not _has_split(args, args.validation_split):
+        return None
+    elif args.streaming:
+        num_trajectories = max(args.num_validation_clips, args.num_validation_videos)
+        head = loading.stream_split(args.dataset_name, args.validation_split).head(num_trajectories)
+        clips = EncodedDataset(head, vae, combine_actions=action_combiner(args))
+    else:
+        clips = open_clips(args, args.validation_split, vae)
+    try:
+        usable_trajectories(clips, args.num_frames, args.frame_interval)
+    except ValueError as error:
+        raise ValueError(f"Of the split {args.validation_split!r}, which is held out: {error}") from error
+    return clips
+
+
+def _has_split(args: argparse.Namespace, split: str) -> bool:
+    if args.latents_dir is None:
+        return loading.has_split(args.dataset_name, split)
+    return (Path(args.latents_dir) / split).is_dir()
+
+
+# The order of the clips, and what is drawn for them
 
 
 @lru_cache(maxsize=2)
@@ -61,162 +133,8 @@ def step_generator(seed: int, step: int, process_index: int = 0, stream: int = 0
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
-class StepBatchSampler:
-    """The batches of one process from `first_step` on, for `torch.utils.data.DataLoader(batch_sampler=...)`.
-
-    Args:
-        num_samples (`int`): Size of the dataset.
-        batch_size (`int`): Samples per step on this process.
-        seed (`int`): Seed of the run.
-        first_step, last_step (`int`): The steps to serve, `first_step <= step < last_step`.
-        process_index, num_processes (`int`): This process's share of each global batch.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        if num_samples < 1 or batch_size < 1:
-            raise ValueError(f"`num_samples` is {num_samples} and `batch_size` {batch_size}; both must be at least 1.")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.steps = range(first_step, last_step)
-        self.process_index = process_index
-        self.num_processes = num_processes
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            indices = step_indices(self.num_samples, self.batch_size * self.num_processes, self.seed, step)
-            yield indices[self.process_index * self.batch_size :][: self.batch_size].tolist()
-
-
 # What is drawn once per step; for each of its clips; and, of streamed trajectories, where a clip starts.
 STEP_STREAM, CLIP_STREAM, START_STREAM = 1, 2, 4
-
-
-class Clip(Protocol):
-    """Consecutive frames of one trajectory, such as [`~diffusers_far.data.latents.LatentClip`]."""
-
-    latents: torch.Tensor  # (F, C, H, W), float32, scaled
-    actions: torch.Tensor | None  # (F,) int64 or (F, A) float: the action taken at each frame
-    label: int | None
-
-
-class ClipDataset(Protocol):
-    """Trajectories that clips are cut from, such as [`~diffusers_far.data.latents.LatentDataset`]."""
-
-    num_frames: np.ndarray  # (num_trajectories,), int64
-    latent_shape: tuple[int, int, int]  # C, H, W
-
-    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> Clip: ...
-
-
-@dataclass(frozen=True)
-class ClipBatch:
-    """Clips of one length.
-
-    Args:
-        latents (`torch.Tensor` of shape `(B, F, C, H, W)`): Scaled, float32.
-        actions (`torch.Tensor` of shape `(B, F)` or `(B, F, A)`, *optional*): The action taken at each frame.
-        labels (`torch.Tensor` of shape `(B,)`, int64, *optional*): Classes.
-        names (`tuple[str]`): Of the clips' trajectories, for errors; empty where they are not known.
-    """
-
-    latents: torch.Tensor
-    actions: torch.Tensor | None
-    labels: torch.Tensor | None
-    names: tuple[str, ...] = ()
-
-    def to(self, device: torch.device | str) -> "ClipBatch":
-        values = (getattr(self, field.name) for field in fields(self))
-        return ClipBatch(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in values))
-
-    def not_finite(self) -> list[str]:
-        """The names of the clips whose latents or actions have NaN or infinite values."""
-        is_finite = torch.stack(
-            [value.flatten(1).isfinite().all(1) for value in (self.latents, self.actions) if value is not None]
-        )
-        names = self.names or [f"clip {number} of the batch" for number in range(len(self.latents))]
-        return [name for name, is_good in zip(names, is_finite.all(0).tolist()) if not is_good]
-
-    def in_order(self, frame_order: torch.Tensor) -> "ClipBatch":
-        """The clips with the frames `frame_order`, shape `(B, F)`, int64, of each, and the actions taken at them."""
-        clips = torch.arange(len(frame_order), device=frame_order.device)[:, None]
-        actions = None if self.actions is None else self.actions[clips, frame_order]
-        return ClipBatch(self.latents[clips, frame_order], actions, self.labels)
-
-    def conditions(self, transformer_config, draw: ObjectiveDraw | None = None) -> dict[str, torch.Tensor]:
-        """What the transformer is fed beside latents and timesteps, as keyword arguments; what `draw` drops is null.
-
-        The first frame of a clip is fed the null action with `action_shift` 1, wherever the clip starts: so the
-        pipeline feeds the first frame of its context.
-        """
-        conditions = {}
-        if transformer_config.num_actions is not None or transformer_config.action_dim is not None:
-            actions, mask = shift_actions(self.actions, transformer_config.action_shift, self.latents.shape[1])
-            conditions["actions"] = actions
-            conditions["action_mask"] = mask if draw is None else mask & draw.keeps_action
-        if transformer_config.num_classes is not None:
-            labels = self.labels
-            if draw is not None:
-                labels = labels.masked_fill(~draw.keeps_label, transformer_config.num_classes)
-            conditions["class_labels"] = labels
-        return conditions
-
-
-@dataclass(frozen=True)
-class VideoBatch:
-    """Clips of one length that are not encoded yet.
-
-    Args:
-        frames (`torch.Tensor` of shape `(B, F, 3, height, width)`): uint8, RGB.
-        actions, labels, names: As of [`ClipBatch`].
-    """
-
-    frames: torch.Tensor
-    actions: torch.Tensor | None
-    labels: torch.Tensor | None
-    names: tuple[str, ...] = ()
-
-    def encode(self, vae: torch.nn.Module) -> ClipBatch:
-        """Each clip by itself, so that its latents do not depend on the others in the batch."""
-        latents = torch.stack([encode_video(vae, frames).float() for frames in self.frames])
-        return ClipBatch(latents, self.actions, self.labels, self.names)
-
-
-def stack_clips(clips: Sequence[Clip | VideoClip], names: Sequence[str] = ()) -> ClipBatch | VideoBatch:
-    """A batch of clips of one kind and length, of the trajectories `names`."""
-    actions = None if clips[0].actions is None else torch.stack([clip.actions for clip in clips])
-    labels = None if clips[0].label is None else torch.tensor([clip.label for clip in clips])
-    if isinstance(clips[0], VideoClip):
-        return VideoBatch(torch.stack([clip.frames for clip in clips]), actions, labels, tuple(names))
-    return ClipBatch(torch.stack([clip.latents for clip in clips]), actions, labels, tuple(names))
-
-
-def cut_clips(
-    dataset: ClipDataset,
-    trajectories: Sequence[int],
-    generators: Sequence[torch.Generator],
-    num_frames: int,
-    interval: int = 1,
-) -> ClipBatch | VideoBatch:
-    """Cut one clip from each trajectory, its start drawn from its generator."""
-    clips = []
-    for trajectory, generator in zip(trajectories, generators):
-        start = draw_start(int(dataset.num_frames[trajectory]), num_frames, interval, generator)
-        clips.append(dataset.clip(trajectory, start, num_frames, interval))
-    return stack_clips(clips, [f"trajectory {trajectory}" for trajectory in trajectories])
 
 
 def draw_start(num_trajectory_frames: int, num_frames: int, interval: int, generator: torch.Generator) -> int:
@@ -225,8 +143,24 @@ def draw_start(num_trajectory_frames: int, num_frames: int, interval: int, gener
     return int(torch.randint(num_starts, (), generator=generator))
 
 
+def draw_clip(
+    dataset: ClipDataset, trajectory: int, num_frames: int, interval: int, generator: torch.Generator
+) -> Clip:
+    """A clip of one trajectory, its start drawn from `generator`."""
+    start = draw_start(int(dataset.num_frames[trajectory]), num_frames, interval, generator)
+    clip = dataset.clip(trajectory, start, num_frames, interval)
+    return replace(clip, name=clip.name or f"trajectory {trajectory}")
+
+
 def usable_trajectories(dataset: ClipDataset, num_frames: int, interval: int = 1) -> np.ndarray:
-    """The trajectories that are long enough for clips of `num_frames` frames, `interval` apart."""
+    """The trajectories that are long enough for clips of `num_frames` frames, `interval` apart.
+
+    Returns:
+        `np.ndarray` of shape `(num_usable,)`, int64: their numbers.
+
+    Raises:
+        ValueError: There is none.
+    """
     span = (num_frames - 1) * interval + 1
     usable = np.flatnonzero(dataset.num_frames >= span)
     if not len(usable):
@@ -237,7 +171,8 @@ def usable_trajectories(dataset: ClipDataset, num_frames: int, interval: int = 1
     return usable
 
 
-class StepBatches(torch.utils.data.Dataset):
+@dataclass(kw_only=True, eq=False)
+class StepBatches(Dataset):
     """What the batches of a run have in common, wherever their clips come from. A step takes `num_accumulated` of them on
     each process.
 
@@ -254,55 +189,45 @@ class StepBatches(torch.utils.data.Dataset):
         num_accumulated (`int`): Batches that a step accumulates on each process.
         seed (`int`): Of the run.
         process_index, num_processes (`int`): This process's share.
+        has_longest_only (`bool`): Every clip has the longest length: to try out what a step costs.
     """
 
-    def __init__(
-        self,
-        objective: TrainingObjective,
-        latent_shape: tuple[int, int, int],
-        *,
-        num_frames: int,
-        short_window: int | None,
-        interval: int,
-        batch_size: int,
-        num_accumulated: int,
-        seed: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        if short_window is not None and num_frames < short_window:
+    objective: TrainingObjective
+    latent_shape: tuple[int, int, int]
+    num_frames: int
+    short_window: int | None
+    interval: int
+    batch_size: int
+    num_accumulated: int
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+    has_longest_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.short_window is not None and self.num_frames < self.short_window:
             raise ValueError(
-                f"`num_frames` is {num_frames}, but the model's short window alone has {short_window} frames; give at "
-                "least as many."
+                f"`num_frames` is {self.num_frames}, but the model's short window alone has {self.short_window} frames; "
+                "give at least as many."
             )
-        self.objective = objective
-        self.latent_shape = latent_shape
-        self.num_frames = num_frames
-        self.short_window = short_window
-        self.interval = interval
-        self.batch_size = batch_size
-        self.num_accumulated = num_accumulated
-        self.seed = seed
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self._only_longest = False
 
     @property
     def clips_per_step(self) -> int:
+        """Clips of a step, over all processes."""
         return self.batch_size * self.num_accumulated * self.num_processes
 
     @property
     def longest(self) -> "StepBatches":
-        """The same batches, every clip of the longest length: to try out what a step costs."""
+        """The same batches, every clip of the longest length."""
         batches = copy.copy(self)
-        batches._only_longest = True
+        batches.has_longest_only = True
         return batches
 
     def num_long_frames(self, step: int) -> int:
         """The long frames of a step's clips."""
         if self.short_window is None:
             return 0
-        if self._only_longest:
+        if self.has_longest_only:
             return self.num_frames - self.short_window
         generator = step_generator(self.seed, step, stream=STEP_STREAM)
         return draw_num_long_frames(self.num_frames, self.short_window, generator)
@@ -332,20 +257,13 @@ class TrainingBatches(StepBatches):
     A resumed run sees what the uninterrupted one saw, and two processes see together what one would.
 
     Args:
-        dataset (`ClipDataset` or [`VideoClips`]): Where the clips come from.
+        dataset (`ClipDataset`): Where the clips come from.
         objective (`TrainingObjective`): Draws what is noisy.
-        latent_shape (`tuple`, *optional*): `(C, H, W)`; the dataset's own by default.
-        sizes: As of [`StepBatches`].
+        sizes: As of [`StepBatches`]; `latent_shape` is the dataset's.
     """
 
-    def __init__(
-        self,
-        dataset: ClipDataset,
-        objective: TrainingObjective,
-        latent_shape: tuple[int, int, int] | None = None,
-        **sizes,
-    ) -> None:
-        super().__init__(objective, latent_shape or dataset.latent_shape, **sizes)
+    def __init__(self, dataset: ClipDataset, objective: TrainingObjective, **sizes) -> None:
+        super().__init__(objective=objective, latent_shape=dataset.latent_shape, **sizes)
         self.dataset = dataset
         self.trajectories = usable_trajectories(dataset, self.num_frames, self.interval)
 
@@ -357,9 +275,7 @@ class TrainingBatches(StepBatches):
             f"{self.num_frames} frames"
         )
 
-    def load(
-        self, first_step: int, last_step: int, num_workers: int = 0
-    ) -> Iterator[tuple[ClipBatch | VideoBatch, ObjectiveDraw]]:
+    def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[tuple[ClipBatch, ObjectiveDraw]]:
         """The batches of the steps from `first_step` to before `last_step`, loaded in `num_workers` processes."""
         numbers = range(first_step * self.num_accumulated, last_step * self.num_accumulated)
         loader = DataLoader(
@@ -367,22 +283,53 @@ class TrainingBatches(StepBatches):
         )
         return iter(loader)
 
-    def __getitem__(self, index: int) -> tuple[ClipBatch | VideoBatch, ObjectiveDraw]:
+    def __getitem__(self, index: int) -> tuple[ClipBatch, ObjectiveDraw]:
         """The clips of one pass and what chance decides for them."""
         step, accumulated = divmod(index, self.num_accumulated)
         indices = step_indices(len(self.trajectories), self.clips_per_step, self.seed, step)
         trajectories = self.trajectories[indices[list(self.clip_numbers(accumulated))]].tolist()
         generators = self.generators(step, accumulated, CLIP_STREAM)
-        clips = cut_clips(self.dataset, trajectories, generators, self.clip_length(step), self.interval)
-        return clips, self.draw(step, generators)
+        length = self.clip_length(step)
+        clips = [
+            draw_clip(self.dataset, trajectory, length, self.interval, generator)
+            for trajectory, generator in zip(trajectories, generators)
+        ]
+        return ClipBatch.stack(clips), self.draw(step, generators)
 
 
 def encode_batches(
-    loaded: Iterator[tuple[ClipBatch | VideoBatch, ObjectiveDraw]], vae: torch.nn.Module
+    loaded: Iterator[tuple[ClipBatch, ObjectiveDraw]], vae: torch.nn.Module
 ) -> Iterator[tuple[ClipBatch, ObjectiveDraw]]:
     """Loaded batches as a training step takes them: videos are encoded here, where the VAE lies."""
     for clips, draw in loaded:
-        yield clips.encode(vae) if isinstance(clips, VideoBatch) else clips, draw
+        yield clips.encode(vae), draw
+
+
+# The loss
+
+
+def fed_conditions(clips: ClipBatch, transformer_config, draw: ObjectiveDraw | None = None) -> dict[str, torch.Tensor]:
+    """What the transformer is fed beside latents and timesteps, as keyword arguments; what `draw` drops is null.
+
+    The first frame of a clip is fed the null action with `action_shift` 1, wherever the clip starts: so the pipeline feeds
+    the first frame of its context.
+
+    Args:
+        clips ([`ClipBatch`]): With the actions and labels that the transformer takes.
+        transformer_config: Of the transformer.
+        draw ([`ObjectiveDraw`], *optional*): Of these clips; `None` drops nothing.
+    """
+    conditions = {}
+    if transformer_config.num_actions is not None or transformer_config.action_dim is not None:
+        actions, mask = shift_actions(clips.actions, transformer_config.action_shift, clips.num_frames)
+        conditions["actions"] = actions
+        conditions["action_mask"] = mask if draw is None else mask & draw.keeps_action
+    if transformer_config.num_classes is not None:
+        labels = clips.labels
+        if draw is not None:
+            labels = labels.masked_fill(~draw.keeps_label, transformer_config.num_classes)
+        conditions["class_labels"] = labels
+    return conditions
 
 
 def clip_loss(
@@ -394,7 +341,7 @@ def clip_loss(
     """The loss of one pass. `model` is the transformer, or what wraps it for training on several devices."""
     clips = clips.in_order(draw.frame_order)
     noisy_latents = add_noise(clips.latents, draw.noise, draw.timestep)
-    conditions = clips.conditions(transformer_config, draw)
+    conditions = fed_conditions(clips, transformer_config, draw)
     if draw.teacher_forcing:
         conditions["clean_hidden_states"] = clips.latents
     velocity = model(noisy_latents, draw.timestep, **conditions).sample

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.actions import COMBINATION_RULES, ActionCombiner
+from ..data.rows import COMBINATION_RULES, ActionCombiner
 
 
 if TYPE_CHECKING:  # a script reads its arguments before it imports what takes seconds
@@ -35,7 +35,7 @@ STREAM_IDENTITY = ("streaming", "shuffle_buffer_size", "clips_per_trajectory")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the clips come from, see [`~training.clip_sources.open_clips`], and where the result goes."""
+    """Where the clips come from, see [`~training.clips.open_clips`], and where the result goes."""
     parser.add_argument("--latents_dir", help="Folder that cache_latents.py wrote.")
     parser.add_argument("--dataset_name", help="Instead: a dataset's folder or Hub id, encoded again at every step.")
     add_streaming_arguments(parser)

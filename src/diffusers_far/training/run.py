@@ -19,13 +19,15 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, parse_flag_from_env
 
 from ..checks import check_count
-from ..data.latents import EncodedDataset, LatentDataset
+from ..data.clips import ClipBatch
+from ..data.latents import LatentDataset
+from ..data.video_clips import EncodedDataset, StreamedClips
 from ..models.loading import name_some
 from .checkpoints import way_back
-from .clips import ClipBatch, TrainingBatches, clip_loss, step_generator
+from .clips import TrainingBatches, clip_loss, step_generator
 from .config import STREAM_IDENTITY
 from .objective import ObjectiveDraw, TrainingObjective
-from .streaming import StreamedBatches, StreamedClips
+from .streaming import StreamedBatches
 
 
 logger = get_logger(__name__)
@@ -251,11 +253,9 @@ def training_batches(
             clips_per_trajectory=args.clips_per_trajectory,
             **sizes,
         )
-        batches.loader.save_with(accelerator)
+        batches.save_with(accelerator)
         return batches
-    # Videos are encoded in the process that trains, whichever decodes them.
-    clips = latents.videos if isinstance(latents, EncodedDataset) else latents
-    return TrainingBatches(clips, objective, latents.latent_shape, **sizes)
+    return TrainingBatches(latents, objective, **sizes)
 
 
 def run_identity(

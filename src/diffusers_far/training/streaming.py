@@ -11,23 +11,24 @@ B batch, F frames, C latent channels, H/W latent height/width.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.latents import EncodedDataset, LatentClip
-from ..data.rows import BadExampleError
-from ..data.streaming import StoredClip, StoredTrajectory, StreamedSplit
-from .clips import CLIP_STREAM, START_STREAM, StepBatches, VideoBatch, draw_start, stack_clips, step_indices
+from ..data.clips import ClipBatch, StoredTrajectory
+from ..data.streaming import StreamedSplit
+from ..data.video_clips import StreamedClips
+from .clips import CLIP_STREAM, START_STREAM, StepBatches, draw_start, step_indices
 from .launch import leave_signals_to_parent
 from .objective import ObjectiveDraw, TrainingObjective
 
+
+logger = logging.getLogger(__name__)
 
 MAX_LANES = 8  # of a process
 FILES_PER_BLOCK = 8192  # where rows only name their files, and so are small
@@ -48,6 +49,7 @@ class StreamPosition:
     num_served: int = 0
 
 
+@dataclass(frozen=True)
 class TrajectoryStream:
     """The trajectories that one process draws, in order and without end.
 
@@ -60,29 +62,34 @@ class TrajectoryStream:
         process_index, num_processes (`int`): This process's share; two processes read different shards.
     """
 
-    def __init__(
-        self,
-        split: StreamedSplit,
-        draws_per_row: int | None = 1,
-        *,
-        min_frames: int,
-        block_size: int,
-        seed: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        if block_size < 1:
-            raise ValueError(f"`block_size` is {block_size}; a block holds at least 1 row.")
-        self.split = split
-        self.draws_per_row = draws_per_row
-        self.min_frames = min_frames
-        self.seed = seed
-        self.process_index = process_index
-        self.num_lanes = int(np.clip(split.num_shards // num_processes, 1, MAX_LANES))
-        self.stride = self.num_lanes * num_processes
-        self.first_lane = process_index * self.num_lanes
-        size = FILES_PER_BLOCK if split.points_to_files else block_size
-        self.rows_per_lane = -(-size // self.num_lanes)
+    split: StreamedSplit
+    draws_per_row: int | None = 1
+    _: KW_ONLY
+    min_frames: int
+    block_size: int
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"`block_size` is {self.block_size}; a block holds at least 1 row.")
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of this process."""
+        return int(np.clip(self.split.num_shards // self.num_processes, 1, MAX_LANES))
+
+    @property
+    def stride(self) -> int:
+        """Lanes of all processes: from one shard of a lane to its next one."""
+        return self.num_lanes * self.num_processes
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows of a block that come from one lane."""
+        size = FILES_PER_BLOCK if self.split.points_to_files else self.block_size
+        return -(-size // self.num_lanes)
 
     @property
     def identity(self) -> list:
@@ -92,7 +99,8 @@ class TrajectoryStream:
     @property
     def start(self) -> StreamPosition:
         """Where a new run begins."""
-        return StreamPosition(tuple((self.first_lane + lane, 0) for lane in range(self.num_lanes)))
+        first_lane = self.process_index * self.num_lanes
+        return StreamPosition(tuple((first_lane + lane, 0) for lane in range(self.num_lanes)))
 
     def draws(self, position: StreamPosition) -> Iterator[tuple[StoredTrajectory, int, StreamPosition]]:
         """From `position` on: a trajectory, which draw of it this is (from 0), and the position after it.
@@ -105,11 +113,15 @@ class TrajectoryStream:
         while self._epoch(lanes) <= last_useful_epoch + MAX_EPOCHS_WITHOUT_USE:
             block_start = tuple(lane.position for lane in lanes)
             rows = [row for lane in lanes for row in lane.take(self.rows_per_lane)]
-            entries = [(row, draw) for row in rows for draw in range(self._num_draws(row))]
+            entries = [
+                (row, draw)
+                for row in rows
+                for draw in range(self.draws_per_row or len(row[1][self.split.column]))  # else one for each frame
+            ]
             order = np.random.default_rng((self.seed, *sum(block_start, ()))).permutation(len(entries))
             for served in range(num_served, len(entries)):
-                row, draw = entries[order[served]]
-                trajectory = self.split.trajectory(row.values, row.name)
+                (name, values), draw = entries[order[served]]
+                trajectory = self.split.trajectory(values, name)
                 if trajectory.num_frames >= self.min_frames:
                     last_useful_epoch = self._epoch(lanes)
                     yield trajectory, draw, StreamPosition(block_start, served + 1)
@@ -119,18 +131,9 @@ class TrajectoryStream:
             f"No trajectory of the stream has {self.min_frames} frames; lower `--num_frames` or `--frame_interval`."
         )
 
-    def _num_draws(self, row: "_Row") -> int:
-        return len(row.values[self.split.column]) if self.draws_per_row is None else self.draws_per_row
-
     def _epoch(self, lanes: list["_Lane"]) -> int:
         """The epoch of the lane that is furthest behind."""
         return min(lane.number for lane in lanes) // self.split.num_shards
-
-
-@dataclass(frozen=True)
-class _Row:
-    name: str
-    values: dict
 
 
 class _Lane:
@@ -144,8 +147,8 @@ class _Lane:
     def position(self) -> tuple[int, int]:
         return self.number, self.row
 
-    def take(self, num_rows: int) -> list[_Row]:
-        """The next rows: `num_rows`, or those that are left of the epoch."""
+    def take(self, num_rows: int) -> list[tuple[str, dict]]:
+        """The next rows with their names: `num_rows`, or those that are left of the epoch."""
         split, rows = self.stream.split, []
         while len(rows) < num_rows:
             (shard,) = step_indices(split.num_shards, 1, self.stream.seed, self.number)
@@ -153,7 +156,7 @@ class _Lane:
                 self._rows = split.rows(int(shard), self.row)
             values = next(self._rows, None)
             if values is not None:
-                rows.append(_Row(f"row {self.row} of shard {shard}", values))
+                rows.append((f"row {self.row} of shard {shard}", values))
                 self.row += 1
                 continue
             epoch = self.number // split.num_shards
@@ -163,34 +166,40 @@ class _Lane:
         return rows
 
 
-logger = logging.getLogger(__name__)
-
-
 class StreamLoader(Dataset):
-    """What one process takes from a stream, step after step.
+    """What one process takes from a stream, step after step. A subclass says what a step reads, and how that is decoded.
 
     However many processes decode, one alone reads, so that the order does not depend on their number.
 
     Args:
         stream (`TrajectoryStream`): Where it comes from.
-        read_step (callable): From the stream's draws, without end, and the number of a step to what the step takes, not
-            yet decoded: an iterator over one or more batches.
-        decode (callable): From such a batch to what the training loop takes.
-        num_read_ahead (`int`): Batches that are read before they are needed, where a process reads.
 
     Attributes:
         position (`StreamPosition`): After the last batch that was taken from `load`.
+        num_read_ahead (`int`): Batches that are read before they are needed, where a process reads.
     """
 
-    def __init__(
-        self,
-        stream: TrajectoryStream,
-        read_step: Callable[[Iterator[tuple[StoredTrajectory, int]], int], Iterator[Any]],
-        decode: Callable[[Any], Any],
-        num_read_ahead: int = 2,
-    ) -> None:
-        self.stream, self.read_step, self.decode, self.num_read_ahead = stream, read_step, decode, num_read_ahead
-        self.position = stream.start
+    num_read_ahead = 2
+
+    def __init__(self, stream: TrajectoryStream) -> None:
+        self.stream, self.position = stream, stream.start
+
+    def read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[Any]:
+        """Take what a step needs from the stream's draws, which have no end.
+
+        Yields:
+            One or more batches, not decoded.
+        """
+        raise NotImplementedError
+
+    def decode(self, read: Any) -> Any:
+        """What the training loop takes, of a batch of `read_step`."""
+        raise NotImplementedError
+
+    @property
+    def extent(self) -> str:
+        """How much there is, in words for the log."""
+        return f"a stream of {len(self.stream.split.files)} files"
 
     def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[Any]:
         """The batches of the steps from `first_step` to before `last_step`, from `position` on.
@@ -267,92 +276,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class StreamedClips:
-    """As [`EncodedDataset`], of a split that is streamed: what a training must know before it reads it.
-
-    Args:
-        split (`StreamedSplit`): Its rows.
-        vae (`nn.Module`): Encodes, where it lies.
-        combine_actions (callable, *optional*): As for [`LatentDataset`].
-        num_actions (`int`, *optional*): Number of discrete actions, which a stream cannot be asked for.
-
-    Attributes:
-        latent_shape (`tuple`): `(C, H, W)`.
-        dataset_fingerprint (`str`), vae_hash (`str`): What it is made of.
-
-    Raises:
-        ValueError: The actions are discrete and `num_actions` is missing, or the VAE cannot encode the frames.
-    """
-
-    def __init__(
-        self,
-        split: StreamedSplit,
-        vae: torch.nn.Module,
-        combine_actions: Callable[[np.ndarray], np.ndarray] | None = None,
-        num_actions: int | None = None,
-    ) -> None:
-        if split.has_discrete_actions and num_actions is None:
-            raise ValueError(
-                "`--num_actions` is missing: the actions are discrete, and a stream is not read to its end to count them; "
-                "say how many there are."
-            )
-        self.split = split
-        self.combine_actions = combine_actions
-        self.num_actions = num_actions if split.has_discrete_actions else None
-        self._first = EncodedDataset(split.head(1), vae, split.column, combine_actions)
-        self.latent_shape, self.vae_hash = self._first.latent_shape, self._first.vae_hash
-        self.dataset_fingerprint = split.fingerprint
-        self.frame_size = tuple(self._first.videos.clip(0, 0, 1).frames.shape[2:])
-        self.num_classes = None
-
-    def __getstate__(self) -> dict:
-        # The processes that load need no VAE.
-        return {name: value for name, value in self.__dict__.items() if name != "_first"}
-
-    def clip(self, trajectory: int, start: int, length: int, interval: int = 1) -> LatentClip:
-        """A clip of the first trajectory, number 0: the others can only be had in the order of the stream."""
-        return self._first.clip(trajectory, start, length, interval)
-
-    def check_rows(self, num_actions: int | None = None, num_classes: int | None = None) -> None:
-        """Look at the first row now, and at each of the others when it is read; see [`VideoClips.check_rows`]."""
-        self._first.check_rows(num_actions, num_classes)
-        self.num_classes = num_classes
-
-    def cut(self, trajectory: StoredTrajectory, start: int, length: int, interval: int = 1) -> StoredClip:
-        """A clip of a trajectory of the stream, not yet decoded.
-
-        Raises:
-            BadExampleError: Its actions do not fit its frames, or one of them or its label is not below what there is.
-        """
-        if self.num_classes is not None and not (
-            trajectory.label is not None and 0 <= trajectory.label < self.num_classes
-        ):
-            raise BadExampleError(
-                f"{trajectory.name!r} has the label {trajectory.label}, but there are {self.num_classes} classes, 0 to "
-                f"{self.num_classes - 1}; give the model a larger `num_classes`."
-            )
-        clip = trajectory.cut(start, length, interval, self.combine_actions, self.frame_size)
-        highest = max(trajectory.actions, default=0) if self.num_actions is not None else 0
-        if self.num_actions is not None and highest >= self.num_actions:
-            raise BadExampleError(
-                f"{trajectory.name!r} has the action {highest}, but `--num_actions` is {self.num_actions}; it must be "
-                "above every action."
-            )
-        return clip
-
-
-@dataclass(frozen=True)
-class StoredBatch:
-    """The clips of one batch, not yet decoded, and which batch it is: of which step, and which of those that the step
-    accumulates."""
-
-    step: int
-    accumulated: int
-    clips: list[StoredClip]
-    names: list[str]  # of their trajectories
-
-
-class StreamedBatches(StepBatches):
+class StreamedBatches(StepBatches, StreamLoader):
     """The batches of one process, of a stream.
 
     Args:
@@ -361,9 +285,6 @@ class StreamedBatches(StepBatches):
         block_size (`int`): Trajectories that are held in memory and mixed.
         clips_per_trajectory (`int`): Clips that are cut of a trajectory each time it is read.
         sizes: As of [`StepBatches`].
-
-    Attributes:
-        loader (`StreamLoader`): Reads, decodes and remembers the position.
     """
 
     def __init__(
@@ -375,11 +296,10 @@ class StreamedBatches(StepBatches):
         clips_per_trajectory: int = 1,
         **sizes,
     ) -> None:
-        super().__init__(objective, clips.latent_shape, **sizes)
+        super().__init__(objective=objective, latent_shape=clips.latent_shape, **sizes)
         if clips_per_trajectory < 1:
             raise ValueError(f"`clips_per_trajectory` is {clips_per_trajectory}; it must be at least 1.")
-        self.clips = clips
-        self.stream = TrajectoryStream(
+        stream = TrajectoryStream(
             clips.split,
             draws_per_row=clips_per_trajectory,
             min_frames=(self.num_frames - 1) * self.interval + 1,
@@ -388,41 +308,26 @@ class StreamedBatches(StepBatches):
             process_index=self.process_index,
             num_processes=self.num_processes,
         )
-        # As much as a block, so that the next one is read while this one is served.
-        block = block_size * clips_per_trajectory // self.batch_size
-        self._num_read_ahead = 2 if clips.split.points_to_files else max(2, block)
-        self.loader = self._build_loader()
+        StreamLoader.__init__(self, stream)
+        self.clips = clips
+        if not clips.split.points_to_files:
+            # As much as a block, so that the next one is read while this one is served.
+            self.num_read_ahead = max(2, block_size * clips_per_trajectory // self.batch_size)
 
-    def _build_loader(self) -> StreamLoader:
-        return StreamLoader(self.stream, self._read_step, self._decode, self._num_read_ahead)
-
-    @property
-    def longest(self) -> "StreamedBatches":
-        batches = super().longest
-        batches.loader = batches._build_loader()
-        return batches
-
-    @property
-    def extent(self) -> str:
-        return f"a stream of {len(self.clips.split.files)} files"
-
-    def load(
-        self, first_step: int, last_step: int, num_workers: int = 0
-    ) -> Iterator[tuple[VideoBatch, ObjectiveDraw]]:
-        """The batches of the steps from `first_step` to before `last_step`, see [`StreamLoader`]."""
-        return self.loader.load(first_step, last_step, num_workers)
-
-    def _read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[StoredBatch]:
+    def read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[tuple]:
+        """Of each batch of a step: which one it is, its trajectories, and where their clips start."""
         length = self.clip_length(step)
         for accumulated in range(self.num_accumulated):
-            clips, names = [], []
+            places = []
             for generator in self.generators(step, accumulated, START_STREAM):
                 trajectory, _ = next(draws)
-                names.append(trajectory.name)
                 start = draw_start(trajectory.num_frames, length, self.interval, generator)
-                clips.append(self.clips.cut(trajectory, start, length, self.interval))
-            yield StoredBatch(step, accumulated, clips, names)
+                places.append((trajectory.without_other_images(start, length, self.interval), start))
+            yield step, accumulated, places
 
-    def _decode(self, stored: StoredBatch) -> tuple[VideoBatch, ObjectiveDraw]:
-        clips = stack_clips([clip.decode() for clip in stored.clips], stored.names)
-        return clips, self.draw(stored.step, self.generators(stored.step, stored.accumulated, CLIP_STREAM))
+    def decode(self, read: tuple) -> tuple[ClipBatch, ObjectiveDraw]:
+        """The clips of a batch and what chance decides for them."""
+        step, accumulated, places = read
+        length = self.clip_length(step)
+        clips = [self.clips.cut(trajectory, start, length, self.interval) for trajectory, start in places]
+        return ClipBatch.stack(clips), self.draw(step, self.generators(step, accumulated, CLIP_STREAM))

@@ -8,10 +8,11 @@ B batch, F frames, H/W codes along a frame's sides, T = H * W codes per frame; h
 import torch
 
 from ..baselines.token_ar import TokenARConfig, TokenARForVideo
+from ..data.clips import ClipBatch
 from ..data.latents import LatentDataset
 from ..models.codec import decode_codes
 from ..models.frames import shift_actions
-from .clips import ClipBatch, step_generator
+from .clips import step_generator
 from .objective import ObjectiveDraw
 from .validation import psnr_metrics, validation_clips
 
@@ -37,7 +38,7 @@ def token_conditions(
     """The actions that led to the frames of `clips`, as keyword arguments of the model; what `draw` drops is null."""
     if config.num_actions is None:
         return {}
-    actions, mask = shift_actions(clips.actions, action_shift=1, num_frames=clips.latents.shape[1])
+    actions, mask = shift_actions(clips.actions, action_shift=1, num_frames=clips.num_frames)
     return {"actions": actions, "action_mask": mask if draw is None else mask & draw.keeps_action}
 
 
@@ -80,9 +81,8 @@ def measure_tokens(
     clips = validation_clips(codes, num_clips, num_frames).to(model.device)
     total = 0.0
     for first in range(0, num_clips, batch_size):
-        values = (clips.latents, clips.actions, clips.labels)
-        part = ClipBatch(*(None if value is None else value[first : first + batch_size] for value in values))
-        total += token_loss(model, model.config, part).item() * len(part.latents)
+        part = clips[first : first + batch_size]
+        total += token_loss(model, model.config, part).item() * len(part)
     metrics = {"loss": total / num_clips}
     if not num_videos or num_new_frames >= num_frames:
         return metrics

@@ -18,13 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from ..data.frames import FrameDataset, decode_images
+from ..data.clips import StoredTrajectory
 from ..data.loading import dataset_fingerprint, load_split, stream_split
 from ..data.rows import BadExampleError
-from ..data.streaming import StoredTrajectory, StreamedSplit
-from ..data.video_clips import VideoClips
+from ..data.streaming import StreamedSplit
+from ..data.video_clips import FrameDataset
 from ..models.codec import encode_codes, encode_images, nearest_codes, scale_latents
-from .clips import StepBatchSampler
+from .clips import step_indices
 from .launch import leave_signals_to_parent
 from .streaming import StreamLoader, TrajectoryStream
 
@@ -48,7 +48,7 @@ def open_frames(args: argparse.Namespace, accelerator: Accelerator) -> "FrameBat
         return FrameBatches(load_split(args.dataset_name, args.dataset_split), args.video_column, **order)
     split = stream_split(args.dataset_name, args.dataset_split, args.video_column)
     frames = StreamedFrames(split, block_size=args.shuffle_buffer_size, **order)
-    frames.loader.save_with(accelerator)
+    frames.save_with(accelerator)
     return frames
 
 
@@ -57,30 +57,42 @@ def open_validation_frames(args: argparse.Namespace) -> FrameDataset:
     if not args.streaming:
         trajectories = load_split(args.dataset_name, args.validation_split)
         frames = FrameDataset(trajectories, args.video_column)
-        VideoClips(trajectories, args.video_column).check_frame_sizes()
+        frames.clips.check_frame_sizes()
         return frames
     split = stream_split(args.dataset_name, args.validation_split, args.video_column)
     return FrameDataset(split.head(SAMPLED_TRAJECTORIES), args.video_column)
 
 
-class FrameBatches:
-    """Batches of the frames of a dataset, each frame once an epoch.
+class FrameBatches(torch.utils.data.Dataset):
+    """Batches of the frames of a dataset, by step; each frame once an epoch.
 
     Args:
         trajectories (`datasets.Dataset`): A row per trajectory.
         column (`str`): Of type `List(Image())`.
-        order: Of [`StepBatchSampler`], but for the steps.
+        batch_size (`int`): Frames per step on this process.
+        seed (`int`): Of the run.
+        process_index, num_processes (`int`): This process's share of each step.
 
     Attributes:
         sample ([`FrameDataset`]): Frames to measure.
         fingerprint (`str`): What it is made of.
     """
 
-    def __init__(self, trajectories: Dataset, column: str = "video", **order) -> None:
+    def __init__(
+        self,
+        trajectories: Dataset,
+        column: str = "video",
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         self.sample = FrameDataset(trajectories, column)
-        VideoClips(trajectories, column).check_frame_sizes()
+        self.sample.clips.check_frame_sizes()
         self.fingerprint = dataset_fingerprint(trajectories)
-        self.order = order
+        self.batch_size, self.seed = batch_size, seed
+        self.process_index, self.num_processes = process_index, num_processes
 
     @property
     def extent(self) -> str:
@@ -88,14 +100,20 @@ class FrameBatches:
 
     def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
         """A batch (B, 3, height, width), uint8, for each step from `first_step` to before `last_step`."""
-        sampler = StepBatchSampler(len(self.sample), first_step=first_step, last_step=last_step, **self.order)
+        steps = range(first_step, last_step)
         loader = DataLoader(
-            self.sample, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=leave_signals_to_parent
+            self, batch_size=None, sampler=steps, num_workers=num_workers, worker_init_fn=leave_signals_to_parent
         )
         return iter(loader)
 
+    def __getitem__(self, step: int) -> torch.Tensor:
+        """This process's batch of a step."""
+        indices = step_indices(len(self.sample), self.batch_size * self.num_processes, self.seed, step)
+        own = indices[self.process_index * self.batch_size :][: self.batch_size]
+        return torch.stack([self.sample[index] for index in own.tolist()])
 
-class StreamedFrames:
+
+class StreamedFrames(StreamLoader):
     """As [`FrameBatches`], of a split that is streamed: the frames of so many trajectories at a time are mixed.
 
     Args:
@@ -110,40 +128,32 @@ class StreamedFrames:
 
     def __init__(self, split: StreamedSplit, *, batch_size: int, block_size: int, **order) -> None:
         self.sample = FrameDataset(split.head(SAMPLED_TRAJECTORIES), split.column)
-        self.fingerprint = split.fingerprint
-        self.batch_size, self.num_files = batch_size, len(split.files)
-        stream = TrajectoryStream(split, draws_per_row=None, min_frames=1, block_size=block_size, **order)
-        self.loader = StreamLoader(stream, self._read_step, _decode_named)
+        super().__init__(TrajectoryStream(split, draws_per_row=None, min_frames=1, block_size=block_size, **order))
+        self.fingerprint, self.batch_size = split.fingerprint, batch_size
 
-    @property
-    def extent(self) -> str:
-        return f"a stream of {self.num_files} files"
-
-    def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
-        """As of [`FrameBatches`], from the position that a checkpoint saved."""
-        return self.loader.load(first_step, last_step, num_workers)
-
-    def _read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[list[tuple]]:
+    def read_step(self, draws: Iterator[tuple[StoredTrajectory, int]], step: int) -> Iterator[list[tuple]]:
+        """A step's trajectories, and which frame of each it takes."""
         yield [
-            (trajectory.name, trajectory.video[frame])
+            (trajectory.without_other_images(frame, 1), frame)
             for trajectory, frame in (next(draws) for _ in range(self.batch_size))
         ]
 
+    def decode(self, read: list[tuple[StoredTrajectory, int]]) -> torch.Tensor:
+        """The frames of a step, (B, 3, height, width), uint8.
 
-def _decode_named(images: list[tuple[str, dict]]) -> torch.Tensor:
-    """Images of trajectories that are named where they cannot be read, or are of another size than the first."""
-    frames = []
-    for name, image in images:
-        try:
-            frames.append(decode_images([image])[0])
-        except (ValueError, OSError) as error:
-            raise BadExampleError(f"{name!r} has an image that cannot be read: {error}") from error
-        if frames[-1].shape != frames[0].shape:
-            raise BadExampleError(
-                f"{name!r} has frames of {tuple(frames[-1].shape[1:])}, but those of {images[0][0]!r} are "
-                f"{tuple(frames[0].shape[1:])} (height, width); prepare the dataset with prepare_dataset.py and `--size`."
-            )
-    return torch.stack(frames)
+        Raises:
+            BadExampleError: One cannot be read, or is of another size than the first; names its trajectory.
+        """
+        frames = []
+        for trajectory, frame in read:
+            frames.append(trajectory.frames(frame, 1)[0])
+            if frames[-1].shape != frames[0].shape:
+                raise BadExampleError(
+                    f"{trajectory.name} has frames of {tuple(frames[-1].shape[1:])}, but those of {read[0][0].name} are "
+                    f"{tuple(frames[0].shape[1:])} (height, width); prepare the dataset with prepare_dataset.py and "
+                    "`--size`."
+                )
+        return torch.stack(frames)
 
 
 PATCH = 8  # side, in pixels, of the square whose reconstruction is worst

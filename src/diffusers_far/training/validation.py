@@ -6,34 +6,52 @@ B batch, F frames, C latent channels, H/W latent height/width; h/w pixels.
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from ..data.frames import evenly_spaced
-from ..data.latents import EncodedDataset, LatentDataset
+from ..data.clips import ClipBatch, evenly_spaced
+from ..data.latents import LatentDataset
 from ..data.rows import BadExampleError
+from ..data.video_clips import EncodedDataset
 from ..models.codec import decode_video
 from ..models.loading import name_some
-from .clips import ClipBatch, ClipDataset, cut_clips, step_generator, usable_trajectories
+from .clips import ClipDataset, draw_clip, fed_conditions, step_generator, usable_trajectories
 from .objective import add_noise, velocity_loss
 
 
 NOISE_LEVELS = (100, 300, 500, 700, 900)  # timesteps at which the held-out loss is taken
 
 
-def validation_clips(dataset: ClipDataset, num_clips: int, num_frames: int, interval: int = 1) -> ClipBatch:
+def validation_clips(
+    dataset: ClipDataset,
+    num_clips: int,
+    num_frames: int,
+    interval: int = 1,
+    vae: torch.nn.Module | None = None,
+    *,
+    keep_frames: bool = False,
+) -> ClipBatch:
     """The same clips in every run: of trajectories spread over the dataset, at fixed random starts.
+
+    Args:
+        dataset (`ClipDataset`): Held out.
+        num_clips, num_frames, interval (`int`): How many, how long, and how far apart their frames are.
+        vae (`nn.Module`, *optional*): Encodes clips that are no latents, one after the other.
+        keep_frames (`bool`): Keep the frames of what it encodes.
 
     Raises:
         BadExampleError: Latents or actions are not finite; names the trajectories.
     """
-    usable = usable_trajectories(dataset, num_frames, interval)
-    places = np.linspace(0, len(usable) - 1, num_clips).round().astype(int)
-    generators = [step_generator(0, 0, number) for number in range(num_clips)]
-    clips = cut_clips(dataset, usable[places].tolist(), generators, num_frames, interval)
-    faulty = clips.not_finite() if isinstance(clips, ClipBatch) else ()
+    usable, clips = usable_trajectories(dataset, num_frames, interval), []
+    for number, place in enumerate(np.linspace(0, len(usable) - 1, num_clips).round().astype(int)):
+        clip = draw_clip(dataset, int(usable[place]), num_frames, interval, step_generator(0, 0, number))
+        if clip.latents is None:
+            clip = clip.encode(vae)
+        clips.append(clip if keep_frames else replace(clip, frames=None))
+    clips = ClipBatch.stack(clips)
+    faulty = clips.not_finite()
     if faulty:
         raise BadExampleError(
             f"The split that is held out has NaN or infinite values in {name_some(set(faulty))}; mend or remove them."
@@ -57,7 +75,7 @@ def held_out_losses(transformer, clips: ClipBatch, *, batch_size: int) -> dict[i
     noise = torch.stack(
         [torch.randn(clips.latents.shape[1:], generator=step_generator(0, 1, number)) for number in range(num_clips)]
     ).to(clips.latents)
-    conditions = clips.conditions(transformer.config)
+    conditions = fed_conditions(clips, transformer.config)
     losses = {}
     for level in NOISE_LEVELS:
         timestep = torch.full((num_clips, num_frames), -1.0, device=noise.device)
@@ -156,26 +174,26 @@ def measure(args: argparse.Namespace, pipeline, latents: LatentDataset | Encoded
         latents (`LatentDataset` or `EncodedDataset`): Held out; the same clips of it are measured every time.
     """
     transformer = pipeline.transformer
-    clips = validation_clips(latents, args.num_validation_clips, args.num_frames, args.frame_interval)
+    place = (args.num_frames, args.frame_interval, pipeline.vae)
+    clips = validation_clips(latents, args.num_validation_clips, *place)
     losses = held_out_losses(transformer, clips.to(transformer.device), batch_size=args.train_batch_size)
     metrics = {f"loss_at_{level}": loss for level, loss in losses.items()}
     metrics["loss"] = np.mean([*losses.values()]).item()
     num_context_frames = args.num_frames - args.num_validation_frames
     if not args.num_validation_videos or num_context_frames <= 0:
         return Measurement(metrics)
-    clips = validation_clips(latents, args.num_validation_videos, args.num_frames, args.frame_interval)
+    clips = validation_clips(latents, args.num_validation_videos, *place, keep_frames=True)
     predicted, truth = rollout(
         pipeline,
-        clips.to(transformer.device),
+        replace(clips, frames=None).to(transformer.device),
         num_context_frames=num_context_frames,
         num_inference_steps=args.num_validation_inference_steps,
     )
     last_context_frame = decode_video(pipeline.vae, clips.latents[:, num_context_frames - 1].to(transformer.device))
     metrics |= psnr_metrics("psnr", predicted, truth)
     metrics |= psnr_metrics("repeated_psnr", last_context_frame[:, None].float().cpu(), truth)
-    if isinstance(latents, EncodedDataset):
-        videos = validation_clips(latents.videos, args.num_validation_videos, args.num_frames, args.frame_interval)
-        metrics |= psnr_metrics("vae_psnr", truth, videos.frames[:, num_context_frames:] / 255)
+    if clips.frames is not None:
+        metrics |= psnr_metrics("vae_psnr", truth, clips.frames[:, num_context_frames:] / 255)
     return Measurement(metrics, predicted, truth)
 
 

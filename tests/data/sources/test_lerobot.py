@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from video_files import frame_numbers, gray_frames, write_video
 
-from diffusers_far.data.images import encode_png
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.sources import LeRobotSource
+from diffusers_far.pictures import encode_png
 
 
 LENGTHS = (4, 6, 3)

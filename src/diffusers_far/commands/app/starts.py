@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.actions import align_actions
-from ...data.frames import VideoFrames
-from ...data.images import fit_frame
 from ...data.loading import load_split
 from ...data.media_files import read_clip
+from ...data.rows import align_actions
+from ...data.video_clips import VideoClips
+from ...pictures import fit_frame
 from .settings import WorldError, WorldLimits, require_number
 
 
@@ -66,13 +66,13 @@ class RecordedWalks:
         num_actions: int,
     ):
         dataset = load_split(dataset_name, split)
-        self.frames = VideoFrames(dataset)
-        self.rows = np.flatnonzero(self.frames.num_frames >= 2).tolist()
+        self.videos = VideoClips(dataset)
+        self.rows = np.flatnonzero(self.videos.num_frames >= 2).tolist()
         if not self.rows:
             raise ValueError(f"`dataset_name` {dataset_name!r} has no recording of two frames or more in {split!r}.")
         self.size = size
         self.limits = limits
-        self.num_frames = self.frames.num_frames[self.rows].tolist()
+        self.num_frames = self.videos.num_frames[self.rows].tolist()
         self.actions = [[0] * num_frames for num_frames in self.num_frames]
         if num_actions:
             if "actions" not in dataset.column_names:
@@ -119,7 +119,7 @@ class RecordedWalks:
         )
 
     def _read_walk(self, walk: int) -> tuple[np.ndarray, list[int]]:
-        frames = self.frames.clip(self.rows[walk], 0, self.num_frames[walk]).permute(0, 2, 3, 1).numpy()
+        frames = self.videos.frames(self.rows[walk], 0, self.num_frames[walk]).permute(0, 2, 3, 1).numpy()
         return np.stack([fit_frame(frame, self.size) for frame in frames]), self.actions[walk]
 
 

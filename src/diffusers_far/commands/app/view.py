@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from ...data.images import encode_png
+from ...pictures import encode_png
 from .world import World
 
 

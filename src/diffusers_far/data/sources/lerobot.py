@@ -206,7 +206,7 @@ def _frames(episode: Episode) -> Iterable[np.ndarray]:
 
 
 def _decode(images: pa.ChunkedArray, where: str) -> Iterator[np.ndarray]:
-    from ..frames import decode_images  # brings torch, which datasets with videos do without
+    from ..clips import decode_images  # brings torch, which datasets with videos do without
 
     for frame, image in enumerate(images):
         image = image.as_py()
