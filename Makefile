@@ -38,7 +38,7 @@ space:
 	mkdir -p outputs
 	rm -rf outputs/space
 	cp -r examples/space outputs/space
-	cp -r examples/app_world examples/mazes checkpoints/far-maze src/diffusers_far outputs/space
+	cp -r examples/mazes checkpoints/far-maze src/diffusers_far outputs/space
 	find outputs/space -name __pycache__ -prune -exec rm -r {} +
 
 clean:

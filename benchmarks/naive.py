@@ -1,4 +1,13 @@
-"""FAR as it is easily written, for comparison: a straightforward port of the paper, equal in result.
+"""FAR and its cache on one page, as they are easily written: the place to start reading, and what the library is compared with.
+
+Equal in result to the rooms that do the same fast:
+
+    NaiveFAR._run, _heads         `models.transformer_far.FARTransformer3DModel`, `models.transformer_far.FARAttention`
+    context_plan of a model       `models.context_plan.ContextPlan`, the only rule that is shared
+    NaiveCache, write, step       `models.kv_cache.FARKVCache`
+    position_ids, patchify        `models.functional.position_ids`, `models.functional.patchify`
+    dense_mask, its slope         `models.functional.frame_causal_mask`, `hooks.flex_rope.FlexRoPEConfig`
+    denoise                       `pipelines.rollout.Rollout`
 
 It works as published implementations do. Every call, a denoising step too, builds a dense float mask of all tokens, in which
 FlexRoPE's decay with their distance in time has its place whether it is used or not, and takes the rows of its queries; the

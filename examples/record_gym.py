@@ -4,7 +4,7 @@
         --num_train 200 --num_validation 8 --num_test 8 --num_frames 200
 
 Any environment that renders (`render_mode="rgb_array"`) and takes `Discrete` or `Box` actions will do; one of your own is
-named with its module, `my_game:MyGame-v0`. An episode is a row, as `prepare_dataset.py` writes them: `video` (lossless PNG),
+named with its module, `my_game:MyGame-v0`. An episode is a row, as `far prepare` writes them: `video` (lossless PNG),
 `actions`, `source`, `seed`, and what `--keep_columns` names of the environment's `info`. Actions are drawn at random. The
 same seed gives the same episode wherever it is recorded, as far as the environment keeps that promise.
 
@@ -15,14 +15,12 @@ import argparse
 import json
 import logging
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
+from diffusers_far.command_line import HeightAndWidth, HelpWithDefaults, set_up_logging
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="New or empty folder.")
     parser.add_argument("--num_frames", type=int, default=200, help="At most so many of an episode.")
-    parser.add_argument("--size", type=int, nargs="+", help="Height and width, or one for both: crop and resize.")
+    parser.add_argument("--size", type=int, nargs="+", action=HeightAndWidth)
     parser.add_argument("--repeat_action", type=int, default=1, help="Frames for which a drawn action is kept.")
     parser.add_argument(
         "--keep_columns", nargs="+", default=[], metavar="KEY", help="Of the environment's `info`: a value per frame."
@@ -54,11 +52,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="Of the first episode to train on.")
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--license", default="unknown", help="Hub's identifier, such as mit; for the card.")
-    args = parser.parse_args(arguments)
-    if args.size is not None and len(args.size) > 2:
-        parser.error(f"--size has {len(args.size)} numbers; give height and width, or one for both.")
-    args.size = None if args.size is None else (args.size[0], args.size[-1])
-    return args
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
@@ -67,32 +61,13 @@ if __name__ == "__main__":
 import gymnasium
 import numpy as np
 
-from diffusers_far.data.preparation import (
-    RESERVED_COLUMNS,
-    Preparation,
-    PreparedTrajectory,
-    RowForm,
-    write_trajectories,
-)
+from diffusers_far.data.dataset_folder import check_folder, dataset_card, plan_shards, write_dataset
+from diffusers_far.data.preparation import RESERVED_COLUMNS, Preparation, RowForm
 from diffusers_far.data.sources import Trajectory
-from diffusers_far.data.workers import share_work
-from diffusers_far.files import UNFINISHED, written_whole
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A parquet file to be written: its split, its number in it, and the seeds of its episodes."""
-
-    split: str
-    number: int
-    seeds: range
 
 
 def check_request(args: argparse.Namespace) -> None:
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        raise ValueError(
-            f"`--output_dir` is {str(args.output_dir)!r}, which exists, and nothing is overwritten; name a new folder."
-        )
+    check_folder("output_dir", args.output_dir, args.license)
     for name, least in (("num_frames", 2), ("repeat_action", 1), ("num_processes", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least {least}.")
@@ -110,18 +85,12 @@ def check_request(args: argparse.Namespace) -> None:
         )
     if not isinstance(args.environment_arguments, dict):
         raise ValueError(f"`--environment_arguments` is {args.environment_arguments!r}; give a JSON object, {{...}}.")
-    if not re.fullmatch(r"[a-z0-9.\-]+", args.license):
-        raise ValueError(f"`--license` is {args.license!r}; give an identifier of the Hub, such as mit.")
 
 
-def plan_shards(args: argparse.Namespace) -> list[Shard]:
-    shards = []
-    for place, split in enumerate(SPLITS):
-        first = args.seed + place * SEEDS_PER_SPLIT
-        seeds = range(first, first + getattr(args, f"num_{split}"))
-        parts = [seeds[start : start + EPISODES_PER_SHARD] for start in range(0, len(seeds), EPISODES_PER_SHARD)]
-        shards += [Shard(split, number, part) for number, part in enumerate(parts)]
-    return shards
+def seeds_by_split(args: argparse.Namespace) -> dict[str, range]:
+    """The seeds of each split's episodes."""
+    firsts = {split: args.seed + place * SEEDS_PER_SPLIT for place, split in enumerate(SPLITS)}
+    return {split: range(first, first + getattr(args, f"num_{split}")) for split, first in firsts.items()}
 
 
 def make_environment(args: argparse.Namespace) -> gymnasium.Env:
@@ -180,95 +149,65 @@ def rendered_frame(environment: gymnasium.Env, name: str) -> np.ndarray:
     return frame.copy()  # some environments draw every frame into the same memory
 
 
-def record_shard(
-    args: argparse.Namespace, form: RowForm, folder: Path, shard: Shard, count: Callable[[], None]
-) -> list[int]:
-    """Write one shard, perhaps in a process of its own; returns the lengths of its episodes."""
-    preparation, lengths = Preparation(size=args.size), []
+@contextmanager
+def recording(args: argparse.Namespace) -> Iterator[Callable[[int], Trajectory]]:
+    """An environment of its own for a process that writes a shard; records the episode of a seed."""
     environment = make_environment(args)
-
-    def episodes() -> Iterator[PreparedTrajectory]:
-        for seed in shard.seeds:
-            episode = preparation(record_episode(environment, seed, args))
-            episode.require_form(form)
-            lengths.append(len(episode.frames))
-            yield episode
-            count()
-
-    write_trajectories(folder / "data" / f"{shard.split}-{shard.number:05d}.parquet", episodes(), form.features)
+    yield lambda seed: record_episode(environment, seed, args)
     environment.close()
-    return lengths
 
 
-def dataset_card(
-    args: argparse.Namespace, form: RowForm, lengths: dict[str, list[int]], space: gymnasium.Space
+def describe(
+    args: argparse.Namespace,
+    form: RowForm,
+    space: gymnasium.Space,
+    lengths: Mapping[str, Sequence[int]],
+    faults: Sequence[str],
 ) -> str:
-    """The README.md of the dataset: what its splits hold, what a row means, where it comes from."""
-    rows = "\n".join(f"| {split} | {len(each):,} | {sum(each):,} |" for split, each in lengths.items())
-    kept = "".join(f"- `{name}`: of the environment's `info`, a value per frame.\n" for name in args.keep_columns)
+    """The dataset's card."""
     height, width = form.frame_size
-    return f"""---
-license: {args.license}
-pretty_name: {json.dumps(args.output_dir.name)}
-tags:
-- video
-- world-model
----
-
-# {args.output_dir.name}
-
-Episodes of the Gymnasium environment `{args.environment}` at random actions, each kept for {args.repeat_action} frames.
-
-```python
-from datasets import load_dataset
-
-episodes = load_dataset("path/to/this/folder", split="{next(iter(lengths))}")
-```
-
-| split | episodes | frames |
-|---|---|---|
-{rows}
-
-## Columns
-
-- `video`: {height}x{width} RGB, lossless PNG.
-- `actions`: of `{space}`, indices counted from 0; `actions[t]` leads from frame `t` to frame `t + 1`. An episode's last
-  frame has the action of the frame before it.
-- `seed`: what the episode follows from.
-- `source`: the environment and the seed.
-{kept}
-Recorded by `examples/record_gym.py` of diffusers-far with gymnasium {gymnasium.__version__}. Licence as given by who made
-this folder: {args.license}.
-"""
+    columns = [
+        f"`video`: {height}x{width} RGB, lossless PNG.",
+        f"`actions`: of `{space}`, indices counted from 0; `actions[t]` leads from frame `t` to frame `t + 1`. An "
+        "episode's last frame has the action of the frame before it.",
+        "`seed`: what the episode follows from.",
+        "`source`: the environment and the seed.",
+        *(f"`{name}`: of the environment's `info`, a value per frame." for name in args.keep_columns),
+    ]
+    return dataset_card(
+        args.output_dir.name,
+        args.license,
+        f"Episodes of the Gymnasium environment `{args.environment}` at random actions, each kept for "
+        f"{args.repeat_action} frames.",
+        columns,
+        f"Recorded by `examples/record_gym.py` of diffusers-far with gymnasium {gymnasium.__version__}.",
+        lengths,
+        units="episodes",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging(__name__)
     # 1. Look at the first episode
     check_request(args)
-    shards = plan_shards(args)
+    shards = plan_shards(seeds_by_split(args), EPISODES_PER_SHARD)
+    preparation = Preparation(size=args.size)
     environment = make_environment(args)
-    first = Preparation(size=args.size)(record_episode(environment, shards[0].seeds[0], args))
-    form, space = first.form(None), environment.action_space
+    form = preparation(record_episode(environment, shards[0].trajectories[0], args)).form(None)
+    space = environment.action_space
     environment.close()
 
-    # 2. Write under another name, and rename when all is there
-    unfinished = args.output_dir.with_name(UNFINISHED + args.output_dir.name)
-    if unfinished.exists():
-        raise ValueError(f"{str(unfinished)!r} exists: a run writes to it or was killed; in that case delete it.")
-    (unfinished / "data").mkdir(parents=True)
-    try:
-        progress = Progress(sum(len(shard.seeds) for shard in shards), unit="episode", seconds_between_lines=10)
-        record = partial(record_shard, args, form, unfinished)
-        recorded = share_work(record, shards, args.num_processes, progress)
-        lengths = {shard.split: [] for shard in shards}
-        for shard, each in zip(shards, recorded):
-            lengths[shard.split] += each
-        with written_whole(unfinished / "README.md") as card:
-            card.write_text(dataset_card(args, form, lengths, space))
-        unfinished.rename(args.output_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    # 2. Record
+    lengths, _ = write_dataset(
+        args.output_dir,
+        partial(recording, args),
+        shards,
+        preparation,
+        form,
+        partial(describe, args, form, space),
+        unit="episode",
+        num_processes=args.num_processes,
+    )
 
     # 3. Say what became of it
     for split, each in lengths.items():

@@ -8,7 +8,6 @@ that no two pictures are quite alike.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from diffusers_far.command_line import HelpWithDefaults
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
 
 
 FIRST_WALK, FIRST_FRAME = 0, 100  # where the page starts
@@ -38,11 +36,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
 
-from app_world import RecordedWalks, WorldLimits, WorldModel
-from app_world.ui import AppParts, serve
 from playwright.sync_api import Page, sync_playwright
 
 from diffusers_far import FARPipeline
+from diffusers_far.commands.app import RecordedWalks, WorldLimits, WorldModel
+from diffusers_far.commands.app.ui import AppParts, serve
 
 
 def walk_along(page: Page, actions: Sequence[int]) -> None:

@@ -1,6 +1,5 @@
-"""Calls of `generate.py` in this process, on a tiny pipeline; shared by its tests."""
+"""Calls of `far generate` in this process, on a tiny pipeline; shared by its tests."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,8 @@ from video_files import gray_frames, write_video
 from written_paths import watched_writes
 
 from diffusers_far import FARPipeline
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import generate  # noqa: E402
+from diffusers_far.commands import generate
+from diffusers_far.commands import main as far
 
 
 NAMES = ["forward", "left", "right"]
@@ -43,10 +39,9 @@ def run(folder: Path, *more, video="view.png", actions: str | None = "FLR", outp
     arguments += [] if video is None else ["--video", folder / video]
     arguments += [] if actions is None else ["--actions", actions]
     try:
-        args = generate.parse_args([str(argument) for argument in (*arguments, *more)])
+        return far(["generate", *(str(argument) for argument in (*arguments, *more))])
     except SystemExit as stop:
         return stop.code
-    return generate.main(args)
 
 
 def error_of(capsys, folder: Path, *arguments, tidies_up_in: Path | None = None, **named) -> str:

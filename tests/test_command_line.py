@@ -10,6 +10,7 @@ import pytest
 from benchmarks.studies.scripts import load_script
 from diffusers_far import command_line
 from diffusers_far.command_line import HelpWithDefaults, Progress, in_hours, require_one_process, set_up_logging
+from diffusers_far.commands import main as far
 
 
 ROOT = Path(__file__).parents[1]
@@ -148,18 +149,26 @@ def test_what_runs_as_one_process_refuses_to_be_launched_as_two(variable, monkey
 
 
 @pytest.mark.parametrize(
-    "script, arguments",
+    "command, arguments",
     [
-        ("cache_latents", "--dataset_name absent --vae absent --output_dir absent"),
+        ("generate", "--model absent --output absent"),
         ("evaluate", "--model absent --dataset_name absent"),
-        ("prepare_dataset", "--source npz --input absent --output absent"),
+        ("prepare", "--source npz --input absent --output absent"),
     ],
 )
-def test_scripts_that_work_alone_refuse_two_processes_before_they_open_anything(script, arguments, monkeypatch):
+def test_commands_that_work_alone_refuse_two_processes_before_they_open_anything(
+    command, arguments, monkeypatch, capsys
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    module = load_script(script)
+    assert far([command, *arguments.split()]) == 2
+    assert "launched as 2 processes" in capsys.readouterr().err
+
+
+def test_caching_refuses_two_processes_before_it_opens_anything(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script = load_script("cache_latents")
     with pytest.raises(ValueError, match="launched as 2 processes"):
-        module.main(module.parse_args(arguments.split()))
+        script.main(script.parse_args("--dataset_name absent --vae absent --output_dir absent".split()))
 
 
 @pytest.mark.parametrize(

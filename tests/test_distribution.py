@@ -1,5 +1,6 @@
 """What is built for an index of packages."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -49,3 +50,15 @@ def test_the_wheel_is_the_package_alone_and_says_that_it_has_types(tmp_path):
         "Project-URL: Paper, https://arxiv.org/",
     ):
         assert line in metadata
+
+
+def test_an_installed_wheel_brings_the_program_far(tmp_path):
+    site, wheel = tmp_path / "site", build(tmp_path, "wheel")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run([*map(str, install)], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    for command in ("generate", "play", "evaluate", "prepare"):
+        result = subprocess.run(
+            [site / "bin" / "far", command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0 and f"usage: far {command} " in result.stdout, result.stderr

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "data": {"models"},
     "training": {"models", "data", "pipelines", "baselines"},
     "evaluation": {"models", "hooks", "loaders", "pipelines", "baselines", "data"},
+    "commands": {"models", "hooks", "loaders", "pipelines", "baselines", "data", "evaluation"},
 }
 
 

@@ -6,6 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from diffusers_far.evaluation.protocols import MAX_DISTANCE, MAX_RECENT_AGE, MAX_TURN, MIN_REVISIT_AGE
+
 
 CONFIGS = Path(__file__).parent / "configs"
 SCRIPTS = ("train_far", "train_token_ar")
@@ -183,10 +185,10 @@ class Evaluation:
     num_first_frames: int = 8
     batch_size: int = 16
     seed: int = 0
-    max_distance: float = 40.0
-    max_turn: float = 15.0
-    min_revisit_age: int = 32
-    max_recent_age: int = 10
+    max_distance: float = MAX_DISTANCE
+    max_turn: float = MAX_TURN
+    min_revisit_age: int = MIN_REVISIT_AGE
+    max_recent_age: int = MAX_RECENT_AGE
     split: str = "test"
 
     def __post_init__(self):

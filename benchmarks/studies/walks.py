@@ -5,7 +5,6 @@ B walks, F frames, C latent channels, H/W latent height/width; h/w pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.data.loading import load_split
 from diffusers_far.data.video_clips import VideoClips
-from diffusers_far.evaluation.metrics import seen_before
+from diffusers_far.evaluation.metrics import revisits_by_age
 
 from .settings import MOST_REVISITS, Evaluation, Task
 
@@ -94,24 +93,13 @@ class HeldOutWalks:
 
 
 def view_masks(pose: torch.Tensor, frames: range, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which frames revisit a view, and which show one that was never seen; those in between do neither.
-
-    Args:
-        pose (`torch.Tensor` of shape `(F, 3)`): Of the whole walk; what came before counts wherever a context begins.
-        frames (`range`): That are asked about.
-        evaluation ([`Evaluation`]): What is near, and what is long ago.
-
-    Returns:
-        Two `torch.Tensor` of shape `(len(frames),)`, bool.
-    """
-    is_seen = partial(seen_before, pose, max_distance=evaluation.max_distance, max_turn=evaluation.max_turn)
-    revisited, unseen = [], []
-    for frame in frames:
-        first_young = max(0, frame - evaluation.min_revisit_age + 1)
-        first_recent = max(0, frame - evaluation.max_recent_age)
-        asked = slice(frame, frame + 1)
-        was_seen_long_ago = bool(is_seen(slice(0, first_young), asked))
-        was_seen_since = bool(is_seen(slice(first_young, first_recent), asked))
-        revisited.append(was_seen_long_ago and not was_seen_since)
-        unseen.append(not was_seen_long_ago and not was_seen_since)
-    return torch.tensor(revisited), torch.tensor(unseen)
+    """Which frames revisit a view, and which show one that was never seen, each of shape `(len(frames),)`, bool. The whole walk
+    counts, wherever a context begins; see [`revisits_by_age`]."""
+    return revisits_by_age(
+        pose,
+        slice(frames.start, frames.stop),
+        min_revisit_age=evaluation.min_revisit_age,
+        max_recent_age=evaluation.max_recent_age,
+        max_distance=evaluation.max_distance,
+        max_turn=evaluation.max_turn,
+    )

@@ -7,28 +7,23 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 
 HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE if (HERE / "app_world").is_dir() else HERE.parent  # beside this file in a Space
+EXAMPLES = HERE if (HERE / "mazes").is_dir() else HERE.parent  # beside this file in a Space
 CHECKPOINTS = EXAMPLES if EXAMPLES == HERE else EXAMPLES.parent / "checkpoints"
-sys.path[:0] = [str(EXAMPLES), str(HERE)]
+sys.path.insert(0, str(HERE))
 
-from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.door import hosts_of_a_space  # noqa: E402
-from app_world.ui import AppParts, serve  # noqa: E402
-
-from diffusers_far import FARPipeline  # noqa: E402
+from diffusers_far.commands.app import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
+from diffusers_far.commands.app.door import hosts_of_a_space  # noqa: E402
+from diffusers_far.commands.app.ui import AppParts, serve  # noqa: E402
+from diffusers_far.commands.inputs import load_pipeline  # noqa: E402
 
 
 def main() -> None:
     model_name = os.environ.get("FAR_MODEL", str(CHECKPOINTS / "far-maze"))
     dataset_name = os.environ.get("FAR_DATASET", "" if "FAR_MODEL" in os.environ else str(EXAMPLES / "mazes"))
     allowed_hosts = hosts_of_a_space(os.environ.get("SPACE_HOST")) + os.environ.get("FAR_ALLOWED_HOSTS", "").split()
-    pipe = FARPipeline.from_pretrained(model_name).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    model, limits = WorldModel(pipe), WorldLimits()
+    model, limits = WorldModel(load_pipeline(model_name)), WorldLimits()
     walks = None
     if dataset_name:
         walks = RecordedWalks(dataset_name, model.size, limits, num_actions=len(model.action_names))

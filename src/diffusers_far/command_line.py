@@ -1,11 +1,16 @@
-"""What the scripts share on the command line: help with defaults, a log that stays readable, progress, one process."""
+"""What scripts and commands share on the command line: help with defaults, types of arguments that say in one line what they
+take, a log that stays readable, progress, one process."""
 
 import argparse
 import copy
+import json
 import logging
+import math
 import os
+import re
 import sys
 import time
+from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
@@ -29,6 +34,50 @@ class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
             if "default:" not in text.lower():
                 action.help = f"{text} (default: %(default)s)".strip()
         super().add_argument(action)
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argument type: an integer from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """An argument type: a number from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+class HeightAndWidth(argparse.Action):
+    """For a flag `--size`: height and width, or one number for both, become a pair."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**({"help": "Height and width, or one for both: crop and resize."} | options))
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if len(values) > 2:
+            parser.error(f"{option_string} has {len(values)} numbers; give height and width, or one for both.")
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+def shown(value: object, max_length: int = 60) -> str:
+    """A value as it appears in a message: quoted, on one line, not too long."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return repr(text if len(text) <= max_length else text[:max_length] + "...")
 
 
 def set_up_logging(script: str) -> None:

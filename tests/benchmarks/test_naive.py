@@ -1,5 +1,8 @@
 """The naive reference is equal in result, and works as wastefully as it says."""
 
+import re
+from pkgutil import resolve_name
+
 import pytest
 import torch
 from tiny_models import predict, predict_cached, random_clip, tiny_transformer
@@ -93,3 +96,11 @@ def test_every_step_rotates_all_keys_in_every_layer_and_masks_all_tokens(monkeyp
     plan = model.context_plan(7, 4, 8)
     assert rotated == [plan.tokens_per_short_frame, plan.num_tokens] * 2
     assert masked == [plan.num_tokens]
+
+
+def test_its_head_names_rooms_that_exist():
+    names = re.findall(r"`([a-z_]+\.[a-z_]+\.[A-Za-z_]+)`", naive_module.__doc__)
+    assert len(names) > 6
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(resolve_name(f"diffusers_far.{module}"), attribute), name

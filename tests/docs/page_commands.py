@@ -1,7 +1,7 @@
 """The commands of a block of shell, found without running them, and whether each would be accepted.
 
 A block is given to bash with nothing on its path but programs that write down how they were called, so that loops, variables
-and quotes mean what they mean. Then each call is checked: scripts by their own `parse_args`, make by its targets, pip by the
+and quotes mean what they mean. Then each call is checked: scripts and commands by their own parsers, make by its targets, pip by the
 package's extras.
 """
 
@@ -20,6 +20,8 @@ from unittest.mock import patch
 
 from accelerate.commands.launch import launch_command_parser
 from docs_site.pages import CodeBlock
+
+from diffusers_far.commands.arguments import PARSERS
 
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,13 @@ def check_accelerate(arguments: list[str]) -> None:
     accept(load_script(launch.training_script), launch.training_script_args)
 
 
+def check_far(arguments: list[str]) -> None:
+    try:
+        PARSERS[arguments[0]](arguments[1:], "far")
+    except (SystemExit, ValueError) as error:
+        raise AssertionError(f"far refuses {arguments}: {error}") from error
+
+
 def check_make(targets: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
@@ -94,6 +103,7 @@ def check_bash(arguments: list[str]) -> None:
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "accelerate": check_accelerate,
+    "far": check_far,
     "make": check_make,
     "pip": check_pip,
     "bash": check_bash,

@@ -35,10 +35,19 @@ def python_of(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The program that an installation puts beside Python, of this checkout whatever is installed.
+FAR = 'far() { python -m diffusers_far.commands "$@"; }\n'
+
+
 def run_shell(block: CodeBlock, folder: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        ["bash", "-e", "-c", block.code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-e", "-c", FAR + block.code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
 

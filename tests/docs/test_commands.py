@@ -42,6 +42,7 @@ def test_loops_and_quotes_mean_what_they_mean(tmp_path):
         "python examples/generate.py --no_such_flag 1",
         "python examples/no_such_script.py",
         "accelerate launch examples/train_far.py --latents_dir latents",
+        "far generate --no_such_flag 1",
         "make no_such_target",
         'pip install -e ".[no_such_extra]"',
     ],

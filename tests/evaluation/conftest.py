@@ -10,8 +10,7 @@ from tiny_models import tiny_taesd, tiny_transformer
 
 from diffusers_far.evaluation.protocols import McvdProtocol
 from diffusers_far.evaluation.results import ResultFolder
-from diffusers_far.evaluation.rollouts import MetricNetworks, run_cases
-from diffusers_far.evaluation.videos import TrueVideos
+from diffusers_far.evaluation.rollouts import MetricNetworks, TrueVideos, run_cases
 
 
 NUM_VIDEOS, NUM_FRAMES, SIDE = 3, 8, 16

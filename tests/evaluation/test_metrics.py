@@ -11,6 +11,8 @@ from diffusers_far.evaluation.metrics import (
     frame_psnr,
     frame_ssim,
     mean_where,
+    revisited_and_unseen,
+    revisits_by_age,
     seen_before,
 )
 
@@ -77,6 +79,23 @@ def test_a_view_is_seen_again_after_a_turn_all_the_way_round():
     assert not seen_before(
         pose, slice(0, 3), slice(6, 8)
     ).any()  # frame 3, which frame 7 looks like, is not remembered
+
+
+def test_a_revisit_is_one_definition_whether_long_ago_is_told_by_age_or_by_place():
+    """Two walks of 12 frames among four places; ages are counted one by one."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        places = torch.randint(4, (12,), generator=generator)
+        pose = torch.stack([1000.0 * places, torch.zeros(12), torch.zeros(12)], dim=1)
+        revisited, unseen = revisits_by_age(pose, slice(4, 12), min_revisit_age=5, max_recent_age=1)
+        for frame in range(4, 12):
+            ages = [frame - other for other in range(frame) if places[other] == places[frame]]
+            long_ago, since = any(age >= 5 for age in ages), any(1 < age < 5 for age in ages)
+            assert revisited[frame - 4].item() == (long_ago and not since)
+            assert unseen[frame - 4].item() == (not long_ago and not since)
+        by_place = (seen_before(pose, part, slice(11, 12)) for part in (slice(0, 7), slice(7, 10)))
+        by_age = revisits_by_age(pose, slice(11, 12), min_revisit_age=5, max_recent_age=1)
+        assert [mask.item() for mask in revisited_and_unseen(*by_place)] == [mask.item() for mask in by_age]
 
 
 def test_near_means_within_distance_and_angle_whichever_way_round():

@@ -6,7 +6,7 @@ from tiny_models import tiny_pipeline, tiny_transformer
 from diffusers_far.data.clips import Clip
 from diffusers_far.evaluation.metrics import frame_psnr
 from diffusers_far.evaluation.protocols import LatteProtocol, TecoProtocol
-from diffusers_far.evaluation.rollouts import MetricNetworks, run_cases
+from diffusers_far.evaluation.rollouts import MetricNetworks, run_cases, view_masks
 
 
 def read_all(folder, protocol) -> dict[str, torch.Tensor]:
@@ -81,18 +81,22 @@ def test_the_true_frames_have_perfect_scores_and_the_repeated_frame_has_its_own(
             assert torch.equal(result["true_image_features"], result["image_features"])
 
 
-def test_views_are_revisited_after_a_while_and_unseen_where_only_the_last_frames_came_near(
+def test_views_are_revisited_if_seen_long_ago_and_not_since_and_unseen_where_only_the_last_frames_came_near(
     truth_pipeline, dataset, protocol, networks, evaluate
 ):
-    """A turn of 20 degrees a frame never comes near an earlier heading; a walker that stands still always does."""
+    """A turn of 20 degrees a frame never comes near an earlier heading; told that 60 degrees are near, it does at once."""
     case = protocol.cases()[0]
     turning = evaluate(truth_pipeline, protocol, folder="turning").read(case)
     assert not turning["revisited"].any() and turning["unseen"].all()
     wide = type(protocol)(**(vars(protocol) | {"max_turn": 60.0}))
     looking_around = evaluate(truth_pipeline, wide, folder="wide").read(case)
-    # Frame 2 is the first predicted one: of the frames near to frame t, t - 3 is the oldest, if it exists.
-    assert looking_around["revisited"].tolist() == [False, True, True, True, True]
-    assert not looking_around["unseen"].any()
+    # Frames t - 3 to t - 1 are near to frame t: what was seen long ago was seen since, two frames ago.
+    assert not looking_around["revisited"].any() and not looking_around["unseen"].any()
+    there_and_back = torch.tensor([[0.0, 0, 0], [100, 0, 0], [200, 0, 0], [0, 0, 0], [0, 0, 0], [100, 0, 0]])
+    masks = view_masks(there_and_back, 2, protocol)
+    # Frame 4 sees what frame 3 did, which led there, and frame 0.
+    assert masks["revisited"].tolist() == [False, True, True, True]
+    assert masks["unseen"].tolist() == [True, False, False, False]
 
 
 def test_conditions_reach_the_pipeline_as_the_model_takes_them(fake_pipeline, noise_pipeline, dataset, evaluate):

@@ -7,7 +7,7 @@ from datasets import Dataset, Video
 from video_files import frame_numbers, gray_frames, write_video
 
 from diffusers_far.evaluation.protocols import LatteProtocol, McvdProtocol
-from diffusers_far.evaluation.videos import TrueVideos
+from diffusers_far.evaluation.rollouts import TrueVideos
 
 
 def conditions(**given) -> SimpleNamespace:

@@ -28,8 +28,8 @@ START_TIME = 300  # seconds at most
 WHERE = """
 import runpy
 runpy.run_path("app.py", run_name="imported")
-import app_world, diffusers_far
-print(app_world.__file__, diffusers_far.__file__)
+import diffusers_far.commands.app
+print(diffusers_far.__file__, diffusers_far.commands.app.__file__)
 """
 
 
@@ -78,7 +78,7 @@ def wait_for_address(process: subprocess.Popen, log: Path) -> str:
 def test_the_space_holds_no_link_and_nothing_compiled(space):
     assert not [path for path in space.rglob("*") if path.is_symlink() or path.name == "__pycache__"]
     assert {path.name for path in space.iterdir()} == {
-        "README.md", "app.py", "app_world", "diffusers_far", "far-maze", "mazes", "requirements.txt"
+        "README.md", "app.py", "diffusers_far", "far-maze", "mazes", "requirements.txt"
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A wrong argument is answered before a script imports what takes seconds."""
+"""A wrong argument is answered before a script or a command imports what takes seconds."""
 
 import subprocess
 import sys
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_far.commands.arguments import PARSERS
+
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     path.relative_to(ROOT)
     for folder in ("examples", "scripts")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if "def parse_args" in path.read_text()
+    if "parse_args" in path.read_text()
 ]
 SLOW = {"torch", "diffusers", "accelerate", "peft", "datasets", "gradio"}  # transformers makes flags of settings
 RUN = f"""
@@ -26,9 +28,20 @@ except SystemExit as stop:
 """
 
 
-def call(script: Path, *arguments: str) -> tuple[str, str]:
+FAR = f"""
+import sys
+from diffusers_far.commands import main
+sys.argv = sys.argv[1:]
+try:
+    main()
+except SystemExit as stop:
+    print("ended with", stop.code, "after importing", sorted({SLOW} & set(sys.modules)))
+"""
+
+
+def call(script: Path, *arguments: str, code: str = RUN) -> tuple[str, str]:
     """The last line that a script prints, and what it says on stderr."""
-    result = subprocess.run([sys.executable, "-c", RUN, script, *arguments], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code, script, *arguments], cwd=ROOT, capture_output=True, text=True)
     return result.stdout.splitlines()[-1], result.stderr
 
 
@@ -41,7 +54,23 @@ def test_an_unknown_flag_is_refused_before_anything_slow_is_imported(script):
 
 def test_every_script_with_flags_is_among_them():
     names = {path.name for folder in ("examples", "scripts") for path in (ROOT / folder).glob("*.py")}
-    assert names - {path.name for path in SCRIPTS} == {"argument_types.py"}
+    assert names == {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (("--help",), 0, ""),
+        ((), 2, "the following arguments are required: COMMAND"),
+        (("paint",), 2, "invalid choice: 'paint'"),
+        *[((command, "--help"), 0, "") for command in PARSERS],
+        *[((command, "--no_such_flag"), 2, "error: ") for command in PARSERS],
+    ],
+)
+def test_far_answers_help_and_wrong_arguments_before_anything_slow_is_imported(arguments, code, said):
+    end, message = call("far", *arguments, code=FAR)
+    assert end == f"ended with {code} after importing []"
+    assert said in message and message.count("\n") == (1 if code else 0)
 
 
 @pytest.mark.parametrize(

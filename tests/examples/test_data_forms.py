@@ -12,6 +12,8 @@ import pytest
 from tiny_models import tiny_dc
 from video_files import write_video
 
+from diffusers_far.commands.arguments import parse_prepare as parse_args
+from diffusers_far.commands.prepare import main
 from diffusers_far.data.loading import load_split
 from diffusers_far.data.video import count_frames, read_video
 
@@ -19,10 +21,6 @@ from diffusers_far.data.video import count_frames, read_video
 pytestmark = pytest.mark.full
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from prepare_dataset import main, parse_args  # noqa: E402
-
 
 TRANSFORMER = {
     "in_channels": 4,

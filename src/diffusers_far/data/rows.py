@@ -20,7 +20,7 @@ class BadExampleError(ValueError):
     """One trajectory cannot be used. The message names its file; a run may skip it and go on with the others."""
 
 
-SOURCE_COLUMN = "source"  # what prepare_dataset.py calls the name that a trajectory had in its source
+SOURCE_COLUMN = "source"  # what `far prepare` calls the name that a trajectory had in its source
 
 
 def row_name(row: int, source: object | None) -> str:

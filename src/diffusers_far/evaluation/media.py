@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +77,17 @@ def check_output(path: str | Path, fps: float, *, overwrite: bool = False) -> No
     Raises:
         ValueError: An unknown suffix, a folder that is missing, something that is there already, or a gif too fast for
             its format.
+        ModuleNotFoundError: PyAV is not there to write an mp4.
     """
     path = Path(path)
     if path.suffix.lower() not in (*WRITTEN_SUFFIXES, "") or path.name.lower() in WRITTEN_SUFFIXES:
         raise ValueError(
             f"`output` is {str(path)!r}; end it in {', '.join(WRITTEN_SUFFIXES)}, or in no suffix for a folder of PNG "
             "frames."
+        )
+    if path.suffix.lower() == ".mp4" and find_spec("av") is None:
+        raise ModuleNotFoundError(
+            f"`output` is {str(path)!r}, and PyAV, which writes mp4, is not installed.", name="av"
         )
     parent = path.absolute().parent
     if path.name in ("", ".", "..") or not os.path.isdir(parent):

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from .protocols import MAX_DISTANCE, MAX_RECENT_AGE, MAX_TURN, MIN_REVISIT_AGE
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -136,7 +138,7 @@ def frame_lpips(lpips: torch.nn.Module, predicted: torch.Tensor, target: torch.T
     """Perceptual distance of every frame.
 
     Args:
-        lpips ([`~diffusers_far.models.lpips.LPIPS`]): From images in [-1, 1] to one distance each; on any device.
+        lpips ([`~diffusers_far.evaluation.networks.LPIPS`]): From images in [-1, 1] to one distance each; on any device.
         predicted, target (`torch.Tensor` of shape `(B, F, 3, h, w)`): In [0, 1].
 
     Returns:
@@ -187,9 +189,10 @@ def seen_before(
     memory: slice,
     frames: slice,
     *,
-    max_distance: float = 40.0,
-    max_turn: float = 15.0,
+    max_distance: float = MAX_DISTANCE,
+    max_turn: float = MAX_TURN,
     min_age: int = 1,
+    max_age: int | None = None,
 ) -> torch.Tensor:
     """Whether the view of each frame was seen in a stretch of memory: near in place and heading.
 
@@ -199,7 +202,7 @@ def seen_before(
         frames (`slice`): Frames that are asked about.
         max_distance (`float`): In units of the position.
         max_turn (`float`): In degrees, whichever way round.
-        min_age (`int`): Only what was seen at least so many frames before the frame asked about counts.
+        min_age (`int`), max_age (`int`, *optional*): Only what was seen so many frames before the frame asked about counts.
 
     Returns:
         `torch.Tensor` of shape `(number of frames asked about,)`, bool.
@@ -209,9 +212,54 @@ def seen_before(
     turn = ((now[..., 2] - then[..., 2] + 180) % 360 - 180).abs()
     frame_index = torch.arange(len(pose))
     age = frame_index[frames][:, None] - frame_index[memory][None]
-    return ((distance <= max_distance) & (turn <= max_turn) & (age >= min_age)).any(dim=1)
+    counts = (age >= min_age) & (age <= (len(pose) if max_age is None else max_age))
+    return ((distance <= max_distance) & (turn <= max_turn) & counts).any(dim=1)
+
+
+def revisited_and_unseen(seen_long_ago: torch.Tensor, seen_since: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a revisit is: a view that was seen long ago and not since. A view that was seen at neither time is unseen; one that
+    was seen since is neither. Masks of one shape, bool."""
+    return seen_long_ago & ~seen_since, ~seen_long_ago & ~seen_since
+
+
+def revisits_by_age(
+    pose: torch.Tensor,
+    frames: slice,
+    *,
+    min_revisit_age: int = MIN_REVISIT_AGE,
+    max_recent_age: int = MAX_RECENT_AGE,
+    max_distance: float = MAX_DISTANCE,
+    max_turn: float = MAX_TURN,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which frames revisit a view, and which show one that was never seen, where long ago is told by age.
+
+    Args:
+        pose (`torch.Tensor` of shape `(F, 3)`): Of everything that may be remembered; see [`seen_before`].
+        frames (`slice`): Frames that are asked about.
+        min_revisit_age (`int`): Seen at least so many frames before is long ago.
+        max_recent_age (`int`): The last so many frames led to the view, and do not count.
+
+    Returns:
+        Two `torch.Tensor` of shape `(number of frames asked about,)`, bool: see [`revisited_and_unseen`].
+    """
+    everything, near = slice(0, len(pose)), {"max_distance": max_distance, "max_turn": max_turn}
+    long_ago = seen_before(pose, everything, frames, **near, min_age=min_revisit_age)
+    since = seen_before(pose, everything, frames, **near, min_age=max_recent_age + 1, max_age=min_revisit_age - 1)
+    return revisited_and_unseen(long_ago, since)
 
 
 def mean_where(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
     """Mean over the masked frames of each walk, NaN where a walk has none: (B, F), (B, F) -> (B,)."""
     return (values.double().masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)).numpy()
+
+
+def scores_by_view(psnr: torch.Tensor, gain: torch.Tensor, masks: dict[str, torch.Tensor]) -> dict:
+    """PSNR and its gain over repeating the last frame on the frames of each mask, ready for JSON; all are `(B, F)`."""
+    return {
+        view: {
+            "share_of_frames": mask.double().mean().item(),
+            "psnr": Estimate.of(mean_where(psnr, mask)).to_json(),
+            "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
+        }
+        for view, mask in masks.items()
+    }

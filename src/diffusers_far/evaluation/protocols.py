@@ -17,6 +17,13 @@ if TYPE_CHECKING:  # a script reads its arguments before it imports what takes s
     from ..pipelines import FARPipeline
 
 
+# When two views are the same one, and when one comes again; see `metrics.revisited_and_unseen`.
+MAX_DISTANCE = 40.0  # in units of `pose`
+MAX_TURN = 15.0  # in degrees
+MIN_REVISIT_AGE = 32  # in frames
+MAX_RECENT_AGE = 10  # in frames
+
+
 @dataclass(frozen=True)
 class Task:
     """One length of rollouts and what they are compared by.
@@ -143,10 +150,15 @@ class ContinuationProtocol(RolloutProtocol):
     """Continues true videos. Where the dataset knows poses, PSNR is given on revisited and on unseen views too."""
 
     first_context_frame: int = setting(0, "First frame of the context.")
-    max_distance: float = setting(40.0, "Views are near within this distance, in units of `pose`,")
-    max_turn: float = setting(15.0, "and this angle, in degrees.")
-    min_revisit_age: int = setting(50, "Revisited: a near view was seen at least so many frames before.")
-    max_recent_age: int = setting(10, "Unseen: no near view was seen but in the last so many frames, which led there.")
+    max_distance: float = setting(MAX_DISTANCE, "Views are near within this distance, in units of `pose`,")
+    max_turn: float = setting(MAX_TURN, "and this angle, in degrees.")
+    min_revisit_age: int = setting(
+        MIN_REVISIT_AGE, "Revisited: a near view was seen at least so many frames before, and none since."
+    )
+    max_recent_age: int = setting(
+        MAX_RECENT_AGE,
+        "The last so many frames led there and do not count; unseen: no near view was seen before them.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,8 +274,8 @@ class WorldModelProtocol:
         "Two actions that mirror each other, to see whether the model follows actions. By default those that the pipeline "
         "names left and right; where there are none, this is not measured.",
     )
-    max_distance: float = setting(40.0, "Views are the same within this distance, in units of `pose`,")
-    max_turn: float = setting(15.0, "and this angle, in degrees.")
+    max_distance: float = setting(MAX_DISTANCE, "Views are the same within this distance, in units of `pose`,")
+    max_turn: float = setting(MAX_TURN, "and this angle, in degrees.")
     min_repeated_psnr: float = setting(
         40.0,
         "A frame is unchanged where the last frame of the context, repeated, has so many dB; the others are scored by "

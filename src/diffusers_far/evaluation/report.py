@@ -3,13 +3,12 @@
 V videos, S seeds, T trajectories, F frames.
 """
 
-import math
 from dataclasses import asdict
 
 import torch
 from PIL import Image
 
-from .metrics import Estimate, Gaussian, best_trajectory, frechet_distance, mean_where
+from .metrics import Estimate, Gaussian, best_trajectory, frechet_distance, scores_by_view
 from .protocols import Case, ContinuationProtocol, RolloutProtocol, Task
 from .results import ResultFolder
 from .rollouts import MetricNetworks
@@ -75,26 +74,16 @@ def summarize_frames(protocol: RolloutProtocol, task: Task, networks: MetricNetw
             "mean": scores.mean(dim=(0, 2)),
             "repeated": stacked(f"repeated_{metric}", first_only=True).mean(dim=0),
         }  # each (V, F)
-        figures[metric] = {name: estimate(values.mean(dim=1)) for name, values in by_kind.items()}
+        figures[metric] = {name: Estimate.of(values.mean(dim=1)).to_json() for name, values in by_kind.items()}
         figures[metric]["by_horizon"] = {
-            name: [estimate(values[:, frame]) for frame in range(task.num_frames)] for name, values in by_kind.items()
+            name: [Estimate.of(values[:, frame]).to_json() for frame in range(task.num_frames)]
+            for name, values in by_kind.items()
         }
         if metric == "psnr" and "revisited" in results[protocol.seeds[0], 0][0]:
             masks = {view: stacked(view, first_only=True)[0] for view in ("revisited", "unseen")}
-            figures["views"] = summarize_views(by_kind["best"], by_kind["repeated"], masks)
+            gain = by_kind["best"] - by_kind["repeated"]
+            figures["views"] = scores_by_view(by_kind["best"], gain, masks)
     return figures
-
-
-def summarize_views(predicted: torch.Tensor, repeated: torch.Tensor, masks: dict[str, torch.Tensor]) -> dict:
-    """PSNR on the frames of each mask, and its gain over repeating the last frame; all (V, F)."""
-    return {
-        view: {
-            "share_of_frames": mask.double().mean().item(),
-            "psnr": estimate(mean_where(predicted, mask)),
-            "gain_over_repeating": estimate(mean_where(predicted - repeated, mask)),
-        }
-        for view, mask in masks.items()
-    }
 
 
 def summarize_distributions(
@@ -132,12 +121,6 @@ def summarize_distributions(
             "num_features": len(truth.mean),
         }
     return figures
-
-
-def estimate(values) -> dict:
-    """An [`Estimate`] over videos, ready for JSON: `None` where a number is not defined."""
-    figures = asdict(Estimate.of(values))
-    return {name: None if math.isnan(value) else value for name, value in figures.items()}
 
 
 def markdown_table(scores: dict, protocol: RolloutProtocol, model: str, dataset: str) -> str:

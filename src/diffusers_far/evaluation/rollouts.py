@@ -1,4 +1,4 @@
-"""Running the cases of a protocol: roll out, measure, keep.
+"""Running the cases of a protocol: read the true video, roll out, measure, keep.
 
 B cases, F frames; h/w pixels. Videos are (B, F, 3, h, w) in [0, 1].
 """
@@ -7,20 +7,85 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
 
 from ..data.clips import Clip, evenly_spaced
+from ..data.video_clips import VideoClips
 from ..pipelines import FARPipeline
 from .media import contact_sheet, write_mp4
-from .metrics import frame_lpips, frame_psnr, frame_ssim, seen_before
+from .metrics import frame_lpips, frame_psnr, frame_ssim, revisits_by_age
 from .networks import LPIPS, EfficientNetLite0
-from .protocols import Case, ContinuationProtocol, RolloutProtocol, Task
+from .protocols import Case, ContinuationProtocol, LatteProtocol, RolloutProtocol, Task
 from .results import ResultFolder
-from .videos import TrueVideos
 
 
 SHEET_FRAMES = 10  # of a sample, on the contact sheet
 SMALL_SIDE = 128  # frames below are shown enlarged
+
+
+class TrueVideos:
+    """The clips that a protocol asks for, by number.
+
+    Args:
+        dataset (`datasets.Dataset`): A row per video: `video` (images or a file), and `actions`, `label` and `pose` where
+            they exist.
+        protocol ([`RolloutProtocol`]): How many, how long, where they start.
+        transformer_config: Which conditions the model takes.
+
+    Attributes:
+        rows (`list[int]`): The row of each video.
+        num_too_short (`int`): Rows that are not long enough.
+
+    Raises:
+        ValueError: Too few videos that are long enough, or a column that the model needs is missing.
+    """
+
+    def __init__(self, dataset: Dataset, protocol: RolloutProtocol, transformer_config) -> None:
+        self.protocol = protocol
+        self.needs_actions = transformer_config.num_actions is not None or transformer_config.action_dim is not None
+        self.needs_label = transformer_config.num_classes is not None and getattr(protocol, "condition", "") != "free"
+        check_conditions(dataset, protocol, self.needs_actions, self.needs_label, transformer_config)
+        conditions = {"actions": self.needs_actions, "label": self.needs_label, "pose": True}
+        self.clips = VideoClips(dataset, conditions=[name for name, is_needed in conditions.items() if is_needed])
+        usable = np.flatnonzero(self.clips.num_frames >= protocol.num_frames_needed)
+        self.num_too_short = len(self.clips.num_frames) - len(usable)
+        if len(usable) < protocol.num_videos:
+            raise ValueError(
+                f"`num_videos` is {protocol.num_videos}, but {len(usable)} of {len(dataset)} videos have the "
+                f"{protocol.num_frames_needed} frames that this protocol needs; lower it, or the numbers of frames."
+            )
+        self.rows = usable[evenly_spaced(len(usable), protocol.num_videos)].tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def clip(self, video: int, num_frames: int) -> Clip:
+        """The first `num_frames` frames of a video's clip, with the conditions that the model takes, and poses."""
+        row = self.rows[video]
+        start = self.protocol.first_frame(video, int(self.clips.num_frames[row]))
+        return self.clips.clip(row, start, num_frames, self.protocol.frame_interval)
+
+
+def check_conditions(
+    dataset: Dataset, protocol: RolloutProtocol, needs_actions: bool, needs_label: bool, transformer_config
+) -> None:
+    """Refuse a dataset without the columns that the model takes, or a protocol that the model cannot follow."""
+    for column, is_needed in (("actions", needs_actions), ("label", needs_label)):
+        if is_needed and column not in dataset.column_names:
+            raise ValueError(
+                f"The model takes {column}, but the dataset has the columns {dataset.column_names}; name one with "
+                f"`{column}`."
+            )
+    if needs_actions and protocol.frame_interval > 1:
+        raise ValueError(
+            f"`frame_interval` is {protocol.frame_interval}, and the actions between two frames would be lost; prepare "
+            "the dataset with `far prepare --frame_interval ... --combine_actions ...`, and leave it at 1 here."
+        )
+    is_under_classes = isinstance(protocol, LatteProtocol) and protocol.condition == "class"
+    if is_under_classes and transformer_config.num_classes is None:
+        raise ValueError("`condition` is 'class', but this model knows no classes; pass `--condition free`.")
 
 
 @dataclass(frozen=True)
@@ -160,21 +225,12 @@ def frame_scores(predicted: torch.Tensor, truth: torch.Tensor, networks: MetricN
 
 
 def view_masks(pose: torch.Tensor, num_context_frames: int, protocol: ContinuationProtocol) -> dict[str, torch.Tensor]:
-    """Which of the predicted frames show a view that is revisited, and which one that was never seen; the others were
-    seen a while ago, but not long enough to count. Counted from the first frame of the context on."""
-    frames = slice(num_context_frames, len(pose))
-
-    def seen(min_age: int) -> torch.Tensor:
-        return seen_before(
-            pose,
-            slice(0, len(pose)),
-            frames,
-            max_distance=protocol.max_distance,
-            max_turn=protocol.max_turn,
-            min_age=min_age,
-        )
-
-    return {"revisited": seen(protocol.min_revisit_age), "unseen": ~seen(protocol.max_recent_age + 1)}
+    """Which of the predicted frames revisit a view, and which show one that was never seen, counted from the first frame of
+    the context on; see [`revisits_by_age`]."""
+    names = ("min_revisit_age", "max_recent_age", "max_distance", "max_turn")
+    settings = {name: getattr(protocol, name) for name in names}
+    revisited, unseen = revisits_by_age(pose, slice(num_context_frames, len(pose)), **settings)
+    return {"revisited": revisited, "unseen": unseen}
 
 
 @torch.no_grad()

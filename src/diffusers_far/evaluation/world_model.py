@@ -17,7 +17,15 @@ from ..data.clips import ClipBatch
 from ..data.video_clips import VideoClips
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
-from .metrics import Estimate, frame_psnr, gradient_magnitude, mean_where, seen_before
+from .metrics import (
+    Estimate,
+    frame_psnr,
+    gradient_magnitude,
+    mean_where,
+    revisited_and_unseen,
+    scores_by_view,
+    seen_before,
+)
 from .protocols import WorldModelProtocol
 
 
@@ -186,14 +194,7 @@ def score_walks(predictions: Predictions, walks: ClipBatch, protocol: WorldModel
         scores["follows_actions"] = Estimate.of(follows).to_json()
     if walks.pose is not None:
         seen = _seen_views(walks, protocol, slice(0, num_context))
-        scores["by_view"] = {
-            name: {
-                "share_of_frames": mask.double().mean().item(),
-                "psnr": Estimate.of(mean_where(psnr["predicted"], mask)).to_json(),
-                "gain_over_repeating": Estimate.of(mean_where(gain, mask)).to_json(),
-            }
-            for name, mask in (("seen", seen), ("unseen", ~seen))
-        }
+        scores["by_view"] = scores_by_view(psnr["predicted"], gain, {"seen": seen, "unseen": ~seen})
     if predictions.forgetful is not None:
         gain = psnr["predicted"] - frame_psnr(predictions.forgetful, predictions.truth)
         scores["memory"] = memory_scores(gain, walks, protocol)
@@ -221,16 +222,17 @@ def _seen_views(walks: ClipBatch, protocol: WorldModelProtocol, memory: slice) -
 
 def memory_scores(gain: torch.Tensor, walks: ClipBatch, protocol: WorldModelProtocol) -> dict:
     """What the whole context is better by than its recent frames, `gain` `(B, num_frames)` in dB of PSNR: a model that remembers
-    is better on views that it was shown before the recent frames and not since (`remembered`), and no better on those that
-    it never was (`unseen`)."""
+    is better on views that it was shown before the recent frames and not since (`remembered`: a revisit, long ago being
+    told by place), and no better on those that it never was (`unseen`)."""
     num_context = protocol.num_context_frames
     first_recent = num_context - protocol.num_recent_frames
     shown_early, shown_late = (
         _seen_views(walks, protocol, memory) for memory in (slice(0, first_recent), slice(first_recent, num_context))
     )
+    remembered, unseen = revisited_and_unseen(shown_early, shown_late)
     return {
         name: {"share_of_frames": mask.double().mean().item(), "gain": Estimate.of(mean_where(gain, mask)).to_json()}
-        for name, mask in (("remembered", shown_early & ~shown_late), ("unseen", ~shown_early & ~shown_late))
+        for name, mask in (("remembered", remembered), ("unseen", unseen))
     }
 
 

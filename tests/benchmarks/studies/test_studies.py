@@ -23,6 +23,7 @@ from benchmarks.studies.scripts import load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
 from benchmarks.studies.study import Study, StudyPart
 from benchmarks.studies.training import TrainingRun
+from diffusers_far.commands import main as far
 from diffusers_far.data.latents import LatentDataset
 from diffusers_far.training import run as training_run
 
@@ -274,11 +275,10 @@ def test_evaluate_takes_the_folder_of_a_video_dit(data, workplace):
     }
     study = small_study(workplace / "evaluated", data, **overrides)
     study.run()
-    script = load_script("evaluate")
     frames = ["--num_context_frames", "2", "--num_frames", "2", "--num_videos", "2", "--num_trajectories", "1"]
     what = ["--model", str(study.training_run("video_dit", 0).model_dir), "--dataset_name", str(data.mazes)]
     output = workplace / "scores"
     steps = ["--num_inference_steps", "2", "--output", str(output)]
-    script.main(script.parse_args(["--protocol", "mcvd", *what, *frames, *steps]))
+    assert far(["evaluate", "--protocol", "mcvd", *what, *frames, *steps]) == 0
     scores = json.loads((output / "scores.json").read_text())
     assert 0 < scores["tasks"]["prediction"]["psnr"]["best"]["mean"] < 100

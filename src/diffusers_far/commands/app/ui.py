@@ -10,9 +10,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from diffusers_far.data.media_files import MEDIA_SUFFIXES
-from diffusers_far.evaluation.media import write_frames
-
+from ...data.media_files import MEDIA_SUFFIXES
+from ...evaluation.media import write_frames
 from .door import guards, keep_within
 from .settings import Settings, WorldError, WorldLimits
 from .starts import NOOP_NAMES, RecordedWalks, uploaded_start

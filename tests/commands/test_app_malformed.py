@@ -1,6 +1,5 @@
 """Whatever a visitor sends that the app cannot use, they read why, and their walk is as it was; no browser is needed."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +17,10 @@ from written_paths import watched_writes
 
 gradio = pytest.importorskip("gradio")
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import app  # noqa: E402
-from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.ui import AppParts, Handlers  # noqa: E402
+from diffusers_far.commands.app import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
+from diffusers_far.commands.app.ui import AppParts, Handlers  # noqa: E402
+from diffusers_far.commands.arguments import parse_play  # noqa: E402
+from diffusers_far.commands.play import main  # noqa: E402
 
 
 NAMES = ["forward", "left", "right"]
@@ -108,9 +106,9 @@ def test_more_than_a_hundred_malformed_inputs_are_tried():
     "wrong",
     ["--port 0", "--port 65536", "--port -1", "--port http", "--max_visitors 0", "--max_visitors many", "--share"],
 )
-def test_calls_of_the_script_that_are_wrong_are_refused(capsys, wrong):
+def test_calls_of_the_command_that_are_wrong_are_refused(capsys, wrong):
     with pytest.raises(SystemExit) as end:
-        app.parse_args(wrong.split())
+        parse_play(["--model", "m", *wrong.split()])
     message = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and "error" in message and wrong.split()[0] in message
 
@@ -118,7 +116,7 @@ def test_calls_of_the_script_that_are_wrong_are_refused(capsys, wrong):
 @pytest.mark.parametrize("model", ["./nowhere", "/etc", "/dev/null"])
 def test_a_model_that_is_not_there_is_named(model):
     with pytest.raises(ValueError, match="no pipeline's folder"):
-        app.main(app.parse_args(["--model", model]))
+        main(parse_play(["--model", model]))
 
 
 @pytest.mark.parametrize("fault", MALFORMED_MEDIA)

@@ -1,4 +1,4 @@
-"""Whatever `generate.py` is given that it cannot use, it answers with one readable line; nothing is lost or written."""
+"""Whatever `far generate` is given that it cannot use, it answers with one readable line; nothing is lost or written."""
 
 import json
 import os

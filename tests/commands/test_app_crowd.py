@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,19 +21,20 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_pipeline, tiny_transformer
 from video_files import gray_frames
 
+from benchmarks.studies.scripts import load_script
+
 
 pytest.importorskip("gradio")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import app  # noqa: E402
-from app_world import RecordedWalks, World, WorldError, WorldLimits, WorldModel  # noqa: E402
-from app_world.door import API, MAX_CALL_BYTES, guards, hosts_of_a_space, keep_within  # noqa: E402
-from app_world.ui import AppParts, Handlers, action_keys, serve  # noqa: E402
-from app_world.visitors import Turns, VisitorStore  # noqa: E402
-
+from diffusers_far.commands.app import RecordedWalks, World, WorldError, WorldLimits, WorldModel  # noqa: E402
+from diffusers_far.commands.app.door import API, MAX_CALL_BYTES, guards, hosts_of_a_space, keep_within  # noqa: E402
+from diffusers_far.commands.app.ui import AppParts, Handlers, action_keys, serve  # noqa: E402
+from diffusers_far.commands.app.visitors import Turns, VisitorStore  # noqa: E402
+from diffusers_far.commands.arguments import parse_play  # noqa: E402
 from diffusers_far.data.media_files import MediaLimits  # noqa: E402
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 SETTINGS = (1, 1.0, 0.0, "exact", 0)
@@ -155,8 +155,8 @@ def test_a_long_upload_and_a_long_mp4_keep_nobody_from_stepping(monkeypatch, tmp
         assert goes_on.wait(60)
         raise WorldError("read")
 
-    monkeypatch.setattr("app_world.ui.uploaded_start", take_long)
-    monkeypatch.setattr("app_world.ui.write_frames", take_long)
+    monkeypatch.setattr("diffusers_far.commands.app.ui.uploaded_start", take_long)
+    monkeypatch.setattr("diffusers_far.commands.app.ui.write_frames", take_long)
     for call in (lambda: handlers.begin_uploaded(ann, "clip.mp4", 3, *SETTINGS), lambda: handlers.save(ann)):
         is_long.clear()
         goes_on.clear()
@@ -218,18 +218,18 @@ def test_hosts_can_be_allowed_by_name(tmp_path):
     client = behind_the_door(WorldLimits(), tmp_path, ["me-maze.hf.space", "*.example.org"])
     hosts = {"me-maze.hf.space": 200, "a.example.org": 200, "other.hf.space": 400, "localhost": 200}
     assert {host: client.get("/", headers={"host": host}).status_code for host in hosts} == hosts
-    assert app.parse_args(["--allowed_hosts", "a.b", "c.d"]).allowed_hosts == ["a.b", "c.d"]
+    assert parse_play(["--model", "m", "--allowed_hosts", "a.b", "c.d"]).allowed_hosts == ["a.b", "c.d"]
     for name in ("a.*.org", "http://a.org", "a.org:7860", "a.org/", "", "2001:db8::1", "*.", "*a.org"):
         with pytest.raises(ValueError, match=re.escape(f"`allowed_hosts` has {name!r}; give names without scheme")):
             behind_the_door(WorldLimits(), tmp_path, [name])
     with pytest.raises(SystemExit):
-        app.parse_args(["--allowed_hosts", "http://a.org"])
+        parse_play(["--model", "m", "--allowed_hosts", "http://a.org"])
 
 
 def test_a_space_is_served_as_its_own_name_and_address_whatever_names_are_allowed_beside(monkeypatch, tmp_path):
     found = [(0, 0, 0, "", (address, 0)) for address in ("10.0.0.5", "fe80::5%eth0")]
-    monkeypatch.setattr("app_world.door.socket.gethostname", lambda: "space-1")
-    monkeypatch.setattr("app_world.door.socket.getaddrinfo", lambda host, port: found)
+    monkeypatch.setattr("diffusers_far.commands.app.door.socket.gethostname", lambda: "space-1")
+    monkeypatch.setattr("diffusers_far.commands.app.door.socket.getaddrinfo", lambda host, port: found)
     client = behind_the_door(WorldLimits(), tmp_path, hosts_of_a_space("me-maze.hf.space"))
     for host in ("me-maze.hf.space", "space-1:7860", "10.0.0.5:7860", "[fe80::5]:7860", "127.0.0.1"):
         assert client.get("/", headers={"host": host}).status_code == 200
@@ -384,6 +384,7 @@ def test_no_key_means_two_actions_and_more_actions_than_keys_have_buttons_alone(
 
 
 def test_mazes_are_the_default_of_the_maze_model_alone():
+    app = load_script("app")
     assert app.parse_args([]).dataset_name == str(EXAMPLES / "mazes")
     assert app.parse_args(["--model", "far-pong"]).dataset_name == ""
     assert app.parse_args(["--model", "far-pong", "--dataset_name", "pong"]).dataset_name == "pong"

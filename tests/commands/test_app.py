@@ -1,7 +1,6 @@
 """The world behind the app, on a tiny pipeline; the page itself is tested in a browser."""
 
 import re
-import sys
 from pathlib import Path
 
 import datasets
@@ -19,9 +18,8 @@ from diffusers_far.data.media_files import MediaLimits
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
-from app_world import (  # noqa: E402
+from diffusers_far.commands.app import (  # noqa: E402
     RecordedWalks,
     Settings,
     Start,
@@ -33,7 +31,7 @@ from app_world import (  # noqa: E402
     WorldModel,
     uploaded_start,
 )
-from app_world.view import psnr, scene_html  # noqa: E402
+from diffusers_far.commands.app.view import psnr, scene_html  # noqa: E402
 
 
 NAMES = ["forward", "left", "right"]

@@ -5,8 +5,7 @@ from html import escape
 
 import numpy as np
 
-from diffusers_far.pictures import encode_png
-
+from ...pictures import encode_png
 from .world import World
 
 

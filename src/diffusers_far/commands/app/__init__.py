@@ -1,6 +1,6 @@
 """Walks through a world that a FAR model makes up, for several visitors at once; no user interface in here but `ui.py`."""
 
-from diffusers_far.on_demand import import_on_demand
+from ...on_demand import import_on_demand
 
 
 __getattr__, __dir__, __all__ = import_on_demand(

@@ -1,4 +1,4 @@
-"""`prepare_dataset.py`: from folders as people have them to a dataset that the training scripts open."""
+"""`far prepare`: from folders as people have them to a dataset that the training scripts open."""
 
 import json
 import logging
@@ -14,14 +14,13 @@ import pytest
 from datasets import ClassLabel, Image, List, Value, load_dataset
 from video_files import frame_numbers, gray_frames, truncate, write_video
 
+from diffusers_far.commands.arguments import parse_prepare as parse_args
+from diffusers_far.commands.prepare import main
 from diffusers_far.data.loading import load_split
 from diffusers_far.data.video_clips import FrameDataset
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from prepare_dataset import main, parse_args  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

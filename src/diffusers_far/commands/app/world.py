@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from diffusers_far import FARPipeline, FARSession, FlexRoPEConfig
-
+from ...hooks.flex_rope import FlexRoPEConfig
+from ...pipelines import FARPipeline, FARSession
+from ..inputs import ActionSpace
 from .settings import Settings, WorldError, WorldLimits
 from .starts import Start
 
@@ -37,10 +38,7 @@ class WorldModel:
                 "This model takes continuous actions or classes; the app plays models of discrete actions."
             )
         self.pipe = pipe
-        names = list(pipe.config.action_names or [])
-        self.action_names = [
-            names[index] if index < len(names) else f"action {index}" for index in range(config.num_actions or 0)
-        ]
+        self.action_names = [ActionSpace.of(pipe).name_of(index) for index in range(config.num_actions or 0)]
         self.flex_rope = FlexRoPEConfig(**(pipe.config.flex_rope or {"slope": 0.0}))
         self.default_settings = Settings(
             pipe.default_inference_steps,

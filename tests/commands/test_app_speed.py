@@ -1,6 +1,5 @@
 """The shipped model answers a press before a visitor grows impatient."""
 
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +13,11 @@ pytestmark = pytest.mark.full
 
 pytest.importorskip("gradio")
 
+from diffusers_far.commands.app import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
+from diffusers_far.commands.app.ui import AppParts, Handlers  # noqa: E402
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.ui import AppParts, Handlers  # noqa: E402
-
 
 VISITOR = SimpleNamespace(session_hash="ann")
 NUM_FRAMES = 12

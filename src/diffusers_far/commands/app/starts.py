@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_far.data.loading import load_split
-from diffusers_far.data.media_files import read_clip
-from diffusers_far.data.rows import align_actions
-from diffusers_far.data.video_clips import VideoClips
-from diffusers_far.pictures import fit_frame
-
+from ...data.loading import load_split
+from ...data.media_files import read_clip
+from ...data.rows import align_actions
+from ...data.video_clips import VideoClips
+from ...pictures import fit_frame
 from .settings import WorldError, WorldLimits, require_number
 
 

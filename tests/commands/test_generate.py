@@ -1,4 +1,4 @@
-"""`generate.py`, run in this process on a tiny pipeline."""
+"""`far generate`, run in this process on a tiny pipeline."""
 
 import json
 import re
@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from generate_calls import NAMES, STEERED, error_of, generate, lay_out, run, use_pipeline
+from generate_calls import NAMES, STEERED, error_of, lay_out, run, use_pipeline
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import property_test
 from video_files import gray_frames, truncate
 
+from diffusers_far.commands.arguments import parse_generate
+from diffusers_far.commands.inputs import ActionSpace
 from diffusers_far.data.media_files import read_clip
 
 
@@ -74,24 +76,24 @@ def test_every_kind_of_context_is_read(pipe, folder, video, capsys):
 
 @pytest.mark.parametrize("actions", ["FLR", "flr", "012", "0,1,2", "forward, L 2", "F L,right"])
 def test_the_forms_of_actions_mean_the_same(pipe, actions):
-    assert generate.read_actions("--actions", actions, pipe) == [0, 1, 2]
+    assert ActionSpace.of(pipe).read("--actions", actions) == [0, 1, 2]
 
 
 def test_a_name_alone_is_one_action(pipe):
-    assert generate.read_actions("--actions", "Left", pipe) == [1]
+    assert ActionSpace.of(pipe).read("--actions", "Left") == [1]
 
 
 @pytest.mark.parametrize("listed", [[0, 1, 2], ["forward", "left", "right"], ["F", "1", 2]])
 def test_json_holds_numbers_or_names(pipe, tmp_path, listed):
     (tmp_path / "walk.json").write_text(json.dumps(listed))
-    assert generate.read_actions("--actions", str(tmp_path / "walk.json"), pipe) == [0, 1, 2]
+    assert ActionSpace.of(pipe).read("--actions", str(tmp_path / "walk.json")) == [0, 1, 2]
 
 
 def test_letters_that_begin_several_names_are_refused(monkeypatch):
     pipe = use_pipeline(monkeypatch, ["left", "look up", "go"], **STEERED)
     with pytest.raises(ValueError, match="several begin so"):
-        generate.read_actions("--actions", "GL", pipe)
-    assert generate.read_actions("--actions", "g,left,look up".replace("look up", "1"), pipe) == [2, 0, 1]
+        ActionSpace.of(pipe).read("--actions", "GL")
+    assert ActionSpace.of(pipe).read("--actions", "g,left,look up".replace("look up", "1")) == [2, 0, 1]
 
 
 def test_continuous_actions_come_from_json(monkeypatch, folder):
@@ -233,7 +235,7 @@ def test_what_is_wrong_is_said_in_one_line(pipe, folder, capsys, arguments, name
 
 def test_arguments_that_are_missing_are_named(capsys):
     with pytest.raises(SystemExit, match="2"):
-        generate.parse_args([])
+        parse_generate([])
     assert capsys.readouterr().err == ("error: the following arguments are required: --model, --output; see --help.\n")
 
 

@@ -1,6 +1,5 @@
 """The app's page, used in Chromium as a visitor uses it."""
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,12 +16,11 @@ pytestmark = pytest.mark.full
 
 gradio = pytest.importorskip("gradio")
 
+from diffusers_far.commands.app import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
+from diffusers_far.commands.app.ui import AppParts, serve  # noqa: E402
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from app_world import RecordedWalks, WorldLimits, WorldModel  # noqa: E402
-from app_world.ui import AppParts, serve  # noqa: E402
-
 
 MAX_NEW_FRAMES = 12
 

@@ -1,6 +1,5 @@
-"""`evaluate.py`: what it refuses, and the script run as a user runs it."""
+"""`far evaluate`: what it refuses, and the script run as a user runs it."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,22 +14,18 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from tiny_models import tiny_pipeline, tiny_transformer
 
+from diffusers_far.commands.arguments import parse_evaluate
+from diffusers_far.commands.evaluate import main
+from diffusers_far.evaluation.protocols import WorldModelProtocol
+
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
 WHAT = ["--model", "model", "--dataset_name", "data"]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_world_model_protocol_is_the_default_and_writes_one_file(script, tmp_path):
-    args = script.parse_args([*WHAT, "--output", str(tmp_path / "scores.json"), "--num_walks", "3"])
-    assert args.protocol == "world_model" and args.settings == script.WorldModelProtocol(num_walks=3)
+def test_the_world_model_protocol_is_the_default_and_writes_one_file(tmp_path):
+    args = parse_evaluate([*WHAT, "--output", str(tmp_path / "scores.json"), "--num_walks", "3"])
+    assert args.protocol == "world_model" and args.settings == WorldModelProtocol(num_walks=3)
 
 
 @pytest.mark.parametrize(
@@ -50,22 +45,20 @@ def test_the_world_model_protocol_is_the_default_and_writes_one_file(script, tmp
         (["--protocol", "latte", "--output", "scores", "--condition", "any"], "'class' or 'free'"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_anything_is_loaded(script, capsys, arguments, message):
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        script.parse_args([*WHAT, *arguments])
+        parse_evaluate([*WHAT, *arguments])
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["lpips_weights", "i3d_weights"])
-def test_a_missing_file_of_weights_is_named(script, option):
+def test_a_missing_file_of_weights_is_named(option):
     with pytest.raises(ValueError, match=f"`{option}` is 'nowhere.pth', which is no file"):
-        script.main(
-            script.parse_args([*WHAT, "--protocol", "mcvd", "--output", "scores", f"--{option}", "nowhere.pth"])
-        )
+        main(parse_evaluate([*WHAT, "--protocol", "mcvd", "--output", "scores", f"--{option}", "nowhere.pth"]))
 
 
 def test_recordings_of_ones_own_are_scored_by_one_command_without_poses_or_names_of_actions(
-    script, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
     """Half of the frames of each recording repeat the one before; nothing but frames and actions is there."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
@@ -79,7 +72,7 @@ def test_recordings_of_ones_own_are_scored_by_one_command_without_poses_or_names
 
     command = f"--model {tmp_path}/far-pong --dataset_name {tmp_path}/pong --num_walks 2 --first_context_frame 0"
     command += f" --num_context_frames 3 --num_frames 3 --output {tmp_path}/scores/pong.json"
-    script.main(script.parse_args(command.split()))
+    main(parse_evaluate(command.split()))
     scores = json.loads((tmp_path / "scores" / "pong.json").read_text())
     assert (scores["protocol"]["num_inference_steps"], scores["protocol"]["guidance_scale"]) == (1, 1.3)
     assert {"predicted", "repeated", "reconstructed"} == set(scores["psnr_by_horizon"])

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from diffusers_far.data.media_files import MediaLimits
+from ...data.media_files import MediaLimits
 
 
 class WorldError(ValueError):
