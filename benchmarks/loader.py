@@ -25,13 +25,7 @@ from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.models.codec import encode_video
 from diffusers_far.models.presets import PRESETS
 from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches, open_clips
-from diffusers_far.training.config import (
-    add_data_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    build_optimizer,
-    training_objective,
-)
+from diffusers_far.training.config import FARSettings, build_optimizer
 from diffusers_far.training.run import training_batches
 
 from .loader_sets import UCF_SIZE, DataSets, make_sets, prepare
@@ -78,11 +72,11 @@ class LoaderForm:
 
     Args:
         name (`str`): In tables.
-        flags (`dict`): Of train_far.py: where they lie.
+        flags (`dict`): Settings of train_far.py: where they lie.
     """
 
     name: str
-    flags: dict[str, str]
+    flags: dict[str, str | bool]
 
 
 def forms_of(sets: DataSets) -> list[LoaderForm]:
@@ -90,7 +84,7 @@ def forms_of(sets: DataSets) -> list[LoaderForm]:
     for name, folder in (("images", sets.images), ("videos", sets.videos)):
         if folder is not None:
             forms.append(LoaderForm(name, {"dataset_name": str(folder)}))
-            forms.append(LoaderForm(f"{name}, streamed", {"dataset_name": str(folder), "streaming": ""}))
+            forms.append(LoaderForm(f"{name}, streamed", {"dataset_name": str(folder), "streaming": True}))
     return forms
 
 
@@ -136,20 +130,14 @@ class LoaderBenchmark:
 
     def batches(self, form: LoaderForm, transformer_config) -> StepBatches:
         """As train_far.py builds them."""
-        args = self.training_args(form)
-        clips = open_clips(args, args.dataset_split, self.vae)
-        return training_batches(args, clips, training_objective(args), transformer_config, self.accelerator)
+        settings = self.training_settings(form)
+        clips = open_clips(settings, settings.dataset_split, self.vae)
+        return training_batches(settings, clips, transformer_config, self.accelerator)
 
-    def training_args(self, form: LoaderForm) -> argparse.Namespace:
-        parser = argparse.ArgumentParser()
-        for add in (add_data_arguments, add_objective_arguments, add_optimization_arguments):
-            add(parser)
+    def training_settings(self, form: LoaderForm) -> FARSettings:
         own = ("dataset_split", "num_actions", "num_frames", "seed")
         values = {name: getattr(self.args, name) for name in own} | {"train_batch_size": self.args.batch_size}
-        values |= {"output_dir": "unused", "gradient_accumulation_steps": 1} | form.flags
-        return parser.parse_args(
-            [text for name, value in values.items() for text in (f"--{name}", str(value)) if text]
-        )
+        return FARSettings(output_dir="unused", gradient_accumulation_steps=1, **values, **form.flags)
 
     def measure_loader(self, form: LoaderForm, num_workers: int) -> Measurement:
         """Frames a second that reach the training, not yet encoded. The clock starts with the first batch that is there,
@@ -182,7 +170,7 @@ class LoaderBenchmark:
     def measure_training(self, model: FARTransformer3DModel, form: LoaderForm) -> Measurement:
         """Frames a second of a model's steps on one batch of the longest clips; to load it does not count."""
         model = model.to(self.accelerator.device).train()
-        optimizer = build_optimizer(self.training_args(form), model.parameters())
+        optimizer = build_optimizer(self.training_settings(form), model.parameters())
         loaded = encode_batches(self.batches(form, model.config).longest.load(0, 1), self.vae)
         clips, draw = (part.to(self.accelerator.device) for part in next(loaded))
         speeds = []

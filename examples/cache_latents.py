@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--dataset_name", required=True, help="Folder or Hub id that `load_dataset` opens.")
+    parser.add_argument("--dataset_config_name", help="Of a dataset with several configurations.")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--video_column", default="video")
     parser.add_argument("--vae", required=True, help="Folder or Hub id of the VAE.")
@@ -69,7 +70,7 @@ def load_vae(args: argparse.Namespace) -> torch.nn.Module:
 def encode_shard(args: argparse.Namespace, source: LatentSource, shard: int, count: Callable[[], None]) -> None:
     """Encode the trajectories of one shard, perhaps in a process of its own."""
     torch.set_num_threads(max(1, torch.get_num_threads() // args.num_processes))
-    dataset = load_split(args.dataset_name, args.dataset_split)
+    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config_name)
     encode_trajectories(args, load_vae(args), dataset.select(source.shard_rows(shard)), source, shard, count)
 
 
@@ -146,10 +147,10 @@ def main(args: argparse.Namespace) -> None:
     require_one_process("cache_latents.py")
     # 1. What the latents are made of
     if args.streaming:
-        dataset = stream_split(args.dataset_name, args.dataset_split, args.video_column)
+        dataset = stream_split(args.dataset_name, args.dataset_split, args.video_column, args.dataset_config_name)
         fingerprint, num_trajectories = dataset.fingerprint, dataset.num_rows
     else:
-        dataset = load_split(args.dataset_name, args.dataset_split)
+        dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config_name)
         fingerprint, num_trajectories = dataset_fingerprint(dataset), len(dataset)
     vae = AutoModel.from_pretrained(args.vae)
     source = LatentSource(

@@ -9,72 +9,56 @@ instead, and with `--streaming` such a dataset is read as it is needed. The resu
 checkpoints and logs.
 """
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
-from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
-from diffusers_far.training.config import (
-    RUN_IDENTITY,
-    add_checkpoint_arguments,
-    add_data_arguments,
-    add_hub_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    add_validation_arguments,
-    build_optimizer,
-    num_fed_actions,
-    require_one_source,
-    training_objective,
-)
+from diffusers_far.command_line import set_up_logging
+from diffusers_far.training.config import FARSettings, build_optimizer, parse_settings, setting
 
 
 DEFAULT_FPS = 8  # of the sample video, where the pipeline has none
 SAMPLE = "sample.mp4"
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
-    parser.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="FAR pipeline to adapt: a folder or a Hub id."
+@dataclass(kw_only=True)
+class TrainLoRASettings(FARSettings):
+    """Of this script, beside what the trainings of a FAR transformer share."""
+
+    pretrained_model_name_or_path: str = setting(help="FAR pipeline to adapt: a folder or a Hub id.", free=True)
+    rank: int = setting(16)
+    lora_alpha: float | None = setting(None, "Scales the adapter by alpha / rank; the rank if left out.")
+    lora_dropout: float = setting(0.0)
+    target_modules: list[str] = setting(
+        ["attention"], "Layers to adapt: attention, mlp, or ends of layers' names, such as norm1.linear."
     )
-    add_data_arguments(parser)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lora_alpha", type=float, help="Scales the adapter by alpha / rank; the rank if left out.")
-    parser.add_argument("--lora_dropout", type=float, default=0.0)
-    parser.add_argument(
-        "--target_modules",
-        nargs="+",
-        default=["attention"],
-        help="Layers to adapt: attention, mlp, or ends of layers' names, such as norm1.linear.",
+    num_frames: int | None = setting(
+        None, "Longest clip, long frames included; if left out, as many as the pipeline was trained on.", least=1
     )
-    add_objective_arguments(parser)
-    add_optimization_arguments(parser)
-    add_checkpoint_arguments(parser)
-    add_validation_arguments(parser)
-    add_hub_arguments(parser)
-    # `num_frames`: as many as the pipeline was trained on.
-    parser.set_defaults(num_frames=None, train_batch_size=8, max_train_steps=1000, lr_warmup_steps=50)
-    args = parser.parse_args(arguments)
-    require_one_source(parser, args)
-    if args.lora_alpha is None:
-        args.lora_alpha = float(args.rank)
-    return args
+    train_batch_size: int = setting(8, "Clips per process and pass.", least=1)
+    max_train_steps: int = setting(1000, least=1)
+    lr_warmup_steps: int = setting(50, least=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.lora_alpha is None:
+            self.lora_alpha = float(self.rank)
+
+
+def parse_args(arguments: list[str] | None = None) -> TrainLoRASettings:
+    return parse_settings(TrainLoRASettings, __doc__, arguments)
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
+    settings = parse_args()  # before the imports that take seconds: a wrong argument is answered at once
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 
 from diffusers_far import FARPipeline
 from diffusers_far.evaluation.media import write_mp4
 from diffusers_far.models.identity import model_identity
-from diffusers_far.training.checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint
-from diffusers_far.training.clips import encode_batches, open_clips, open_validation_clips
-from diffusers_far.training.hub import known_metadata, open_repo, push_folder, results_section, write_card
+from diffusers_far.training.clips import clip_loss, encode_batches, open_clips, open_validation_clips
+from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.lora import (
     add_lora,
@@ -84,20 +68,14 @@ from diffusers_far.training.lora import (
     save_lora,
 )
 from diffusers_far.training.run import (
-    accumulate_gradients,
-    build_accelerator,
+    TrainingRun,
     check_data,
+    describe_tokens,
+    disable_cudnn_attention,
     evaluated,
-    hyperparameters,
-    leave_out_planned_attention,
-    require_finite,
-    require_finite_metrics,
-    run_identity,
-    seed_step,
     training_batches,
     training_facts,
 )
-from diffusers_far.training.step_cost import describe_step_cost
 from diffusers_far.training.validation import Measurement, describe_metrics, measure, side_by_side
 
 
@@ -105,178 +83,119 @@ logger = get_logger(__name__)
 
 
 def save_result(
-    args: argparse.Namespace,
+    run: TrainingRun,
     pipeline: FARPipeline,
     facts: dict[str, str],
     before: Measurement | None,
     after: Measurement | None,
-    repo_id: str | None,
 ) -> None:
     """Write the adapter, a sample video and the card, and push them."""
-    output_dir, sample = Path(args.output_dir), None
-    save_lora(pipeline, output_dir)
+    settings, sample = run.settings, None
+    save_lora(pipeline, run.output_dir)
     if after is not None and after.predicted is not None:
         sample = SAMPLE
         video = side_by_side(after.truth, after.predicted)
-        write_mp4(output_dir / sample, video, fps=pipeline.config.fps or DEFAULT_FPS, scale=2)
-    name, start = repo_id or output_dir.resolve().name, args.pretrained_model_name_or_path
-    card = lora_card(pipeline, name, start, facts, known_metadata(args, relation="adapter"))
+        write_mp4(run.output_dir / sample, video, fps=pipeline.config.fps or DEFAULT_FPS, scale=2)
+    metadata = known_metadata(settings, relation="adapter")
+    card = lora_card(pipeline, run.result_name, settings.pretrained_model_name_or_path, facts, metadata)
     metrics = [None if measured is None else measured.metrics for measured in (before, after)]
-    write_card(output_dir, f"{card}\n{results_section(*metrics, sample)}")
-    logger.info(f"Saved the adapter to {output_dir}")
-    if repo_id is not None:
-        url = push_folder(output_dir, repo_id, commit_message=f"LoRA after {facts['Steps']}")
-        logger.info(f"Pushed to {url}")
+    write_card(run.output_dir, f"{card}\n{results_section(*metrics, sample)}")
+    logger.info(f"Saved the adapter to {run.output_dir}")
+    run.push(f"LoRA after {facts['Steps']}")
 
 
 @launched
-def main(args: argparse.Namespace, launch: Launch) -> None:
+def main(settings: TrainLoRASettings, launch: Launch) -> None:
     set_up_logging(__name__)
-    checkpoint = None if args.dry_run else find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    output_dir = Path(args.output_dir)
-    accelerator = build_accelerator(args)
-    checkpoint_trained_only(accelerator)
-    set_seed(args.seed)
+    run = TrainingRun(settings, launch)
+    checkpoint_trained_only(run.accelerator)
 
     # 1. The pipeline and the data
-    pipeline = FARPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    pipeline = FARPipeline.from_pretrained(
+        settings.pretrained_model_name_or_path, revision=settings.revision, dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.requires_grad_(False).to(accelerator.device)
-    transformer, config = pipeline.transformer, pipeline.transformer.config
-    args.num_frames = args.num_frames or config.trained_frames or 16
-    latents = open_clips(args, args.dataset_split, pipeline.vae)
-    validation_latents = open_validation_clips(args, pipeline.vae)
-    check_data(latents, transformer, num_fed_actions(args, latents.num_actions), validation_latents)
-    leave_out_planned_attention(config)
-    objective = training_objective(args)
-    batches = training_batches(args, latents, objective, config, accelerator)
+    vae, transformer, config = pipeline.vae, pipeline.transformer, pipeline.transformer.config
+    vae.requires_grad_(False).to(run.device)
+    settings.num_frames = settings.num_frames or config.trained_frames or 16
+    clips, held_out = open_clips(settings, settings.dataset_split, vae), open_validation_clips(settings, vae)
+    check_data(clips, transformer, settings.num_fed_actions(clips.num_actions), held_out)
+    batches = training_batches(settings, clips, config, run.accelerator)
+    disable_cudnn_attention(config)
 
     # 2. The adapter
     base_model = model_identity(transformer, rounded_to=torch.float32)
-    targets = lora_targets(transformer, args.target_modules)
+    targets = lora_targets(transformer, settings.target_modules)
     parameters = add_lora(
-        transformer, rank=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets
+        transformer,
+        rank=settings.rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        targets=targets,
     )
     # Conditions are dropped by the objective, each clip's by its own generator, so the model must not drop more.
     transformer.register_to_config(condition_dropout=0.0)
-    if args.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
 
-    # 3. Optimizer
-    optimizer = build_optimizer(args, parameters)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
-    checkpoint_states(accelerator, lr_scheduler=lr_scheduler)
-
-    if args.dry_run:
-        accelerator.print(describe_step_cost(args, accelerator, model, pipeline.vae, optimizer, batches))
-        return
-
-    # 4. Start or resume
-    adapter = {"rank": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    identity = run_identity(
-        args,
-        RUN_IDENTITY,
-        latents,
-        accelerator.num_processes,
+    # 3. Optimizer, and the run that is resumed
+    run.prepare(transformer, build_optimizer(settings, parameters))
+    run.start(
+        "train_far_lora",
+        dataset=clips.dataset_fingerprint,
+        vae=clips.vae_hash,
         base_model=base_model,
         target_modules=targets,
-        **adapter,
     )
-    first_step, repo_id = 0, None
-    if checkpoint is not None:
-        first_step = load_checkpoint(accelerator, checkpoint, identity, allow_changes=args.allow_changed_run)
-    if accelerator.is_main_process:
-        repo_id = open_repo(output_dir, args.hub_model_id) if args.push_to_hub else None
-        output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers("train_far_lora", hyperparameters(args, accelerator))
     logger.info(
         f"{sum(parameter.numel() for parameter in parameters):,} parameters to train in {', '.join(targets)}; "
-        f"{batches.extent}; from step {first_step}"
+        f"{batches.extent}; from step {run.first_step}"
     )
 
     def measure_held_out(step: int) -> Measurement | None:
-        if validation_latents is None or not accelerator.is_main_process:
+        if held_out is None or not run.is_main or settings.dry_run:
             return None
-        with evaluated(transformer), accelerator.autocast():
-            measurement = measure(args, pipeline, validation_latents)
-        accelerator.log({f"validation/{name}": value for name, value in measurement.metrics.items()}, step=step)
-        logger.info(f"step {step}, held out:\n{describe_metrics(measurement.metrics)}")
+        with evaluated(transformer), run.accelerator.autocast():
+            measurement = measure(settings, pipeline, held_out)
+        run.log_validation(measurement.metrics, step, f"\n{describe_metrics(measurement.metrics)}")
         return measurement
 
-    # 5. Train; without the adapter the transformer is what it was before the first step, whether the run is resumed or not
+    # 4. Without the adapter the transformer is what it was before the first step, whether the run is resumed or not
     transformer.disable_adapters()
     before = measure_held_out(step=0)
     if before is not None:
-        require_finite_metrics(before.metrics, 0, output_dir)
+        run.require_finite_metrics(before.metrics, 0)
     transformer.enable_adapters()
-    transformer.train()
-    num_accumulated = args.gradient_accumulation_steps
-    launch.begin()  # before processes that load data begin, so that they die of no signal
-    loaded = encode_batches(batches.load(first_step, args.max_train_steps, args.dataloader_num_workers), pipeline.vae)
-    progress = Progress(
-        args.max_train_steps,
-        first_step,
-        seconds_between_lines=args.logging_seconds,
-        max_hours=args.max_train_hours,
-        is_silent=not accelerator.is_main_process,
-    )
-    finished = first_step
-    for step in range(first_step, args.max_train_steps):
-        seed_step(args.seed, step, accelerator.process_index)
-        outcome = accumulate_gradients(
-            accelerator,
-            model,
-            config,
-            loaded,
-            num_accumulated=num_accumulated,
-        )
-        gradient_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        require_finite(
-            accelerator,
-            step,
-            output_dir,
-            loss=outcome.loss,
-            gradient_norm=gradient_norm,
-            faulty_clips=outcome.faulty_clips,
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-        lr_scheduler.step()
 
-        finished = step + 1
-        scalars = {
-            "train/loss": outcome.loss,
-            "train/gradient_norm": float(gradient_norm),
-            "train/learning_rate": lr_scheduler.get_last_lr()[0],
-        }
-        accelerator.log(scalars, step=finished)
-        progress.update(loss=outcome.loss, learning_rate=scalars["train/learning_rate"])
-        if launch.must_stop(accelerator, finished):
+    # 5. Train
+    loaded = encode_batches(run.load(batches), vae)
+    for _ in run.steps():
+        outcome = run.accumulate_gradients(loaded, partial(clip_loss, run.model, config))
+        run.step(outcome)
+        run.log(outcome)
+        if run.must_stop():
             break
-        if finished % args.checkpointing_steps == 0 and finished < args.max_train_steps:
-            save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-        if finished % args.validation_steps == 0 and finished < args.max_train_steps:
-            measure_held_out(finished)
-    progress.close()
+        run.save_checkpoint_if_due()
+        if run.is_due(settings.validation_steps):
+            measure_held_out(run.finished)
+    if settings.dry_run:
+        cost = run.describe_cost(f"{batches.clips_per_step} clips")
+        run.accelerator.print(f"{describe_tokens(transformer, batches)}\n{cost}")
+        return
 
     # 6. Save
-    if finished > first_step:
-        save_checkpoint(accelerator, output_dir, finished, identity, args.checkpoints_total_limit)
-    if accelerator.is_main_process and not launch.is_interrupted:
-        after = measure_held_out(finished)
+    if run.finish():
+        after = measure_held_out(run.finished)
         if after is not None:
-            require_finite_metrics(after.metrics, finished, output_dir)
-        facts = training_facts(args, args.latents_dir or args.dataset_name, finished, objective) | {
+            run.require_finite_metrics(after.metrics, run.finished)
+        sizes = f"rank {settings.rank}, alpha {settings.lora_alpha:g}, dropout {settings.lora_dropout:g}"
+        facts = training_facts(run, batches.objective) | {
             "Base model": f"weights {base_model[:16]} (SHA-256)",
-            "Adapter": f"rank {args.rank}, alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}, {', '.join(targets)}",
+            "Adapter": f"{sizes}, {', '.join(targets)}",
         }
-        save_result(args, pipeline, facts, before, after, repo_id)
-    accelerator.end_training()
+        save_result(run, pipeline, facts, before, after)
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(args)
+    main(settings)

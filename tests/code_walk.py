@@ -26,13 +26,13 @@ class CodeWalk:
 
 
 @contextmanager
-def walked(folder: Path) -> Iterator[CodeWalk]:
-    """Note which functions of the Python files below `folder` run in this thread."""
-    walk, called, root = CodeWalk(), defaultdict(set), f"{folder}/"
+def walked(*folders: Path) -> Iterator[CodeWalk]:
+    """Note which functions of the Python files below `folders` run in this thread."""
+    walk, called, roots = CodeWalk(), defaultdict(set), tuple(f"{folder}/" for folder in folders)
 
     def note(frame, event, argument):
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(root) and code.co_name != "<module>":
+        if event == "call" and code.co_filename.startswith(roots) and code.co_name != "<module>":
             called[code.co_filename].add(code.co_firstlineno)
 
     sys.setprofile(note)
@@ -42,6 +42,7 @@ def walked(folder: Path) -> Iterator[CodeWalk]:
         sys.setprofile(None)
     for name, starts in called.items():
         if count := lines_of_functions(Path(name).read_text(), starts):
+            (root,) = [root for root in roots if name.startswith(root)]
             walk.lines[name.removeprefix(root)] = count
 
 

@@ -1,4 +1,4 @@
-"""What the paper's recipes in `examples/configs/*.sh` would cost, from the very commands that they run.
+"""What the paper's recipes in `examples/recipes/*.sh` would cost, from the very commands that they run.
 
 An estimate: the operations of training are counted, and the speed is assumed.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import tempfile
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from accelerate.commands.launch import launch_command_parser
 
 from diffusers_far import FARTransformer3DModel, preset_config
 from diffusers_far.models.presets import PRESETS
+from diffusers_far.training.config import FARSettings
 
 from .flops import far_step_flops, meta_transformer
 from .scripts import ROOT, load_script
 
 
-CONFIGS = ROOT / "examples" / "configs"
+RECIPES = ROOT / "examples" / "recipes"
 FLOPS_PER_SECOND = 125e12  # 40% of the 312e12 that an A100 does in bfloat16
 LATENT_CHANNELS, LATENT_SIZE = 32, 8  # of the paper's autoencoders, at every size of frame
 
@@ -36,12 +36,12 @@ class Recipe:
 
     Args:
         name (`str`): Of its script.
-        arguments (`argparse.Namespace`): Of `train_far.py`.
+        arguments (`FARSettings`): Of `train_far.py`.
         num_processes (`int`): That it is launched on.
     """
 
     name: str
-    arguments: Namespace
+    arguments: FARSettings
     num_processes: int
 
     @property
@@ -109,7 +109,7 @@ def read_recipe(script: Path) -> Recipe:
 
 
 def read_recipes() -> list[Recipe]:
-    return [read_recipe(script) for script in sorted(CONFIGS.glob("*.sh"))]
+    return [read_recipe(script) for script in sorted(RECIPES.glob("*.sh"))]
 
 
 def recipe_table() -> str:

@@ -20,6 +20,7 @@ def shell_block(code: str) -> CodeBlock:
 def test_commands_are_accepted(block, tmp_path, monkeypatch):
     commands = recorded_commands(block, tmp_path / "shell")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "examples").symlink_to(ROOT / "examples")  # where a command names a recipe
     monkeypatch.chdir(tmp_path / "empty")
     for command in commands:
         check_command(command)

@@ -16,7 +16,7 @@ SCRIPTS = [
     for path in sorted((ROOT / folder).glob("*.py"))
     if "parse_args" in path.read_text()
 ]
-SLOW = {"torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "gradio"}
+SLOW = {"torch", "diffusers", "accelerate", "peft", "datasets", "gradio"}  # transformers makes flags of settings
 RUN = f"""
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -79,6 +79,12 @@ def test_far_answers_help_and_wrong_arguments_before_anything_slow_is_imported(a
         ("train_far.py", ("--vae", "vae", "--output_dir", "out"), "give `--latents_dir` or `--dataset_name`"),
         ("train_far.py", ("--objective", "gan"), "invalid choice: 'gan'"),
         ("train_far_lora.py", ("--train_batch_size", "many"), "invalid int value: 'many'"),
+        ("train_vae.py", ("recipe.yaml",), "the recipe 'recipe.yaml' cannot be read"),
+        (
+            "train_token_ar.py",
+            ("--codes_dir", "c", "--vq", "v", "--model_config", "m", "--output_dir", "o", "--seed", "-1"),
+            "`seed` is -1",
+        ),
         ("evaluate.py", ("--protocol", "fid"), "invalid choice: 'fid'"),
         (
             "evaluate.py",

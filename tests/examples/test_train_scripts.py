@@ -10,7 +10,7 @@ from tiny_models import tiny_dc, tiny_pipeline, tiny_transformer
 from benchmarks.studies.scripts import load_script
 
 
-TOLD = {"num_inference_steps": None, "short_cache": None, "num_validation_inference_steps": None}
+NEEDED = {"output_dir": "run", "latents_dir": "latents", "vae": "vae"}
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,10 @@ def test_a_trained_pipeline_takes_the_steps_and_the_cache_that_it_was_told_or_me
         pipe = tiny_pipeline(tiny_transformer(long_patch_size=4))
         pipe.register_to_config(**start)
         pipe.save_pretrained(tmp_path)
-    args = argparse.Namespace(
-        pretrained_model_name_or_path=None if start is None else str(tmp_path),
-        fps=None,
-        action_names=None,
-        objective="far",
-        **{**TOLD, **told},
-    )
+    script, start = load_script("train_far"), None if start is None else str(tmp_path)
+    settings = script.TrainFARSettings(pretrained_model_name_or_path=start, **NEEDED, **told)
     transformer = tiny_transformer(long_patch_size=4)
-    pipe = load_script("train_far").build_pipeline(args, transformer, tiny_dc(), (4, 4, 4))
+    pipe = script.build_pipeline(settings, transformer, tiny_dc(), (4, 4, 4))
     assert (pipe.default_inference_steps, pipe.default_short_cache) == expected
 
 
@@ -53,11 +48,10 @@ def test_a_trained_pipeline_takes_the_steps_and_the_cache_that_it_was_told_or_me
     ],
 )
 def test_steps_and_caches_that_cannot_be_are_refused_before_the_training(told, message):
-    args = argparse.Namespace(
-        pretrained_model_name_or_path=None, fps=None, action_names=None, **{"objective": "far", **TOLD, **told}
-    )
+    script = load_script("train_far")
     with pytest.raises(ValueError, match=message):
-        load_script("train_far").build_pipeline(args, tiny_transformer(long_patch_size=4), tiny_dc(), (4, 4, 4))
+        settings = script.TrainFARSettings(**NEEDED, **told)
+        script.build_pipeline(settings, tiny_transformer(long_patch_size=4), tiny_dc(), (4, 4, 4))
 
 
 def test_the_sheet_of_a_vae_shows_small_frames_large(tmp_path):

@@ -111,10 +111,13 @@ def test_a_log_that_goes_to_a_file_has_lines_and_no_bar(workplace):
     assert result.returncode == 0, result.stderr
     assert "\r" not in result.stderr and "it/s" not in result.stderr
     assert "1 process on cpu, mixed precision no, global batch 4 = 1 x 4 x 1" in result.stderr
-    assert re.search(r"step 8 of 8: loss [\d.]+, learning rate [\d.e-]+, [\d.]+ s per step, 0 s left", result.stderr)
+    assert re.search(
+        r"step 8 of 8: loss [\d.]+, learning rate [\d.e-]+, frames per second [\d.e+]+, [\d.]+ s per step, 0 s left",
+        result.stderr,
+    )
     saved = [line for line in result.stderr.splitlines() if "aved" in line and "checkpoint-3" in line]
     assert len(saved) == 1 and "Saved" in saved[0]
-    assert re.search(r"step 8: held-out psnr .* worst 8x8 patch [\d.]+ dB, at row \d+, column \d+", result.stderr)
+    assert re.search(r"step 8, held out: psnr .* worst 8x8 patch [\d.]+ dB, at row \d+, column \d+", result.stderr)
 
 
 def test_a_dry_run_prints_the_cost_with_the_gan_and_leaves_nothing(workplace):

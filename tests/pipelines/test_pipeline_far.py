@@ -575,6 +575,20 @@ def test_a_scheduler_that_follows_no_flow_is_refused_by_name_at_the_start_and_wh
             refused(video_latents=context)
 
 
+def test_a_scheduler_is_tried_once_and_again_when_it_was_changed():
+    pipe, context = tiny_pipeline(), {"video_latents": random_latents(2), "num_frames": 1, "num_inference_steps": 1}
+    with patch("diffusers_far.pipelines.pipeline_far.check_scheduler") as check:
+        pipe(**context)
+        assert not check.called
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+        pipe(**context)
+        pipe(**context)
+        assert check.call_count == 1
+    pipe.scheduler.set_shift(-1.0)
+    with pytest.raises(ValueError, match="its timesteps are -"):
+        pipe(**context)
+
+
 def test_a_flex_rope_that_is_none_is_refused():
     with pytest.raises(ValueError, match="`flex_rope` is {'slopes': 1}; it has the fields of a FlexRoPEConfig"):
         tiny_pipeline(flex_rope={"slopes": 1})

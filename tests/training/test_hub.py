@@ -1,22 +1,18 @@
-import argparse
-
 import pytest
 from huggingface_hub import ModelCard
 from local_hub import run_python
 from tiny_models import tiny_pipeline
 
 from diffusers_far.pipelines.model_card import model_card
-from diffusers_far.training.config import add_data_arguments, add_hub_arguments
+from diffusers_far.training.config import FARSettings, parse_settings
 from diffusers_far.training.hub import is_unedited, known_metadata, results_section, signed, write_card
 from diffusers_far.training.lora import add_lora, lora_card
 
 
-def parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    add_hub_arguments(parser)
-    parser.add_argument("--pretrained_model_name_or_path")
-    return parser.parse_args(["--output_dir", "run", *arguments])
+def parse(*arguments: str) -> FARSettings:
+    if not {"--latents_dir", "--dataset_name"} & set(arguments):
+        arguments = (*arguments, "--latents_dir", "latents")
+    return parse_settings(FARSettings, arguments=["--output_dir", "run", *arguments])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import argparse
 import os
 import signal
 import subprocess
@@ -8,6 +7,7 @@ import time
 import pytest
 from accelerate import Accelerator
 
+from diffusers_far.training.config import RunSettings
 from diffusers_far.training.launch import INTERRUPTED, LOCK_FILE, Launch, launched, locked
 
 
@@ -33,7 +33,7 @@ def usual_signals():
 
 
 def args(tmp_path, **others):
-    return argparse.Namespace(output_dir=str(tmp_path / "new" / "run"), **others)
+    return RunSettings(output_dir=str(tmp_path / "new" / "run"), **others)
 
 
 def test_a_second_run_in_a_folder_is_refused_and_the_first_one_named(tmp_path):

@@ -1,5 +1,3 @@
-import argparse
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from diffusers_far.data.clips import Clip
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.video_clips import EncodedDataset
 from diffusers_far.models.codec import decode_video
+from diffusers_far.training.config import FARSettings
 from diffusers_far.training.validation import (
     describe_metrics,
     measure,
@@ -30,7 +29,7 @@ class Trajectories:
         return Clip(latents[start : start + length * interval : interval], torch.ones(length).long(), None)
 
 
-def arguments(**overrides) -> argparse.Namespace:
+def arguments(**overrides) -> FARSettings:
     defaults = {
         "num_frames": 5,
         "frame_interval": 1,
@@ -40,7 +39,7 @@ def arguments(**overrides) -> argparse.Namespace:
         "num_validation_frames": 2,
         "num_validation_inference_steps": 2,
     }
-    return argparse.Namespace(**{**defaults, **overrides})
+    return FARSettings(output_dir="run", latents_dir="latents", **{**defaults, **overrides})
 
 
 @pytest.fixture

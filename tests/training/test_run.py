@@ -1,5 +1,8 @@
-import argparse
+import json
+import re
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,32 +10,38 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
-from tiny_models import tiny_transformer
+from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.data.clips import Clip, ClipBatch
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.training import clips as training_clips
 from diffusers_far.training import run
 from diffusers_far.training.checkpoints import save_checkpoint
-from diffusers_far.training.clips import TrainingBatches, clip_loss
+from diffusers_far.training.clips import clip_loss
+from diffusers_far.training.config import FARSettings, FrameSettings
+from diffusers_far.training.launch import Launch
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 from diffusers_far.training.run import (
     SHARDING_VARIABLES,
     StepOutcome,
-    accumulate_gradients,
+    TrainingRun,
     build_accelerator,
     check_data,
     describe_launch,
+    describe_tokens,
+    disable_cudnn_attention,
     evaluated,
     hyperparameters,
-    leave_out_planned_attention,
-    require_finite,
-    require_finite_metrics,
-    run_identity,
     seed_step,
     tracker_names,
+    training_batches,
     training_facts,
 )
+
+
+def settings_of(tmp_path, **changes) -> FARSettings:
+    defaults = {"latents_dir": "latents", "output_dir": str(tmp_path), "report_to": "none", "train_batch_size": 4}
+    return FARSettings(**{**defaults, **changes})
 
 
 @pytest.fixture
@@ -47,53 +56,49 @@ def launched(monkeypatch, tmp_path):
         forget()
         for name, value in dict(environment).items():
             monkeypatch.setenv(name, value)
-        defaults = {"gradient_accumulation_steps": None, "mixed_precision": None, "report_to": "none"}
-        args = argparse.Namespace(output_dir=str(tmp_path), **{**defaults, "train_batch_size": 4, **flags})
-        return build_accelerator(args), args
+        settings = settings_of(tmp_path, **flags)
+        return build_accelerator(settings), settings
 
     yield launch
     forget()
+
+
+@pytest.fixture
+def make_run(launched, tmp_path):
+    """A run in a folder of its own, of a model that is made or given."""
+
+    def make(model=None, **flags) -> TrainingRun:
+        launched()
+        made = TrainingRun(settings_of(tmp_path / "run", **{"train_batch_size": 2, **flags}), Launch())
+        model = torch.nn.Linear(2, 2) if model is None else model
+        made.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+        return made
+
+    return make
 
 
 TOLD = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}
 
 
 def test_what_a_script_is_not_told_is_what_the_launcher_was_told(launched):
-    accelerator, args = launched(TOLD)
-    assert accelerator.mixed_precision == args.mixed_precision == "bf16" and args.gradient_accumulation_steps == 3
+    accelerator, settings = launched(TOLD)
+    assert (
+        accelerator.mixed_precision == settings.mixed_precision == "bf16" and settings.gradient_accumulation_steps == 3
+    )
 
 
 def test_what_a_script_is_told_goes_before_what_the_launcher_was_told(launched):
-    accelerator, args = launched(TOLD, mixed_precision="no", gradient_accumulation_steps=2)
-    assert accelerator.mixed_precision == args.mixed_precision == "no" and args.gradient_accumulation_steps == 2
+    accelerator, settings = launched(TOLD, mixed_precision="no", gradient_accumulation_steps=2)
+    assert (
+        accelerator.mixed_precision == settings.mixed_precision == "no" and settings.gradient_accumulation_steps == 2
+    )
 
 
 def test_told_nothing_a_run_is_of_float32_without_accumulation(launched):
-    accelerator, args = launched()
-    assert accelerator.mixed_precision == args.mixed_precision == "no" and args.gradient_accumulation_steps == 1
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("gradient_accumulation_steps", 0),
-        ("train_batch_size", 0),
-        ("checkpointing_steps", 0),
-        ("checkpoints_total_limit", -1),  # would leave no checkpoint
-        ("num_validation_inference_steps", 0),
-        ("seed", -1),
-        ("max_grad_norm", float("nan")),
-        ("learning_rate", float("inf")),
-        ("fps", -8.0),
-    ],
-)
-def test_numbers_with_which_a_run_would_fail_late_are_refused_at_its_start(launched, name, value):
-    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
-        launched(**{name: value})
-
-
-def test_numbers_that_are_left_out_or_may_be_negative_are_taken(launched):
-    launched(num_validation_inference_steps=None, max_train_hours=None, logit_mean=-0.5, num_validation_videos=0)
+    accelerator, settings = launched()
+    assert (
+        accelerator.mixed_precision == settings.mixed_precision == "no" and settings.gradient_accumulation_steps == 1
+    )
 
 
 def test_a_loss_is_not_divided_again_by_what_the_launcher_accumulates(launched):
@@ -117,18 +122,18 @@ def test_a_precision_of_the_launcher_that_scripts_do_not_know_is_refused(launche
 
 def test_a_script_that_does_not_accumulate_refuses_a_launcher_that_asks_for_it(launched, monkeypatch, tmp_path):
     launched(TOLD)
-    args = argparse.Namespace(output_dir=str(tmp_path), train_batch_size=4, mixed_precision=None, report_to="none")
+    settings = FrameSettings(dataset_name="frames", output_dir=str(tmp_path), report_to="none")
     with pytest.raises(ValueError, match="`gradient_accumulation_steps` 3, but this script accumulates none"):
-        build_accelerator(args)
+        build_accelerator(settings)
 
 
-def test_the_start_of_a_run_says_in_one_line_what_was_launched(launched, caplog):
+def test_the_start_of_a_run_says_in_one_line_what_was_launched(launched, caplog, tmp_path):
     with caplog.at_level("INFO"):
         launched(gradient_accumulation_steps=2)
     assert "1 process on cpu, mixed precision no, global batch 8 = 1 x 4 x 2" in caplog.messages[-1]
-    two = argparse.Namespace(num_processes=2, device=torch.device("cpu"))
-    args = argparse.Namespace(train_batch_size=4, gradient_accumulation_steps=2, mixed_precision="bf16")
-    assert describe_launch(args, two).startswith(
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    settings = settings_of(tmp_path, gradient_accumulation_steps=2, mixed_precision="bf16")
+    assert describe_launch(settings, two).startswith(
         "2 processes on cpu, mixed precision bf16, global batch 16 = 2 x 4 x 2"
     )
 
@@ -162,16 +167,83 @@ def test_all_trackers_are_none_where_none_is_installed_and_that_is_refused(monke
         tracker_names("all")
 
 
-def test_a_tracker_knows_the_hyperparameters_as_plain_values(launched, tmp_path):
-    accelerator, args = launched(report_to="tensorboard", learning_rate=0.5, action_names=["left", "right"])
-    known = hyperparameters(args, accelerator, transformer={"num_layers": 2, "axes_dims_rope": (4, 6, 6)})
+def test_a_tracker_knows_the_hyperparameters_as_plain_values_and_no_secret(launched, tmp_path):
+    accelerator, settings = launched(
+        report_to="tensorboard", learning_rate=0.5, dataset_ids=["org/a", "org/b"], hub_token="hf_secret"
+    )
+    facts = {"dataset": "abc", "transformer": {"num_layers": 2, "axes_dims_rope": (4, 6, 6)}}
+    known = hyperparameters(settings, accelerator, facts)
     assert known["learning_rate"] == 0.5 and known["transformer.num_layers"] == 2 and known["num_processes"] == 1
-    assert known["mixed_precision"] == "no" and known["action_names"] == '["left", "right"]'
+    assert known["mixed_precision"] == "no" and known["dataset_ids"] == '["org/a", "org/b"]'
     assert all(value is None or isinstance(value, (bool, int, float, str)) for value in known.values())
     accelerator.init_trackers("run", known)
     (stored,) = (tmp_path / "logs").rglob("hparams.yml")
-    assert "learning_rate: 0.5" in stored.read_text()
+    assert "learning_rate: 0.5" in stored.read_text() and "hf_secret" not in stored.read_text()
     accelerator.end_training()
+
+
+def test_a_run_keeps_its_secret_out_of_logs_trackers_and_checkpoints(make_run, caplog):
+    caplog.set_level("DEBUG")
+    trained = make_run(report_to="tensorboard", hub_token="hf_secret", max_train_steps=1)
+    trained.start("run", dataset="abc")
+    for _ in trained.steps():
+        trained.model(torch.ones(2)).sum().backward()
+        outcome = StepOutcome(loss=1.0, num_frames=2)
+        trained.step(outcome)
+        trained.log(outcome)
+    assert trained.finish()
+    trained.accelerator.end_training()
+    files = [path for path in trained.output_dir.rglob("*") if path.is_file()]
+    assert {"run.json", "hparams.yml"} <= {path.name for path in files}
+    assert not any(b"hf_secret" in path.read_bytes() for path in files) and "hf_secret" not in caplog.text
+
+
+def test_the_trackers_write_where_they_are_told_under_the_name_they_are_told(make_run, tmp_path):
+    trained = make_run(report_to="tensorboard", logging_dir=str(tmp_path / "elsewhere"), tracker_project_name="walks")
+    trained.start("run")
+    trained.accelerator.end_training()
+    assert list((tmp_path / "elsewhere" / "walks").rglob("events*")) and not (trained.output_dir / "logs").exists()
+
+
+def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(make_run, tmp_path):
+    def train(folder, last_step=4, resume=None):
+        torch.manual_seed(0)
+        trained = make_run(output_dir=str(tmp_path / folder), max_train_steps=4, resume_from_checkpoint=resume)
+        trained.start("run")
+        for step in trained.steps():
+            trained.model(torch.randn(3, 2)).square().mean().backward()
+            outcome = StepOutcome(loss=1.0, num_frames=2)
+            trained.step(outcome)
+            trained.log(outcome)
+            if trained.finished == last_step:
+                break
+        trained.finish()
+        return trained.model.weight
+
+    whole = train("whole")
+    train("halves", last_step=2)
+    assert torch.equal(train("halves", resume="latest"), whole)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_unless_a_setting_has_changed(make_run):
+    names = (
+        "num_frames frame_interval combine_actions num_actions train_batch_size gradient_accumulation_steps "
+        "learning_rate lr_scheduler lr_warmup_steps optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon "
+        "max_grad_norm objective clean_context_ratio clean_prefix_ratio teacher_forcing condition_dropout logit_mean "
+        "logit_std repeat_ratio mixed_precision seed"
+    ).split()  # all that they had
+    first = make_run()
+    identity = {name: getattr(first.settings, name) for name in names} | {"num_processes": 1, "dataset": "abc"}
+    save_checkpoint(first.accelerator, first.output_dir, 2, json.loads(json.dumps(identity)), None)
+    resumed = make_run(resume_from_checkpoint="latest")
+    resumed.start("run", dataset="abc")
+    assert resumed.first_step == 2
+    changes = {"use_8bit_adam": True, "num_frames": 8, "teacher_forcing": True, "streaming": True}
+    for name, value in changes.items():
+        changed = make_run(resume_from_checkpoint="latest")
+        setattr(changed.settings, name, value)  # as flags would, whatever is installed
+        with pytest.raises(ValueError, match=f"`{name}` was .* and is {value}"):
+            changed.start("run", dataset="abc")
 
 
 class Latents:
@@ -225,14 +297,6 @@ def test_the_split_that_is_held_out_is_looked_at_before_the_first_step_too():
         check_data(good, tiny_transformer(num_actions=3), 3, Latents(channels=3))
 
 
-def test_the_length_of_a_run_belongs_to_its_identity_where_the_schedule_depends_on_it():
-    args = argparse.Namespace(seed=1, lr_scheduler="constant_with_warmup", max_train_steps=9)
-    identity = run_identity(args, ["seed"], Latents(), 2, rank=4)
-    assert identity == {"seed": 1, "dataset": "data", "vae": "vae", "num_processes": 2, "rank": 4}
-    args.lr_scheduler = "cosine"
-    assert run_identity(args, ["seed"], Latents(), 2)["max_train_steps"] == 9
-
-
 def test_what_the_network_draws_depends_on_seed_step_and_process_alone():
     def drawn(*place):
         torch.rand(3)  # whatever was drawn before
@@ -244,7 +308,7 @@ def test_what_the_network_draws_depends_on_seed_step_and_process_alone():
     assert len({tuple(drawn(*place)) for place in places}) == 4
 
 
-def test_accumulated_gradients_are_those_of_one_batch():
+def test_accumulated_gradients_are_those_of_one_batch(make_run):
     transformer = tiny_transformer(num_actions=3, condition_dropout=0.0)
     objective = TrainingObjective(teacher_forcing=True)
     generator = torch.Generator().manual_seed(0)
@@ -252,12 +316,9 @@ def test_accumulated_gradients_are_those_of_one_batch():
         ClipBatch(torch.randn(1, 3, 4, 4, 4, generator=generator), torch.ones(1, 3).long(), None) for _ in range(2)
     ]
     draws = [ObjectiveDraw.stack([objective.draw(3, 0, (4, 4, 4), generator)]) for _ in range(2)]
-    outcome = accumulate_gradients(
-        Accelerator(cpu=True),
-        transformer,
-        transformer.config,
-        iter(zip(clips, draws)),
-        num_accumulated=2,
+    trained = make_run(transformer, train_batch_size=1, gradient_accumulation_steps=2)
+    outcome = trained.accumulate_gradients(
+        iter(zip(clips, draws)), partial(clip_loss, trained.model, transformer.config)
     )
     gradient = transformer.x_embedder.weight.grad.clone()
     transformer.zero_grad()
@@ -271,48 +332,82 @@ def test_accumulated_gradients_are_those_of_one_batch():
 @pytest.mark.parametrize(
     "loss, norm, what", [(float("nan"), 1.0, "loss is nan"), (1.0, float("inf"), "norm of the gradient is inf")]
 )
-def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run_with_a_cure(tmp_path, loss, norm, what):
-    accelerator = Accelerator(cpu=True)
-    require_finite(accelerator, 3, tmp_path, loss=1.0, gradient_norm=torch.tensor(2.0))
+def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run_with_a_cure(make_run, loss, norm, what):
+    trained = make_run(max_train_steps=4)
+    trained.first_step = 3
+    next(trained.steps())
+    trained.require_finite(1.0, torch.tensor(2.0))
     with pytest.raises(RuntimeError, match=f"{what} at step 3.* Lower `--learning_rate`.* holds no intact checkpoint"):
-        require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=torch.tensor(norm))
-    accelerator.prepare(torch.nn.Linear(2, 2))
-    save_checkpoint(accelerator, tmp_path, 2, {}, None)
-    save_checkpoint(accelerator, tmp_path, 3, {}, None)  # the weights that fail
+        trained.require_finite(loss, torch.tensor(norm))
+    for step in (2, 3):  # the last has the weights that fail
+        save_checkpoint(trained.accelerator, trained.output_dir, step, {}, None)
     with pytest.raises(RuntimeError, match="'checkpoint-2' is intact"):
-        require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=torch.tensor(norm))
+        trained.require_finite(loss, torch.tensor(norm))
     with pytest.raises(RuntimeError, match="'checkpoint-2' is intact"):
-        require_finite_metrics({"loss": float("nan")}, 3, tmp_path)
+        trained.require_finite_metrics({"loss": float("nan")}, 3)
     with pytest.raises(RuntimeError, match="'checkpoint-3' is intact"):
-        require_finite(accelerator, 3, tmp_path, loss=loss, gradient_norm=norm, faulty_clips=["trajectory 2"])
+        trained.require_finite(loss, norm, faulty_clips=["trajectory 2"])
 
 
 @pytest.mark.parametrize("scale, is_fault", [(65536.0, False), (1.0, True)])
-def test_a_gradient_that_overflowed_with_a_loss_scale_is_a_fault_only_without_room_below(scale, is_fault, tmp_path):
-    accelerator = argparse.Namespace(scaler=argparse.Namespace(get_scale=lambda: scale))
+def test_a_gradient_that_overflowed_with_a_loss_scale_is_a_fault_only_without_room_below(scale, is_fault, make_run):
+    trained = make_run()
+    next(trained.steps())
+    trained.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale)
     with pytest.raises(RuntimeError) if is_fault else nullcontext():
-        require_finite(accelerator, 0, tmp_path, loss=1.0, gradient_norm=float("inf"))
+        trained.require_finite(1.0, float("inf"))
 
 
-def test_a_trajectory_that_is_not_finite_is_named(tmp_path):
-    transformer, objective = tiny_transformer(num_actions=3), TrainingObjective()
-    batches = TrainingBatches(
-        FaultyLatents(),
-        objective,
-        num_frames=3,
-        short_window=None,
-        interval=1,
-        batch_size=2,
-        num_accumulated=2,
-        seed=0,
-    )
-    accelerator = Accelerator(cpu=True)
-    outcome = accumulate_gradients(accelerator, transformer, transformer.config, batches.load(0, 1), num_accumulated=2)
+def test_a_trajectory_that_is_not_finite_is_named_before_the_weights_change(make_run):
+    transformer = tiny_transformer(num_actions=3)
+    trained = make_run(transformer, num_frames=3, gradient_accumulation_steps=2, max_train_steps=1)
+    batches = training_batches(trained.settings, FaultyLatents(), transformer.config, trained.accelerator)
+    loaded, weights = trained.load(batches), transformer.x_embedder.weight.detach().clone()
+    next(trained.steps())
+    outcome = trained.accumulate_gradients(loaded, partial(clip_loss, trained.model, transformer.config))
+    trained.launch.end()
     assert outcome.faulty_clips == ("trajectory 2",)
     with pytest.raises(RuntimeError, match="data are not finite: NaN or infinite values in trajectory 2"):
-        require_finite(
-            accelerator, 0, tmp_path, loss=outcome.loss, gradient_norm=1.0, faulty_clips=outcome.faulty_clips
-        )
+        trained.step(outcome)
+    assert torch.equal(transformer.x_embedder.weight, weights)
+
+
+def test_epochs_of_clips_become_steps(make_run):
+    trained = make_run(num_train_epochs=3, num_frames=3, gradient_accumulation_steps=1)
+    training_batches(trained.settings, FaultyLatents(), tiny_transformer().config, trained.accelerator)
+    assert trained.settings.max_train_steps == trained.last_step == 6  # 3 times 4 trajectories, 2 a step
+
+
+@pytest.mark.parametrize("teacher_forcing", [False, True])
+def test_a_dry_run_takes_two_steps_of_the_longest_clips_and_tells_their_cost(teacher_forcing, make_run):
+    transformer = tiny_pipeline(tiny_transformer(num_actions=3)).transformer
+    flags = {"num_frames": 4, "gradient_accumulation_steps": 1, "max_train_steps": 7200, "validation_steps": 1}
+    trained = make_run(transformer, dry_run=True, teacher_forcing=teacher_forcing, checkpointing_steps=1, **flags)
+    batches = training_batches(trained.settings, Trajectories(), transformer.config, trained.accelerator)
+    loaded, num_steps = trained.load(batches), 0
+    for num_steps, _ in enumerate(trained.steps(), start=1):
+        outcome = trained.accumulate_gradients(loaded, partial(clip_loss, trained.model, transformer.config))
+        trained.step(outcome)
+        trained.log(outcome)
+        trained.save_checkpoint_if_due()
+        assert not trained.is_due(1)
+    assert num_steps == 2 and not trained.output_dir.exists()
+    tokens, cost = describe_tokens(transformer, batches), trained.describe_cost("2 clips")
+    assert tokens.startswith("64 tokens per clip of 4 frames, 0 of them long")
+    assert ("; 128 with the noisy twins of teacher forcing" in tokens) == teacher_forcing
+    seconds = r"[\d.]+ M parameters\n[\d.]+ GiB of memory at the peak, (\d+\.\d{3}) s per step of 2 clips\n"
+    (seconds,) = re.findall(seconds, cost)
+    assert f"{float(seconds) * 2:.1f}" in f"{float(re.findall('([0-9.]+) hours', cost)[0]):.1f}"
+    assert "hours for --max_train_steps 7200" in cost
+
+
+class Trajectories:
+    """Two trajectories of six random frames."""
+
+    num_frames, latent_shape = np.array([6, 6]), (4, 4, 4)
+
+    def clip(self, trajectory, start, length, interval=1):
+        return Clip(torch.randn(length, 4, 4, 4), torch.ones(length).long(), None)
 
 
 class FaultyLatents:
@@ -327,10 +422,11 @@ class FaultyLatents:
         return Clip(latents, torch.zeros(length).long(), None)
 
 
-def test_metrics_that_are_no_numbers_fail_the_run(tmp_path):
-    require_finite_metrics({"loss": 1.0}, 3, tmp_path)
+def test_metrics_that_are_no_numbers_fail_the_run(make_run):
+    trained = make_run()
+    trained.require_finite_metrics({"loss": 1.0}, 3)
     with pytest.raises(RuntimeError, match="after step 3 gave psnr nan: .* no result is saved"):
-        require_finite_metrics({"loss": 1.0, "psnr": float("nan")}, 3, tmp_path)
+        trained.require_finite_metrics({"loss": 1.0, "psnr": float("nan")}, 3)
 
 
 def test_averaged_weights_are_in_place_only_while_they_are_evaluated():
@@ -347,19 +443,10 @@ def test_averaged_weights_are_in_place_only_while_they_are_evaluated():
         assert not model.training and torch.equal(model.weight, trained)
 
 
-def test_the_facts_of_a_run_name_its_data_and_no_place_on_the_machine():
-    args = argparse.Namespace(
-        dataset_split="train",
-        num_frames=8,
-        frame_interval=1,
-        train_batch_size=2,
-        gradient_accumulation_steps=3,
-        optimizer="adamw",
-        learning_rate=1e-4,
-        lr_scheduler="constant",
-        seed=0,
-    )
-    facts = training_facts(args, "/somewhere/mazes", 7, TrainingObjective())
+def test_the_facts_of_a_run_name_its_data_and_no_place_on_the_machine(make_run):
+    trained = make_run(latents_dir="/somewhere/mazes", gradient_accumulation_steps=3)
+    trained.finished = 7
+    facts = training_facts(trained, TrainingObjective())
     assert facts["Data"].startswith("mazes, split train") and facts["Steps"] == "7 of 6 clips per process"
 
 
@@ -367,16 +454,15 @@ def test_the_facts_of_a_run_name_its_data_and_no_place_on_the_machine():
 def test_the_attention_of_long_models_alone_is_kept_from_cudnn(long_patch_size, monkeypatch):
     left_out = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: left_out.append(not enabled))
-    leave_out_planned_attention(tiny_transformer(long_patch_size=long_patch_size).config)
+    disable_cudnn_attention(tiny_transformer(long_patch_size=long_patch_size).config)
     assert left_out == ([] if long_patch_size is None else [True])
 
 
 def test_a_split_that_is_held_out_and_too_short_is_refused_at_the_start(monkeypatch, tmp_path):
     (tmp_path / "validation").mkdir()
-    args = argparse.Namespace(validation_dataset_name=None, latents_dir=str(tmp_path), validation_split="validation")
-    args.streaming, args.num_frames, args.frame_interval = False, 4, 1
+    settings = settings_of(tmp_path, latents_dir=str(tmp_path), num_frames=4)
     monkeypatch.setattr(training_clips, "open_clips", lambda *_: FaultyLatents())
     with pytest.raises(ValueError, match="split 'validation', which is held out: .* the longest of 4 .* has 3"):
-        training_clips.open_validation_clips(args, None)
-    args.num_frames = 3
-    assert training_clips.open_validation_clips(args, None) is not None
+        training_clips.open_validation_clips(settings, None)
+    settings.num_frames = 3
+    assert training_clips.open_validation_clips(settings, None) is not None

@@ -2,7 +2,7 @@
 
 A cached split is a folder of Arrow files that `datasets` opens too; clips are cut from it without copying more than the
 clip. Each file carries, in its schema's metadata, which VAE and which dataset it was made of, so that a shard that was
-copied elsewhere still says what it is, and the sha256 of its own content, so that it says whether it is damaged. The codes
+copied elsewhere still says what it is, and the sha256 of its own content, so that damage is found. The codes
 of a VQ autoencoder are latents of one channel, whole numbers instead of scaled ones.
 
 F frames, C latent channels, H/W latent height/width; h/w pixels.
@@ -31,7 +31,7 @@ from .rows import SOURCE_COLUMN, check_conditions, clip_actions, count_actions, 
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = b"diffusers_far"
-# The sum stands in the file that it is of: it is computed as if these zeros stood in its place.
+# A shard holds its own sha256, which is computed with these zeros in its place.
 NO_SHA256 = "0" * 64
 
 
@@ -199,7 +199,7 @@ class LatentDataset:
         if num_without_sum:
             logger.info(
                 f"{num_without_sum} of {len(paths)} shards in {str(folder)!r} carry no sha256, as older versions wrote them: "
-                "a damaged number in them cannot be told. cache_latents.py writes them anew into another folder."
+                "damaged numbers in them are not found. cache_latents.py writes them anew into another folder."
             )
 
         shards = [_open_shard(path) for path in paths]

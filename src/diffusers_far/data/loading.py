@@ -49,20 +49,21 @@ def _content_hash(file: dict) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def load_split(dataset_name: str, split: str) -> Dataset:
+def load_split(dataset_name: str, split: str, config_name: str | None = None) -> Dataset:
     """Open one split of a dataset from a folder or the Hub; what is on the Hub is downloaded first.
 
     Args:
         dataset_name (`str`): A folder or a Hub id, which may end in `@` and a revision.
         split (`str`): Name of the split, such as `"train"`; slices such as `"train[:10]"` are allowed.
+        config_name (`str`, *optional*): Of a dataset with several configurations.
 
     Raises:
         ValueError: If the folder does not exist, has no such split or is damaged, or a row of it names a file elsewhere.
     """
     path, revision = locate_dataset(dataset_name)
-    _require_split(path, revision, split.split("[")[0], split)
+    _require_split(path, config_name, revision, split.split("[")[0], split)
     try:
-        dataset = load_dataset(path, split=split, revision=revision)
+        dataset = load_dataset(path, config_name, split=split, revision=revision)
     except DatasetsError as error:
         raise _unreadable(path, error) from error
     _require_own_files(dataset, path)
@@ -72,13 +73,16 @@ def load_split(dataset_name: str, split: str) -> Dataset:
     return dataset
 
 
-def stream_split(dataset_name: str, split: str, column: str = "video") -> StreamedSplit:
+def stream_split(
+    dataset_name: str, split: str, column: str = "video", config_name: str | None = None
+) -> StreamedSplit:
     """Open one split of a dataset without reading it: its rows are read when they are asked for, and nothing is copied.
 
     Args:
         dataset_name (`str`): As for [`load_split`].
         split (`str`): Name of the split, whole.
         column (`str`): The videos: `List(Image())` or `Video`.
+        config_name (`str`, *optional*): As for [`load_split`].
 
     Raises:
         ValueError: If the folder does not exist, has no such split, or holds no videos.
@@ -88,15 +92,15 @@ def stream_split(dataset_name: str, split: str, column: str = "video") -> Stream
         raise ValueError(
             f"`split` is {split!r}, but a stream has no slices; pass {split.split('[')[0]!r}, or do not stream."
         )
-    _require_split(path, revision, split, split)
-    builder = load_dataset_builder(path, revision=revision)
+    _require_split(path, config_name, revision, split, split)
+    builder = load_dataset_builder(path, config_name, revision=revision)
     return StreamedSplit(builder.as_streaming_dataset(split=split), builder.config.data_files[split], column, path)
 
 
-def has_split(dataset_name: str, split: str) -> bool:
+def has_split(dataset_name: str, split: str, config_name: str | None = None) -> bool:
     """Whether a dataset, named as for [`load_split`], has such a split."""
     path, revision = locate_dataset(dataset_name)
-    return split.split("[")[0] in get_dataset_split_names(path, revision=revision)
+    return split.split("[")[0] in get_dataset_split_names(path, config_name, revision=revision)
 
 
 def locate_dataset(dataset_name: str) -> tuple[str, str | None]:
@@ -118,9 +122,9 @@ def locate_dataset(dataset_name: str) -> tuple[str, str | None]:
     return path, revision or None
 
 
-def _require_split(path: str, revision: str | None, name: str, split: str) -> None:
+def _require_split(path: str, config_name: str | None, revision: str | None, name: str, split: str) -> None:
     try:
-        available = get_dataset_split_names(path, revision=revision)
+        available = get_dataset_split_names(path, config_name, revision=revision)
     except ValueError as error:  # of a damaged file
         raise _unreadable(path, error) from error
     if name not in available:

@@ -1,7 +1,7 @@
 """Clips and images as people have them: a video, an animation, one picture, or a folder of numbered pictures.
 
-What a file is, its first bytes tell, not its name: an upload may be named anything, and FFmpeg would follow the files and
-addresses that a playlist lists.
+The first bytes of a file tell what it is, and not its name: an upload may have any name, and FFmpeg would follow the files
+and addresses in a playlist.
 
 F frames; h/w pixels.
 """
@@ -26,12 +26,12 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 
-ALIKE = "give a video (mp4, mov, mkv, webm, avi), a gif or webp, an image, or a folder of images"
+ACCEPTED = "give a video (mp4, mov, mkv, webm, avi), a gif or webp, an image, or a folder of images"
 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What a reader accepts before it gives up; for files of strangers.
+    """What a reader accepts; larger files are refused. For files of strangers.
 
     Args:
         max_bytes (`int`, *optional*): Of the file, or of all images of a folder together.
@@ -72,7 +72,7 @@ def read_clip(
     Only the frames that are returned are held in memory, at their final size.
 
     Args:
-        path (`str` or `Path`): What it holds is told by its content. The images of a folder are ordered by the numbers
+        path (`str` or `Path`): Its content tells what it holds. The images of a folder are ordered by the numbers
             in their names, `frame_2.png` before `frame_10.png`; other files in it are left alone.
         num_frames (`int`, *optional*): At least 1; all by default, or where there are fewer.
         size (`tuple`, *optional*): `(height, width)`: frames are cut around their centre and resized, see [`fit_frame`].
@@ -90,7 +90,7 @@ def read_clip(
         num_frames_in_file += 1
         last_frames.append((fit_frame(frame, size), frame.shape[:2]))
     if not last_frames:
-        raise BadExampleError(f"{str(path)!r} holds no frames; {ALIKE}.")
+        raise BadExampleError(f"{str(path)!r} holds no frames; {ACCEPTED}.")
     sizes = sorted({frame.shape[:2] for frame, _ in last_frames})
     if len(sizes) > 1:
         raise BadExampleError(f"{str(path)!r} has frames of sizes {sizes} (height, width); make them one size.")
@@ -140,7 +140,7 @@ def image_files(folder: str | Path) -> list[Path]:
     """
     files = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not files:
-        raise BadExampleError(f"{str(folder)!r} has no images ({', '.join(IMAGE_SUFFIXES)}); {ALIKE}.")
+        raise BadExampleError(f"{str(folder)!r} has no images ({', '.join(IMAGE_SUFFIXES)}); {ACCEPTED}.")
 
     def by_number(path: Path) -> tuple:
         # Digits and other text alternate, starting with text: numbers are compared with numbers only.
@@ -158,13 +158,13 @@ def media_kind(path: str | Path) -> str:
     """
     if not os.path.isfile(path):  # a pipe would be waited for
         what = "is not a file" if os.path.exists(path) else "does not exist"
-        raise BadExampleError(f"{str(path)!r} {what}; {ALIKE}.")
+        raise BadExampleError(f"{str(path)!r} {what}; {ACCEPTED}.")
     try:
         with open(path, "rb") as file:
             start = file.read(16)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BadExampleError(f"{str(path)!r} cannot be read ({reason}); {ALIKE}.") from error
+        raise BadExampleError(f"{str(path)!r} cannot be read ({reason}); {ACCEPTED}.") from error
     is_riff = start[:4] == b"RIFF"
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM")) or (is_riff and start[8:12] == b"WEBP"):
         return "image"
@@ -172,15 +172,15 @@ def media_kind(path: str | Path) -> str:
     if is_quicktime or start.startswith(b"\x1a\x45\xdf\xa3") or (is_riff and start[8:12] == b"AVI "):
         return "video"
     what = "is empty" if not start else "is neither a video nor an image that is known here"
-    raise BadExampleError(f"{str(path)!r} {what}; {ALIKE}.")
+    raise BadExampleError(f"{str(path)!r} {what}; {ACCEPTED}.")
 
 
 def _iter_image(path: Path, limits: MediaLimits) -> Iterator[np.ndarray]:
     """Every frame of an image or animation, upright."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            # No frames are: the picture for viewers that show no animation (PNG), and what a phone's photo has beside it, as
-            # its depth (MPO).
+            # These are no frames: the picture for viewers that show no animation (PNG), and what a phone stores with a photo,
+            # such as its depth (MPO).
             first, last = int(bool(image.info.get("default_image"))), 1 if image.format == "MPO" else None
             for frame in islice(ImageSequence.Iterator(image), first, last):
                 require_pixels(repr(path.name), frame.size[::-1], limits.max_pixels)

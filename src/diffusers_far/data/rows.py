@@ -1,5 +1,5 @@
 """What a row of a dataset holds beside its frames: actions as people store them, brought to one per frame and to one per
-kept frame, and a label. What is wrong with a row is told by its name, before work on it begins.
+kept frame, and a label. A row that is wrong is refused before work on it begins, and the error has its name.
 
 `actions[t]` leads from frame t to frame t + 1. With every k-th frame kept, the actions `j * k` to `j * k + k - 1` lead
 from kept frame j to kept frame j + 1, and become one: none is lost without the user saying so.

@@ -23,7 +23,7 @@ from .sources.trajectory import path_inside
 from .video import count_frames
 
 
-# A dataset of single video files has a shard for each; so many of them together are read as one.
+# A dataset of video files has a shard for each file. If there are more, several are read as one.
 MAX_SHARDS = 256
 SAMPLED_FILES = 32
 SAMPLED_BYTES = 2**16
@@ -36,7 +36,7 @@ class StreamedSplit:
         dataset (`datasets.IterableDataset`): Its rows; nothing is decoded.
         files (sequence of `str`): What it is made of: paths or `hf://` addresses, in order.
         column (`str`): The videos: `List(Image())` or `Video`.
-        place (`str`, *optional*): The dataset's folder or Hub id: files that its rows name must be its own. `None`: not
+        place (`str`, *optional*): The dataset's folder or Hub id: its rows may name no other files. `None`: not
             checked.
 
     Attributes:
@@ -62,6 +62,7 @@ class StreamedSplit:
 
     @property
     def has_discrete_actions(self) -> bool:
+        """Whether an action is one whole number; as far as the column's type says."""
         feature = self.dataset.features.get("actions")
         return isinstance(feature, List) and isinstance(feature.feature, Value) and "int" in feature.feature.dtype
 
@@ -70,7 +71,7 @@ class StreamedSplit:
         return iter(self.dataset.shard(self.num_shards, shard).skip(first_row))
 
     def trajectory(self, row: dict, name: str) -> StoredTrajectory:
-        """A row's trajectory; a video file that is elsewhere is fetched.
+        """A row's trajectory, not decoded. A video file that is elsewhere is fetched.
 
         Raises:
             BadExampleError: If the video file cannot be fetched or opened, or is not the dataset's own.

@@ -1,4 +1,4 @@
-"""Videos decoded with PyAV, which brings its own FFmpeg; a file that ends too early is an error, not a short video."""
+"""Videos, decoded with PyAV, which brings its own FFmpeg. A file that ends too early is an error, not a short video."""
 
 import io
 import multiprocessing
@@ -42,7 +42,7 @@ def iter_video(
 
     Raises:
         BadExampleError: If the file is missing, truncated, damaged or holds no video, or its frames are too large or
-            shown askew. What a truncated mkv or webm lacks cannot be told, as they do not say how much they hold.
+            shown askew. A truncated mkv or webm is read as a shorter one: these files do not say how much they hold.
     """
     if frame_interval < 1:
         raise ValueError(f"`frame_interval` is {frame_interval}; it must be at least 1, which keeps every frame.")

@@ -22,7 +22,7 @@ def share_work(
         work (callable): Called with a part and with `count`, which it calls after each trajectory. Must be picklable.
         parts (sequence): Of the work.
         num_processes (`int`): 1: this process alone.
-        progress ([`~command_line.Progress`]): Told of every trajectory, and of nothing else.
+        progress ([`~command_line.Progress`]): Counts every trajectory, and nothing else.
 
     Raises:
         RuntimeError: A process was killed, such as for want of memory.

@@ -110,7 +110,7 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
 
     model_cpu_offload_seq = "transformer->vae"
     is_frame_causal = True
-    _checked_scheduler = None  # the last one that was accepted, and its config
+    _checked_scheduler = None  # the last one that was accepted, and what can be changed of it
 
     def __init__(
         self,
@@ -179,7 +179,8 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
 
     def _check_scheduler(self) -> None:
         """Refuse a scheduler that does not follow the transformer's flow. Users replace it: each new one is tried once."""
-        scheduler = (self.scheduler, dict(getattr(self.scheduler, "config", {})))
+        shift = self.scheduler.shift if hasattr(type(self.scheduler), "shift") else None  # `set_shift` changes it
+        scheduler = (self.scheduler, dict(getattr(self.scheduler, "config", {})), shift)
         if self._checked_scheduler != scheduler:
             check_scheduler(self.scheduler)
             self._checked_scheduler = scheduler

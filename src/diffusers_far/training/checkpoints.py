@@ -15,9 +15,10 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -233,8 +234,22 @@ def _give_name(unfinished: Path, checkpoint: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def load_checkpoint(accelerator, checkpoint: Path, identity: dict[str, Any], *, allow_changes: bool = False) -> int:
+def load_checkpoint(
+    accelerator,
+    checkpoint: Path,
+    identity: dict[str, Any],
+    *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    allow_changes: bool = False,
+) -> int:
     """Load a checkpoint into what `accelerator` holds. Nothing in it is run as code.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): As for [`save_checkpoint`].
+        checkpoint (`Path`): See [`find_checkpoint`].
+        identity (`dict`): What must be the same as when it was saved.
+        defaults (`dict`): Of the settings: what one was in a run of a version that did not know it.
+        allow_changes (`bool`): Load it although `identity` differs.
 
     Returns:
         `int`: Number of optimizer steps that were finished when it was saved.
@@ -247,7 +262,7 @@ def load_checkpoint(accelerator, checkpoint: Path, identity: dict[str, Any], *, 
         run = _read_run(checkpoint)
     except _UNREADABLE as error:
         raise ValueError(f"{str(checkpoint)!r} cannot be resumed: {error}. {way_back(checkpoint.parent)}") from error
-    differences = describe_changes(run["identity"], json.loads(json.dumps(identity)))
+    differences = describe_changes(run["identity"], json.loads(json.dumps(identity)), defaults)
     if differences and not allow_changes:
         raise ValueError(
             f"{str(checkpoint)!r} was saved by a different run: {'; '.join(differences)}. Give the values that it "
@@ -267,14 +282,14 @@ def load_checkpoint(accelerator, checkpoint: Path, identity: dict[str, Any], *, 
     return run["step"]
 
 
-def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """One sentence for each key whose value differs."""
-    names = sorted(saved.keys() | current.keys())
-    return [
-        f"`{name}` was {saved.get(name)!r} and is {current.get(name)!r}"
-        for name in names
-        if saved.get(name) != current.get(name)
-    ]
+def describe_changes(
+    saved: dict[str, Any], current: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> list[str]:
+    """One sentence for each name whose value differs. A setting that was not saved had its default; one that does not count
+    in this run may be anything."""
+    names = sorted(current.keys() | (saved.keys() - defaults.keys()))
+    values = {name: (saved.get(name, defaults.get(name)), current.get(name)) for name in names}
+    return [f"`{name}` was {was!r} and is {now!r}" for name, (was, now) in values.items() if was != now]
 
 
 def way_back(output_dir: str | Path, but_for: Path | None = None) -> str:

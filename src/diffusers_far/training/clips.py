@@ -6,7 +6,6 @@ Nothing here has a state to save: a run that resumes at step N draws what the un
 B batch, F frames, C latent channels, H/W latent height/width, A action channels.
 """
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from ..data.clips import Clip, ClipBatch
 from ..data.latents import LatentDataset
 from ..data.video_clips import EncodedDataset, StreamedClips
 from ..models.frames import shift_actions
-from .config import action_combiner
+from .config import FARSettings
 from .launch import leave_signals_to_parent
 from .objective import ObjectiveDraw, TrainingObjective, add_noise, draw_num_long_frames, velocity_loss
 
@@ -38,58 +37,62 @@ class ClipDataset(Protocol):
 
 
 def open_clips(
-    args: argparse.Namespace, split: str, vae: torch.nn.Module
+    settings: FARSettings, split: str, vae: torch.nn.Module
 ) -> LatentDataset | EncodedDataset | StreamedClips:
     """The clips of a split, to train on.
 
     Args:
-        args (`argparse.Namespace`): With `add_data_arguments` and `add_objective_arguments`.
+        settings ([`FARSettings`]): Of the script.
         split (`str`): Such as `"train"`.
         vae (`nn.Module`): Must be the one that made the latents; encodes the dataset, where it lies.
 
     Raises:
         ValueError: The split is missing or damaged, or the latents are another VAE's.
     """
-    combine_actions = action_combiner(args)
-    if args.latents_dir is not None:
-        latents = LatentDataset(args.latents_dir, split, combine_actions)
+    combine_actions, config_name = settings.action_combiner(), settings.dataset_config_name
+    if settings.latents_dir is not None:
+        latents = LatentDataset(settings.latents_dir, split, combine_actions)
         latents.require_vae(vae)
         return latents
-    if args.streaming:
-        streamed = loading.stream_split(args.dataset_name, split)
-        return StreamedClips(streamed, vae, combine_actions, args.num_actions)
-    return EncodedDataset(loading.load_split(args.dataset_name, split), vae, combine_actions=combine_actions)
+    if settings.streaming:
+        streamed = loading.stream_split(settings.dataset_name, split, settings.video_column, config_name)
+        return StreamedClips(streamed, vae, combine_actions, settings.num_actions)
+    trajectories = loading.load_split(settings.dataset_name, split, config_name)
+    return EncodedDataset(trajectories, vae, settings.video_column, combine_actions)
 
 
-def open_validation_clips(args: argparse.Namespace, vae: torch.nn.Module) -> LatentDataset | EncodedDataset | None:
+def open_validation_clips(settings: FARSettings, vae: torch.nn.Module) -> LatentDataset | EncodedDataset | None:
     """The held-out clips, in any order; `None` without such a split. Of a stream those of its first trajectories, as many
     as are measured.
 
     Raises:
         ValueError: As [`open_clips`], or all trajectories are shorter than a clip.
     """
-    if args.validation_dataset_name is not None:
-        trajectories = loading.load_split(args.validation_dataset_name, args.validation_split)
-        clips = EncodedDataset(trajectories, vae, combine_actions=action_combiner(args))
-    elif not _has_split(args, args.validation_split):
+    if settings.validation_dataset_name is not None:
+        name, split = settings.validation_dataset_name, settings.validation_split
+        trajectories = loading.load_split(name, split, settings.dataset_config_name)
+        clips = EncodedDataset(trajectories, vae, settings.video_column, settings.action_combiner())
+    elif not _has_split(settings, settings.validation_split):
         return None
-    elif args.streaming:
-        num_trajectories = max(args.num_validation_clips, args.num_validation_videos)
-        head = loading.stream_split(args.dataset_name, args.validation_split).head(num_trajectories)
-        clips = EncodedDataset(head, vae, combine_actions=action_combiner(args))
+    elif settings.streaming:
+        num_trajectories = max(settings.num_validation_clips, settings.num_validation_videos)
+        split = loading.stream_split(
+            settings.dataset_name, settings.validation_split, settings.video_column, settings.dataset_config_name
+        )
+        clips = EncodedDataset(split.head(num_trajectories), vae, settings.video_column, settings.action_combiner())
     else:
-        clips = open_clips(args, args.validation_split, vae)
+        clips = open_clips(settings, settings.validation_split, vae)
     try:
-        usable_trajectories(clips, args.num_frames, args.frame_interval)
+        usable_trajectories(clips, settings.num_frames, settings.frame_interval)
     except ValueError as error:
-        raise ValueError(f"Of the split {args.validation_split!r}, which is held out: {error}") from error
+        raise ValueError(f"Of the split {settings.validation_split!r}, which is held out: {error}") from error
     return clips
 
 
-def _has_split(args: argparse.Namespace, split: str) -> bool:
-    if args.latents_dir is None:
-        return loading.has_split(args.dataset_name, split)
-    return (Path(args.latents_dir) / split).is_dir()
+def _has_split(settings: FARSettings, split: str) -> bool:
+    if settings.latents_dir is None:
+        return loading.has_split(settings.dataset_name, split, settings.dataset_config_name)
+    return (Path(settings.latents_dir) / split).is_dir()
 
 
 # The order of the clips, and what is drawn for them
@@ -138,7 +141,7 @@ STEP_STREAM, CLIP_STREAM, START_STREAM = 1, 2, 4
 
 
 def draw_start(num_trajectory_frames: int, num_frames: int, interval: int, generator: torch.Generator) -> int:
-    """Where a clip of `num_frames` frames, `interval` apart, starts in a trajectory: any place is as likely."""
+    """Where a clip of `num_frames` frames, `interval` apart, starts in a trajectory: all places are equally likely."""
     num_starts = num_trajectory_frames - (num_frames - 1) * interval
     return int(torch.randint(num_starts, (), generator=generator))
 
@@ -269,7 +272,7 @@ class TrainingBatches(StepBatches):
 
     @property
     def extent(self) -> str:
-        """How much of the data is long enough, in words for the log."""
+        """How many trajectories are long enough, in words for the log."""
         return (
             f"{len(self.trajectories)} of {len(self.dataset.num_frames)} trajectories are long enough for "
             f"{self.num_frames} frames"

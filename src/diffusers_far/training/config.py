@@ -1,179 +1,403 @@
-"""The arguments that the FAR training scripts share, in groups, and what is built from them.
+"""The settings of a training: typed fields, from which the command line is made.
 
-A script whose defaults differ says so with `parser.set_defaults`.
+A script's settings are a dataclass that inherits from those here and adds fields of its own. A field says all that is known
+of a setting: type, default, help, the least value, and whether a resumed run may have another value. So nothing else lists
+them, and a new setting is two lines: its field, and where it is used.
 """
 
-import argparse
+import importlib.util
 import json
+import math
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from ..command_line import HelpWithDefaults
 from ..data.rows import COMBINATION_RULES, ActionCombiner
 
 
-if TYPE_CHECKING:  # a script reads its arguments before it imports what takes seconds
+if TYPE_CHECKING:  # a script reads its settings before it imports what takes seconds
     import torch
 
     from .objective import TrainingObjective
 
 
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "radam": "RAdam"}  # and their classes in `torch.optim`
-
-# What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted run.
-RUN_IDENTITY = (
-    "num_frames frame_interval combine_actions num_actions train_batch_size gradient_accumulation_steps "
-    "learning_rate lr_scheduler lr_warmup_steps optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon "
-    "max_grad_norm objective clean_context_ratio clean_prefix_ratio teacher_forcing condition_dropout logit_mean "
-    "logit_std repeat_ratio mixed_precision seed"
-).split()
+RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+# What `setting` says of a field that argparse does not know.
+RULES = ("least", "free", "of_stream", "rule")
 
 
-# What else, if the data are streamed.
-STREAM_IDENTITY = ("streaming", "shuffle_buffer_size", "clips_per_trajectory")
+def setting(
+    default: Any = MISSING,
+    help: str | None = None,
+    *,
+    least: float | None = None,
+    free: bool = False,
+    of_stream: bool = False,
+    secret: bool = False,
+    rule: Callable[[str], None] | None = None,
+) -> Any:
+    """A field of the settings.
+
+    Args:
+        default: Its value where none is given. Left out: one must be given.
+        help (`str`, *optional*): For the command line.
+        least (`float`, *optional*): The smallest number that is allowed. For floats it is 0 if left out.
+        free (`bool`): A resumed run may have another value. All other settings must be those that the run began with.
+        of_stream (`bool`): It matters only where the data are streamed.
+        secret (`bool`): It is never shown, logged or saved.
+        rule (callable, *optional*): Raises a `ValueError` for a text that is not allowed.
+    """
+    metadata = {"help": help, "least": least, "free": free or secret, "of_stream": of_stream, "rule": rule}
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata=metadata, repr=not secret)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the clips come from, see [`~training.clips.open_clips`], and where the result goes."""
-    parser.add_argument("--latents_dir", help="Folder that cache_latents.py wrote.")
-    parser.add_argument("--dataset_name", help="Instead: a dataset's folder or Hub id, encoded again at every step.")
-    add_streaming_arguments(parser)
-    parser.add_argument(
-        "--clips_per_trajectory", type=int, default=1, help="Of a stream: clips of a trajectory each time it is read."
+def require_license_id(text: str) -> None:
+    """Refuse what is no licence as the Hub writes it."""
+    if not re.fullmatch(r"[a-z0-9.\-]+", text):
+        raise ValueError(f"{text!r} is no identifier of the Hub, such as apache-2.0")
+
+
+def require_hub_id(text: str) -> None:
+    """Refuse what cannot be a repo on the Hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise ValueError(f"{text!r} is no id of a repo on the Hub, such as org/mazes") from error
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """What every training has."""
+
+    dataset_split: str = setting("train", free=True)
+    validation_split: str = setting("validation", "Measured where there is one.", free=True)
+    output_dir: str = setting(help="Must be empty or absent unless a run is resumed.", free=True)
+    max_train_steps: int = setting(10_000, least=1)
+    num_train_epochs: int | None = setting(
+        None,
+        "Instead of --max_train_steps: how often all clips or frames are seen. Not for streams.",
+        least=1,
+        free=True,
     )
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--validation_split", default="validation", help="Measured where there is one.")
-    parser.add_argument("--output_dir", required=True, help="Must be empty or absent unless a run is resumed.")
+    max_train_hours: float | None = setting(None, "Stop this launch with a checkpoint after so long.", free=True)
+    dry_run: bool = setting(False, "Two steps; print what the run will cost.", free=True)
+    train_batch_size: int = setting(16, "Clips per process and pass.", least=1)
+    learning_rate: float = setting(1e-4)
+    lr_scheduler: str = setting("constant_with_warmup", "Name known to `diffusers.optimization`.")
+    lr_warmup_steps: int = setting(500, least=0)
+    max_grad_norm: float = setting(1.0)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+        None, "Of the passes; the weights stay float32. If left out, what the launcher was told, else no."
+    )
+    dataloader_num_workers: int = setting(0, least=0, free=True)
+    seed: int = setting(0, least=0)
+
+    validation_steps: int = setting(500, least=1, free=True)
+    num_validation_frames: int = setting(8, "Frames that are predicted in each.", least=1, free=True)
+
+    checkpointing_steps: int = setting(500, least=1, free=True)
+    checkpoints_total_limit: int = setting(2, least=1, free=True)
+    resume_from_checkpoint: str | None = setting(None, "'latest', the name of a checkpoint, or a path.", free=True)
+    allow_changed_run: bool = setting(False, "Resume although data or settings changed.", free=True)
+
+    report_to: str = setting(
+        "tensorboard",
+        "Trackers: tensorboard, trackio, wandb ..., several with commas between them, all that are installed, or none.",
+        free=True,
+    )
+    logging_dir: str = setting("logs", "Of the trackers; a relative path is in --output_dir.", free=True)
+    tracker_project_name: str | None = setting(
+        None, "What the trackers call it; the script's name if left out.", free=True
+    )
+    logging_seconds: float = setting(30.0, "Between lines of the log, where stderr is no terminal.", free=True)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse numbers that are too small or not finite, texts that are not allowed, and what contradicts each other.
+
+        Raises:
+            ValueError: Names the setting, its value and the rule.
+        """
+        for each in fields(self):
+            value, least, rule = getattr(self, each.name), each.metadata["least"], each.metadata["rule"]
+            if isinstance(value, float):
+                least = 0 if least is None else least
+                if not (math.isfinite(value) and value >= least):
+                    limit = "" if least == -math.inf else f" of at least {least}"
+                    raise ValueError(f"`{each.name}` is {value}; pass a finite number{limit}.")
+            elif least is not None and value is not None and not (type(value) is int and value >= least):
+                raise ValueError(f"`{each.name}` is {value!r}; pass a whole number of at least {least}.")
+            if rule is not None:
+                for text in value if isinstance(value, list) else [value] if value is not None else []:
+                    rule(text)
+
+    def count_epochs(self, num_samples: int, samples_per_step: int) -> None:
+        """Make `num_train_epochs` over so many clips or frames a number of steps, if it was given."""
+        if self.num_train_epochs is not None:
+            self.max_train_steps = math.ceil(self.num_train_epochs * num_samples / samples_per_step)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that it continues, for the result to be that of one uninterrupted
+        run: all settings but the free ones. The length counts where the learning rate depends on it."""
+        is_streamed = getattr(self, "streaming", False)
+        names = [
+            each.name
+            for each in fields(self)
+            if not each.metadata["free"] and (is_streamed or not each.metadata["of_stream"])
+        ]
+        if self.lr_scheduler.startswith("constant"):
+            names.remove("max_train_steps")
+        return {name: getattr(self, name) for name in names}
+
+    def defaults(self) -> dict[str, Any]:
+        """The default of each setting that has one: its value in a run of a version that did not know it."""
+        return {
+            each.name: each.default if each.default is not MISSING else each.default_factory()
+            for each in fields(self)
+            if each.default is not MISSING or each.default_factory is not MISSING
+        }
+
+    def shown(self) -> dict[str, Any]:
+        """The settings that may be shown: all but secrets."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
 
 
-def add_streaming_arguments(parser: argparse.ArgumentParser) -> None:
-    """Whether a dataset is streamed, and how much of it is mixed at a time."""
-    parser.add_argument("--streaming", action="store_true", help="Read the dataset as it is needed; copy nothing.")
-    parser.add_argument(
-        "--shuffle_buffer_size", type=int, default=128, help="Of a stream: trajectories in memory, mixed."
+@dataclass(kw_only=True)
+class StreamSettings:
+    """How a dataset is read."""
+
+    video_column: str = setting("video")
+    dataset_config_name: str | None = setting(None, "Of a dataset with several configurations.", free=True)
+    streaming: bool = setting(False, "Read the dataset as it is needed; copy nothing.")
+    shuffle_buffer_size: int = setting(128, "Of a stream: trajectories in memory, mixed.", least=1, of_stream=True)
+
+    def check(self) -> None:
+        super().check()
+        if self.streaming and self.num_train_epochs is not None:
+            raise ValueError(
+                f"`num_train_epochs` is {self.num_train_epochs}, but the length of a stream is not known; give "
+                "`--max_train_steps`."
+            )
+
+
+@dataclass(kw_only=True)
+class FrameSettings(StreamSettings, RunSettings):
+    """What a training on single frames has."""
+
+    dataset_name: str = setting(help="Folder or Hub id that `load_dataset` opens.", free=True)
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings(RunSettings):
+    """What a training has whose steps are made of several passes."""
+
+    gradient_accumulation_steps: int | None = setting(
+        None, "Passes of a step; if left out, the launcher's, else 1.", least=1
+    )
+    optimizer: Literal[tuple(OPTIMIZERS)] = setting("adamw")
+    use_8bit_adam: bool = setting(False, "Optimizer states in 8 bits, by bitsandbytes.")
+    adam_beta1: float = setting(0.9)
+    adam_beta2: float = setting(0.999)
+    adam_weight_decay: float = setting(0.0)
+    adam_epsilon: float = setting(1e-8)
+    gradient_checkpointing: bool = setting(False, free=True)
+
+    def check(self) -> None:
+        super().check()
+        if self.use_8bit_adam and self.optimizer == "radam":
+            raise ValueError("`use_8bit_adam` has no radam; give `--optimizer adamw` or adam.")
+        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("`use_8bit_adam` needs bitsandbytes, which is not installed: `pip install bitsandbytes`.")
+
+
+@dataclass(kw_only=True)
+class EMASettings:
+    """Whether the weights are averaged."""
+
+    use_ema: bool = setting(False, "Average the weights; the result gets the average.")
+    ema_decay: float = setting(0.9999)
+
+
+@dataclass(kw_only=True)
+class HubSettings:
+    """Whether and where the result is uploaded, and what its card says."""
+
+    push_to_hub: bool = setting(False, "Upload the result, without checkpoints and logs.", free=True)
+    hub_model_id: str | None = setting(
+        None, "Repo to upload to; the name of --output_dir in your namespace if left out.", free=True
+    )
+    hub_token: str | None = setting(
+        None,
+        "To upload with; better left to `hf auth login` or HF_TOKEN: others can read a command line.",
+        secret=True,
+    )
+    license: str | None = setting(
+        None, "Of the result, as the Hub calls it: apache-2.0. For the card.", free=True, rule=require_license_id
+    )
+    dataset_ids: list[str] | None = setting(
+        None, "Ids on the Hub of what is trained on, for the card; folders have none.", free=True, rule=require_hub_id
+    )
+    base_model_id: str | None = setting(
+        None,
+        "Id on the Hub of what training starts from, for the card, if that is a folder.",
+        free=True,
+        rule=require_hub_id,
+    )
+    pretrained_model_name_or_path: str | None = setting(
+        None, "Pipeline or transformer to start from instead.", free=True
+    )
+    revision: str | None = setting(None, "Of the pretrained model on the Hub: branch, tag or commit.", free=True)
+
+
+@dataclass(kw_only=True)
+class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
+    """What a training of a FAR transformer has, of all its weights or of an adapter: clips, objective, validation."""
+
+    latents_dir: str | None = setting(None, "Folder that cache_latents.py wrote.", free=True)
+    dataset_name: str | None = setting(
+        None, "Instead: a dataset's folder or Hub id, encoded again at every step.", free=True
+    )
+    clips_per_trajectory: int = setting(
+        1, "Of a stream: clips of a trajectory each time it is read.", least=1, of_stream=True
     )
 
-
-def require_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with the rule unless `add_data_arguments` was given exactly one source of clips that can be read as asked."""
-    if (args.latents_dir is None) == (args.dataset_name is None):
-        parser.error("give `--latents_dir` or `--dataset_name`, one of the two.")
-    if args.streaming and args.latents_dir is not None:
-        parser.error("`--streaming` is for `--dataset_name`: cached latents are read from where they lie as it is.")
-
-
-def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
-    """The clips and the objective, see [`TrainingObjective`]."""
-    parser.add_argument("--objective", choices=("far", "video_dit"), default="far")
-    parser.add_argument("--num_frames", type=int, default=16, help="Longest clip, long frames included.")
-    parser.add_argument("--frame_interval", type=int, default=1)
-    parser.add_argument(
-        "--combine_actions", choices=COMBINATION_RULES, help="What becomes of the actions of skipped frames."
+    objective: Literal["far", "video_dit"] = setting("far")
+    num_frames: int = setting(16, "Longest clip, long frames included.", least=1)
+    frame_interval: int = setting(1, least=1)
+    combine_actions: Literal[tuple(COMBINATION_RULES)] | None = setting(
+        None, "What becomes of the actions of skipped frames."
     )
-    parser.add_argument("--num_actions", type=int, help="Discrete actions in the data: to stream, or combine jointly.")
-    parser.add_argument("--clean_context_ratio", type=float, default=0.1, help="Share of frames that are clean.")
-    parser.add_argument("--clean_prefix_ratio", type=float, default=0.0, help="Share of clips with a clean start.")
-    parser.add_argument("--teacher_forcing", action="store_true", help="All frames noisy, all context clean.")
-    parser.add_argument("--condition_dropout", type=float, default=0.1)
-    parser.add_argument("--logit_mean", type=float, default=0.0, help="Of the noise levels; above 0: more noise.")
-    parser.add_argument("--logit_std", type=float, default=1.0)
-    parser.add_argument(
-        "--repeat_ratio", type=float, default=0.0, help="Share of clips that repeat a stretch of theirs."
+    num_actions: int | None = setting(None, "Discrete actions in the data: to stream, or combine jointly.")
+    clean_context_ratio: float = setting(0.1, "Share of frames that are clean.")
+    clean_prefix_ratio: float = setting(0.0, "Share of clips with a clean start.")
+    teacher_forcing: bool = setting(False, "All frames noisy, all context clean.")
+    condition_dropout: float = setting(0.1)
+    logit_mean: float = setting(0.0, "Of the noise levels; above 0: more noise.", least=-math.inf)
+    logit_std: float = setting(1.0)
+    repeat_ratio: float = setting(0.0, "Share of clips that repeat a stretch of theirs.")
+
+    num_validation_clips: int = setting(64, "Clips of the held-out loss.", least=1, free=True)
+    num_validation_videos: int = setting(8, "Clips that are continued; 0: none.", least=0, free=True)
+    num_validation_inference_steps: int | None = setting(
+        None, "Steps of each; if left out, as many as the pipeline takes.", least=1, free=True
     )
-
-
-def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
-    """Length of the run, batches, optimizer and schedule."""
-    parser.add_argument("--max_train_steps", type=int, default=10_000)
-    parser.add_argument("--max_train_hours", type=float, help="Stop this launch with a checkpoint after so long.")
-    parser.add_argument("--dry_run", action="store_true", help="Two steps; print what the run will cost.")
-    parser.add_argument("--train_batch_size", type=int, default=16, help="Clips per process and pass.")
-    parser.add_argument(
-        "--gradient_accumulation_steps", type=int, help="Passes of a step; if left out, the launcher's, else 1."
-    )
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument(
-        "--lr_scheduler", default="constant_with_warmup", help="Name known to `diffusers.optimization`."
-    )
-    parser.add_argument("--lr_warmup_steps", type=int, default=500)
-    parser.add_argument("--adam_beta1", type=float, default=0.9)
-    parser.add_argument("--adam_beta2", type=float, default=0.999)
-    parser.add_argument("--adam_weight_decay", type=float, default=0.0)
-    parser.add_argument("--adam_epsilon", type=float, default=1e-8)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    add_precision_argument(parser)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def add_precision_argument(parser: argparse.ArgumentParser) -> None:
-    """Of the passes; the weights stay float32."""
-    parser.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"), help="If left out, what the launcher was told, else no."
-    )
-
-
-def add_log_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where figures go while the run lasts, see [`~training.run.tracker_names`] and [`~command_line.Progress`]."""
-    parser.add_argument(
-        "--report_to",
-        default="tensorboard",
-        help="Trackers: tensorboard, trackio, wandb ..., several with commas between them, all that are installed, or none.",
-    )
-    parser.add_argument(
-        "--logging_seconds", type=float, default=30.0, help="Between lines of the log, where stderr is no terminal."
-    )
-
-
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Checkpoints, resuming and logs."""
-    parser.add_argument("--checkpointing_steps", type=int, default=500)
-    parser.add_argument("--checkpoints_total_limit", type=int, default=2)
-    parser.add_argument("--resume_from_checkpoint", help="'latest', the name of a checkpoint, or a path.")
-    parser.add_argument("--allow_changed_run", action="store_true", help="Resume although data or settings changed.")
-    add_log_arguments(parser)
-
-
-def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    """What [`~training.validation.measure`] measures, and how often."""
-    parser.add_argument("--validation_steps", type=int, default=500)
-    parser.add_argument("--num_validation_clips", type=int, default=64, help="Clips of the held-out loss.")
-    parser.add_argument("--num_validation_videos", type=int, default=8, help="Clips that are continued; 0: none.")
-    parser.add_argument("--num_validation_frames", type=int, default=8, help="Frames that are predicted in each.")
-    parser.add_argument(
-        "--num_validation_inference_steps", type=int, help="Steps of each; if left out, as many as the pipeline takes."
-    )
-    parser.add_argument(
-        "--validation_dataset_name",
-        help="With --latents_dir: the dataset that the latents are of. Its held-out frames are encoded anew, and then what "
+    validation_dataset_name: str | None = setting(
+        None,
+        "With --latents_dir: the dataset that the latents are of. Its held-out frames are encoded anew, and then what "
         "the VAE loses is measured too.",
+        free=True,
     )
 
+    def check(self) -> None:
+        super().check()
+        if (self.latents_dir is None) == (self.dataset_name is None):
+            raise ValueError("give `--latents_dir` or `--dataset_name`, one of the two.")
+        if self.streaming and self.latents_dir is not None:
+            raise ValueError(
+                "`--streaming` is for `--dataset_name`: cached latents are read from where they lie as it is."
+            )
 
-def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """Whether and where the result is uploaded; the token is the one of `hf auth login` or `HF_TOKEN`."""
-    parser.add_argument("--push_to_hub", action="store_true", help="Upload the result, without checkpoints and logs.")
-    parser.add_argument(
-        "--hub_model_id", help="Repo to upload to; the name of --output_dir in your namespace if left out."
-    )
+    def action_combiner(self) -> ActionCombiner | None:
+        """What makes one action of those of skipped frames; `None` where `combine_actions` was left out."""
+        if self.combine_actions is None:
+            return None
+        # A stream needs the number of actions in any case; the combiner needs it only to join them.
+        is_for_stream = self.streaming and self.combine_actions != "joint"
+        return ActionCombiner(self.combine_actions, None if is_for_stream else self.num_actions)
 
-    parser.add_argument(
-        "--license", type=license_id, help="Of the result, as the Hub calls it: apache-2.0. For the card."
+    def num_fed_actions(self, num_actions: int | None) -> int | None:
+        """Discrete actions that the model is fed: the `num_actions` of the data, or their sequences where they are
+        joined."""
+        return self.num_actions**self.frame_interval if self.combine_actions == "joint" else num_actions
+
+    def training_objective(self) -> "TrainingObjective":
+        """The objective that was asked for.
+
+        Raises:
+            ValueError: A share is not between 0 and 1, or the settings contradict each other.
+        """
+        from .objective import TrainingObjective
+
+        return TrainingObjective(
+            self.objective,
+            self.clean_context_ratio,
+            self.clean_prefix_ratio,
+            self.teacher_forcing,
+            self.condition_dropout,
+            self.logit_mean,
+            self.logit_std,
+            self.repeat_ratio,
+        )
+
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def parse_settings(
+    settings_class: type[Settings], description: str | None = None, arguments: Sequence[str] | None = None
+) -> Settings:
+    """Settings from a command line, which may begin with a recipe: a YAML or JSON file with settings by name. Flags win over
+    it. What is not allowed ends the program with the rule.
+
+    Args:
+        settings_class (`type`): A dataclass of this module, or one that inherits from it.
+        description (`str`, *optional*): For the help.
+        arguments (sequence of `str`, *optional*): Of the command line, the program's own by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _SettingsParser(
+        settings_class,
+        description=description,
+        usage="%(prog)s [recipe.yaml] [--flag value ...]",
+        formatter_class=HelpWithDefaults,
     )
-    parser.add_argument(
-        "--dataset_ids",
-        type=hub_id,
-        nargs="+",
-        help="Ids on the Hub of what is trained on, for the card; folders have none.",
-    )
-    parser.add_argument(
-        "--base_model_id",
-        type=hub_id,
-        help="Id on the Hub of what training starts from, for the card, if that is a folder.",
-    )
+    try:
+        if words and words[0].endswith(RECIPE_SUFFIXES):
+            words[:1] = _words_of_recipe(words[0], {each.name for each in fields(settings_class)})
+        return settings_class(**vars(parser.parse_args(words)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+class _SettingsParser(HfArgumentParser):
+    """Makes one flag of each field, spelled as the field; what else `setting` says of it is not for argparse."""
+
+    def add_argument(self, *names, **options):
+        flags = [name for name in names if "-" not in name.lstrip("-")]
+        return super().add_argument(*flags, **{name: value for name, value in options.items() if name not in RULES})
+
+
+def _words_of_recipe(path: str, names: set[str]) -> list[str]:
+    """A recipe as words of a command line, so that its values are read and checked as flags are."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the recipe {path!r} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {path!r} has no settings by name.")
+    unknown = sorted(str(name) for name in recipe.keys() - names)
+    if unknown:
+        raise ValueError(f"the recipe {path!r} has {', '.join(unknown)}, which this script does not know; see --help.")
+    words = []
+    for name, value in recipe.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
 
 
 def read_config(name: str, path: str) -> dict[str, Any]:
@@ -191,66 +415,22 @@ def read_config(name: str, path: str) -> dict[str, Any]:
     return config
 
 
-def license_id(text: str) -> str:
-    """An argument type: a licence as the Hub writes it."""
-    if not re.fullmatch(r"[a-z0-9.\-]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no identifier of the Hub, such as apache-2.0")
-    return text
-
-
-def hub_id(text: str) -> str:
-    """An argument type: a repo on the Hub."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(text)
-    except HFValidationError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no id of a repo on the Hub, such as org/mazes") from error
-    return text
-
-
-def action_combiner(args: argparse.Namespace) -> ActionCombiner | None:
-    """What makes one action of those of skipped frames; `None` where `--combine_actions` was left out."""
-    if args.combine_actions is None:
-        return None
-    # A stream needs the number of actions in any case; the combiner needs it only to join them.
-    is_for_stream = args.streaming and args.combine_actions != "joint"
-    return ActionCombiner(args.combine_actions, None if is_for_stream else args.num_actions)
-
-
-def num_fed_actions(args: argparse.Namespace, num_actions: int | None) -> int | None:
-    """Discrete actions that the model is fed: the `num_actions` of the data, or their sequences where they are joined."""
-    return args.num_actions**args.frame_interval if args.combine_actions == "joint" else num_actions
-
-
-def training_objective(args: argparse.Namespace) -> "TrainingObjective":
-    """The objective that `add_objective_arguments` asked for.
-
-    Raises:
-        ValueError: A share is not between 0 and 1, or the arguments contradict each other.
-    """
-    from .objective import TrainingObjective
-
-    return TrainingObjective(
-        args.objective,
-        args.clean_context_ratio,
-        args.clean_prefix_ratio,
-        args.teacher_forcing,
-        args.condition_dropout,
-        args.logit_mean,
-        args.logit_std,
-        args.repeat_ratio,
-    )
-
-
-def build_optimizer(args: argparse.Namespace, parameters: Iterable["torch.nn.Parameter"]) -> "torch.optim.Optimizer":
-    """The optimizer that `add_optimization_arguments` asked for, over `parameters`."""
+def build_optimizer(
+    settings: OptimizerSettings, parameters: Iterable["torch.nn.Parameter"]
+) -> "torch.optim.Optimizer":
+    """The optimizer that was asked for, over `parameters`."""
     import torch
 
-    return getattr(torch.optim, OPTIMIZERS[args.optimizer])(
+    if settings.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = getattr(bitsandbytes.optim, f"{OPTIMIZERS[settings.optimizer]}8bit")
+    else:
+        optimizer_class = getattr(torch.optim, OPTIMIZERS[settings.optimizer])
+    return optimizer_class(
         parameters,
-        args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
     )

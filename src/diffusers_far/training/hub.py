@@ -1,7 +1,7 @@
 """The card of a finished run, and the way of its folder to the Hub."""
 
-import argparse
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +12,14 @@ from huggingface_hub import create_repo, upload_folder
 
 from ..files import written_whole
 from ..pipelines.hub import card_on_hub
+from .config import FARSettings
 
 
 logger = logging.get_logger(__name__)
 
 README = "README.md"
 # Of a run's folder: what serves to go on with the run, not to use its result.
-NOT_UPLOADED = ("checkpoint-*", "replaced-*", "unfinished-*", "logs/*", "validation/*", "*/.*", ".*")
+NOT_UPLOADED = ("checkpoint-*", "replaced-*", "unfinished-*", "validation/*", "*/.*", ".*")
 
 # The last line of a card that a run wrote. As long as the hash is that of the text, nobody has edited it.
 _SIGNATURE = re.compile(
@@ -34,12 +35,12 @@ REPORTED = {
 }
 
 
-def known_metadata(args: argparse.Namespace, *, relation: str) -> dict[str, Any]:
+def known_metadata(settings: FARSettings, *, relation: str) -> dict[str, Any]:
     """What a run's card tells the Hub of licence, data sets and base model: what was said, or is named by its id on the
     Hub, and nothing that is not known.
 
     Args:
-        args (`argparse.Namespace`): Of a script, with `add_hub_arguments`.
+        settings ([`FARSettings`]): Of a script.
         relation (`str`): Of the result to the model that training starts from: `"finetune"` or `"adapter"`.
     """
 
@@ -47,11 +48,11 @@ def known_metadata(args: argparse.Namespace, *, relation: str) -> dict[str, Any]
         # The name of a folder would link to whatever repo is called so.
         return None if name is None or Path(name).exists() else name
 
-    dataset, start = on_hub(args.dataset_name), on_hub(args.pretrained_model_name_or_path)
-    base_model = args.base_model_id or start
+    dataset, start = on_hub(settings.dataset_name), on_hub(settings.pretrained_model_name_or_path)
+    base_model = settings.base_model_id or start
     known = {
-        "license": args.license,
-        "datasets": args.dataset_ids or ([dataset] if dataset else None),
+        "license": settings.license,
+        "datasets": settings.dataset_ids or ([dataset] if dataset else None),
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
     }
@@ -122,21 +123,24 @@ def write_card(folder: str | Path, card: str) -> bool:
     return True
 
 
-def open_repo(output_dir: str | Path, hub_model_id: str | None) -> str:
+def open_repo(output_dir: str | Path, hub_model_id: str | None, token: str | None = None) -> str:
     """Create the repo that a run will be uploaded to, if it does not exist, before the run: so a missing token stops
     it at once and not at its end.
 
     Args:
         output_dir (`str` or `Path`): The run's folder.
         hub_model_id (`str`, *optional*): The repo; by default the folder's name in the user's namespace.
+        token (`str`, *optional*): By default the one of `hf auth login` or `HF_TOKEN`.
 
     Returns:
         `str`: The repo's full id.
     """
-    return create_repo(hub_model_id or Path(output_dir).resolve().name, exist_ok=True).repo_id
+    return create_repo(hub_model_id or Path(output_dir).resolve().name, exist_ok=True, token=token).repo_id
 
 
-def push_folder(folder: str | Path, repo_id: str, *, commit_message: str) -> str:
+def push_folder(
+    folder: str | Path, repo_id: str, *, commit_message: str, logging_dir: str = "logs", token: str | None = None
+) -> str:
     """Upload the result of a run, a pipeline or an adapter, without its checkpoints and logs.
 
     A README.md that the repo has is replaced only where a run wrote it and nobody has edited it since.
@@ -145,16 +149,18 @@ def push_folder(folder: str | Path, repo_id: str, *, commit_message: str) -> str
         folder (`str` or `Path`): The run's folder.
         repo_id (`str`): An existing repo.
         commit_message (`str`): Of the upload.
+        logging_dir (`str`): Of the logs, which stay here.
+        token (`str`, *optional*): As for `open_repo`.
 
     Returns:
         `str`: The commit's address.
     """
-    ignored = list(NOT_UPLOADED)
-    card = card_on_hub(repo_id, token=None)
+    ignored = [*NOT_UPLOADED, f"{os.path.relpath(Path(folder) / logging_dir, folder)}/*"]
+    card = card_on_hub(repo_id, token=token)
     if card is not None and not is_unedited(card):
         ignored.append(README)
         logger.warning(f"The README.md of {repo_id!r} was edited and is kept; what this run has to say is not in it.")
     commit = upload_folder(
-        repo_id=repo_id, folder_path=str(folder), ignore_patterns=ignored, commit_message=commit_message
+        repo_id=repo_id, folder_path=str(folder), ignore_patterns=ignored, commit_message=commit_message, token=token
     )
     return commit.commit_url

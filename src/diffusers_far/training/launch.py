@@ -1,6 +1,5 @@
 """One launch of a training script: it has its output folder to itself, and signals end it with a checkpoint."""
 
-import argparse
 import errno
 import fcntl
 import functools
@@ -19,6 +18,8 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 from accelerate.utils import get_int_from_env
+
+from .config import RunSettings
 
 
 logger = logging.getLogger(__name__)
@@ -98,25 +99,25 @@ class Launch:
             raise KeyboardInterrupt
 
 
-def launched(main: Callable[[argparse.Namespace, Launch], None]) -> Callable[[argparse.Namespace], None]:
-    """Decorates a training script's `main`, which gets a [`Launch`] beside its arguments.
+def launched(main: Callable[[RunSettings, Launch], None]) -> Callable[[RunSettings], None]:
+    """Decorates a training script's `main`, which gets a [`Launch`] beside its settings.
 
-    `args.output_dir` belongs to this launch alone until `main` is through, except with `args.dry_run`, which writes nothing.
+    `settings.output_dir` belongs to this launch alone until `main` is through, except with `settings.dry_run`, which writes nothing.
 
     Raises:
-        ValueError: Another process trains in `args.output_dir`, which is named.
+        ValueError: Another process trains in `settings.output_dir`, which is named.
         SystemExit: With code `INTERRUPTED`: a signal ended the loop.
     """
 
     @functools.wraps(main)
-    def wrapped(args: argparse.Namespace) -> None:
-        launch = Launch(getattr(args, "max_train_hours", None))
+    def wrapped(settings: RunSettings) -> None:
+        launch = Launch(settings.max_train_hours)
         # The processes of one launch share the folder; the first one locks it for all.
         is_first = get_int_from_env(RANK_VARIABLES, 0) == 0
-        output_dir = args.output_dir if is_first and not getattr(args, "dry_run", False) else None
+        output_dir = settings.output_dir if is_first and not settings.dry_run else None
         try:
             with locked(output_dir):
-                main(args, launch)
+                main(settings, launch)
         finally:
             launch.end()
         if launch.is_interrupted:

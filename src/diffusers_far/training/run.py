@@ -1,12 +1,13 @@
-"""The pieces of a FAR training run that its scripts share; the loop itself stands in each script.
+"""One training: what its scripts share around the loop over the steps, which stands in each script.
 
 B batch, F frames.
 """
 
-import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,26 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    LoggerType,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+    set_seed,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 
-from ..checks import check_count
+from ..command_line import Progress
 from ..data.clips import ClipBatch
 from ..data.latents import LatentDataset
 from ..data.video_clips import EncodedDataset, StreamedClips
 from ..models.loading import name_some
-from .checkpoints import way_back
-from .clips import TrainingBatches, clip_loss, step_generator
-from .config import STREAM_IDENTITY
+from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint, way_back
+from .clips import StepBatches, TrainingBatches, step_generator
+from .config import FARSettings, RunSettings
+from .hub import open_repo, push_folder
+from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
 from .streaming import StreamedBatches
 
@@ -40,20 +51,355 @@ SHARDING_VARIABLES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-LEAST_COUNTS = {
-    **dict.fromkeys(("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "shuffle_buffer_size"), 1),
-    **dict.fromkeys(("num_frames", "frame_interval", "clips_per_trajectory", "num_inference_steps"), 1),
-    **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "validation_steps"), 1),
-    **dict.fromkeys(("num_validation_clips", "num_validation_frames", "num_validation_inference_steps"), 1),
-    **dict.fromkeys(("num_validation_videos", "lr_warmup_steps", "dataloader_num_workers", "seed", "disc_start"), 0),
-}
 DROPOUT_STREAM = 3  # beside the streams of `clips`: what the network itself draws in a step
+DRY_RUN_STEPS = 2  # the first warms up, the last is timed
 
 
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate for `args.output_dir`, `args.mixed_precision` and `args.report_to`; says in the log what was launched.
+@dataclass(frozen=True)
+class StepOutcome:
+    """What came of one step's forward and backward passes.
 
-    `args.mixed_precision` and `args.gradient_accumulation_steps` that are `None` become what the launcher was told.
+    Args:
+        loss (`float`): Mean over the batches of all processes.
+        num_frames (`int`): Frames of the clips of all processes.
+        faulty_clips (`tuple[str]`): Where the loss is not finite: the trajectories, of all processes, whose latents or
+            actions are not.
+    """
+
+    loss: float
+    num_frames: int
+    faulty_clips: tuple[str, ...] = ()
+
+
+class TrainingRun:
+    """Accelerate, optimizer, schedule, averaged weights, checkpoints, clock and log of one training.
+
+        run = TrainingRun(settings, launch)
+        run.prepare(model, optimizer)
+        run.start("train_far", dataset=fingerprint)
+        loaded = run.load(batches)
+        for _ in run.steps():
+            outcome = run.accumulate_gradients(loaded, loss_of_a_pass)
+            run.step(outcome)
+            run.log(outcome)
+            if run.must_stop():
+                break
+            run.save_checkpoint_if_due()
+        if run.finish():
+            ...  # save the result
+
+    Args:
+        settings ([`RunSettings`]): Of the script. What they leave to the launcher is filled in.
+        launch ([`Launch`]): See `launched`.
+
+    Attributes:
+        accelerator (`Accelerator`): Of the run.
+        model (`nn.Module`): To be called in training, after `prepare`.
+        ema (`EMAModel`, *optional*): The averaged weights.
+        first_step (`int`), finished (`int`): Steps that were done before this launch, and that are done by now.
+        repo_id (`str`, *optional*): Where the result is uploaded, on the main process.
+
+    Raises:
+        ValueError: The output folder is in use, or see `build_accelerator`.
+    """
+
+    def __init__(self, settings: RunSettings, launch: Launch) -> None:
+        self.settings, self.launch = settings, launch
+        self.output_dir = Path(settings.output_dir)
+        self.checkpoint = None
+        if not settings.dry_run:
+            self.checkpoint = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
+        self.accelerator = build_accelerator(settings)
+        set_seed(settings.seed)
+        self.ema, self.repo_id = None, None
+        self.first_step = self.finished = 0
+        self._num_frames, self._training_seconds = 0, 0.0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: EMAModel | None = None,
+        order: Sequence[str] = ("lr_scheduler", "ema"),
+        **states: Any,
+    ) -> None:
+        """Hand model and optimizer to Accelerate, build the schedule, and say what checkpoints hold.
+
+        Args:
+            model (`nn.Module`): To be trained.
+            optimizer (`torch.optim.Optimizer`): Of its parameters.
+            ema (`EMAModel`, *optional*): Of its parameters.
+            order (sequence of `str`): Of `lr_scheduler` and `ema` in checkpoints, which those of earlier versions depend on.
+            states: What checkpoints hold besides, see `checkpoint_states`.
+        """
+        settings = self.settings
+        # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
+        self.lr_scheduler = get_scheduler(
+            settings.lr_scheduler,
+            optimizer,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=settings.max_train_steps,
+        )
+        self.network, self.ema = model, ema
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        own = {"lr_scheduler": self.lr_scheduler, "ema": ema}
+        checkpoint_states(self.accelerator, **{name: own[name] for name in order}, **states)
+
+    def start(self, project: str, **facts: Any) -> None:
+        """Load the checkpoint that is resumed, and open the trackers and the repo.
+
+        Args:
+            project (`str`): What the trackers call it if the settings do not say.
+            facts: What a resumed run must share besides the settings, such as the model's config; JSON values.
+
+        Raises:
+            ValueError: The checkpoint cannot be resumed, see `load_checkpoint`.
+        """
+        settings = self.settings
+        self._identity = {**settings.identity(), "num_processes": self.accelerator.num_processes, **facts}
+        if self.checkpoint is not None:
+            self.first_step = self.finished = load_checkpoint(
+                self.accelerator,
+                self.checkpoint,
+                self._identity,
+                defaults=settings.defaults(),
+                allow_changes=settings.allow_changed_run,
+            )
+        if self.ema is not None:
+            self.ema.to(self.device)
+        if self.is_main and not settings.dry_run:
+            if getattr(settings, "push_to_hub", False):
+                self.repo_id = open_repo(self.output_dir, settings.hub_model_id, settings.hub_token)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            known = hyperparameters(settings, self.accelerator, facts)
+            self.accelerator.init_trackers(settings.tracker_project_name or project, known)
+
+    @property
+    def last_step(self) -> int:
+        """Where the loop ends."""
+        return DRY_RUN_STEPS if self.settings.dry_run else self.settings.max_train_steps
+
+    def load(self, batches) -> Iterator:
+        """What the steps from the first to the last take, of something with a `load` such as [`TrainingBatches`]. From here
+        on a signal lets the run finish its step."""
+        if not self.settings.dry_run:
+            self.launch.begin()  # before processes that load data begin, so that they die of no signal
+        return batches.load(self.first_step, self.last_step, self.settings.dataloader_num_workers)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps, from 0. What the network itself draws in one depends on its number and the seed."""
+        self.progress = Progress(
+            self.last_step,
+            self.first_step,
+            seconds_between_lines=self.settings.logging_seconds,
+            max_hours=self.settings.max_train_hours,
+            is_silent=not self.is_main or self.settings.dry_run,
+        )
+        self.model.train()
+        for self._step in range(self.first_step, self.last_step):
+            self._step_start_time = time.perf_counter()
+            seed_step(self.settings.seed, self._step, self.accelerator.process_index)
+            yield self._step
+
+    def accumulate_gradients(
+        self,
+        loaded: Iterator[tuple[ClipBatch, ObjectiveDraw]],
+        loss_of_pass: Callable[[ClipBatch, ObjectiveDraw], torch.Tensor],
+    ) -> StepOutcome:
+        """Forward and backward of one step; the mean gradient is left in the parameters, the same on all processes.
+
+        Args:
+            loaded (iterator): Gives the step's batches next.
+            loss_of_pass (callable): Of the clips of a batch and what chance decided for them.
+        """
+        accelerator, num_passes = self.accelerator, self.settings.gradient_accumulation_steps
+        step_loss, num_frames, batches = torch.zeros((), device=self.device), 0, []
+        for number in range(num_passes):
+            clips, draw = (part.to(self.device) for part in next(loaded))
+            batches.append(clips)
+            is_last = number == num_passes - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.model):
+                loss = loss_of_pass(clips, draw) / num_passes
+                accelerator.backward(loss)
+            step_loss += loss.detach()
+            num_frames += clips.latents.shape[0] * clips.latents.shape[1]
+        step_loss = accelerator.reduce(step_loss, reduction="mean").item()
+        faulty_clips = []
+        if not math.isfinite(step_loss):
+            faulty_clips = gather_object([name for clips in batches for name in clips.not_finite()])
+        return StepOutcome(step_loss, num_frames * accelerator.num_processes, tuple(faulty_clips))
+
+    def step(self, outcome: StepOutcome) -> None:
+        """Change the weights by the gradients that are in the parameters, and their average.
+
+        Raises:
+            RuntimeError: Loss or gradient is not finite, see `require_finite`.
+        """
+        self.update_weights(outcome)
+        self.average_weights()
+
+    def update_weights(self, outcome: StepOutcome) -> None:
+        """The first half of `step`."""
+        self.gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.require_finite(outcome.loss, self.gradient_norm, outcome.faulty_clips)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+
+    def average_weights(self) -> None:
+        """The second half of `step`."""
+        if self.ema is not None:
+            self.ema.step(self.network.parameters())
+
+    def require_finite(
+        self, loss: float, gradient_norm: torch.Tensor | float, faulty_clips: Sequence[str] = ()
+    ) -> None:
+        """Stop a run whose loss or gradient is NaN or infinite, before the optimizer changes the weights.
+
+        With a loss scale (`--mixed_precision fp16`) a gradient that overflowed is no fault: the optimizer skips the step and
+        the scale falls. It is one where the scale has fallen to 1 already.
+
+        Args:
+            loss (`float`): Of the step.
+            gradient_norm (`torch.Tensor` or `float`): Of all gradients, before they are clipped.
+            faulty_clips (sequence of `str`): See [`StepOutcome`].
+
+        Raises:
+            RuntimeError: With the cure, and the newest intact checkpoint with other weights.
+        """
+        scaler = self.accelerator.scaler
+        is_overflow = scaler is not None and scaler.get_scale() > 1
+        if math.isfinite(loss) and (is_overflow or math.isfinite(float(gradient_norm))):
+            return
+        what = "The norm of the gradient is" if math.isfinite(loss) else "The loss is"
+        value = float(gradient_norm) if math.isfinite(loss) else loss
+        if faulty_clips:
+            names = name_some(faulty_clips)
+            reason, suspect = f"The data are not finite: NaN or infinite values in {names}. Mend or remove them,", None
+        else:
+            # The checkpoint of this very step has the weights that fail.
+            reason, suspect = (
+                "Lower `--learning_rate` or `--max_grad_norm`,",
+                self.output_dir / f"checkpoint-{self._step}",
+            )
+        raise RuntimeError(
+            f"{what} {value} at step {self._step}; the weights were not changed by it. {reason} and go on with "
+            f"`--allow_changed_run`. {way_back(self.output_dir, but_for=suspect)}"
+        )
+
+    def log(self, outcome: StepOutcome, **figures: float) -> None:
+        """A step is done: tell the trackers and the log, with `figures` that only the trackers get."""
+        if self.settings.dry_run and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.finished = self._step + 1
+        self._seconds_of_last_step = time.perf_counter() - self._step_start_time
+        self._training_seconds += self._seconds_of_last_step
+        self._num_frames += outcome.num_frames
+        shown = {
+            "loss": outcome.loss,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "frames_per_second": self._num_frames / self._training_seconds,
+        }
+        told = {**shown, "gradient_norm": float(self.gradient_norm), **figures}
+        self.accelerator.log({f"train/{name}": value for name, value in told.items()}, step=self.finished)
+        self.progress.update(**shown)
+
+    def log_validation(self, metrics: Mapping[str, float], step: int, text: str) -> None:
+        """Held-out figures: to the trackers, and as a text to be read to the log."""
+        self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+        logger.info(f"step {step}, held out: {text}")
+
+    def must_stop(self) -> bool:
+        """Whether the loop ends here: a signal came, or the time is over. All processes hear the same."""
+        return self.launch.must_stop(self.accelerator, self.finished)
+
+    def is_due(self, interval: int) -> bool:
+        """Whether it is time for what is done every `interval` steps and once more at the end, after the loop."""
+        is_between = self.finished % interval == 0 and self.finished < self.last_step
+        return is_between and not self.settings.dry_run
+
+    def save_checkpoint_if_due(self) -> None:
+        if self.is_due(self.settings.checkpointing_steps):
+            self._save_checkpoint()
+
+    def finish(self) -> bool:
+        """Save the last checkpoint. Says whether this process saves the result now: not if a signal ended the loop."""
+        self.progress.close()
+        if self.finished > self.first_step:
+            self._save_checkpoint()
+        return self.is_main and not self.launch.is_interrupted
+
+    def _save_checkpoint(self) -> None:
+        limit = self.settings.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, self.finished, self._identity, limit)
+
+    def require_finite_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Fail a run whose model predicts no numbers, instead of saving it as a result.
+
+        Raises:
+            RuntimeError: Names the metrics, and the newest intact checkpoint before this step.
+        """
+        not_finite = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if not_finite:
+            raise RuntimeError(
+                f"The validation after step {step} gave {', '.join(not_finite)}: what the model computes on held-out data is "
+                f"not finite, so no result is saved. Lower `--learning_rate`, and go on with `--allow_changed_run`. "
+                f"{way_back(self.output_dir, but_for=self.output_dir / f'checkpoint-{step}')}"
+            )
+
+    @property
+    def result_name(self) -> str:
+        """What the result is loaded by: the repo, or the folder's name."""
+        return self.repo_id or self.output_dir.resolve().name
+
+    def push(self, commit_message: str) -> None:
+        """Upload the result, if that was asked for."""
+        if self.repo_id is not None:
+            url = push_folder(
+                self.output_dir,
+                self.repo_id,
+                commit_message=commit_message,
+                logging_dir=self.settings.logging_dir,
+                token=self.settings.hub_token,
+            )
+            logger.info(f"Pushed to {url}")
+
+    def describe_cost(self, batch: str) -> str:
+        """What the run will cost, after a dry run, to be read: parameters; GiB of memory at the peak, seconds of a step;
+        hours of the run.
+
+        Args:
+            batch (`str`): What a step takes, on all processes, such as `"16 clips"`.
+        """
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.network.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+        part = "" if trained == total else f", {trained / 1e6:.2f} M of them trained"
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        seconds, num_steps = self._seconds_of_last_step, self.settings.max_train_steps
+        return (
+            f"{total / 1e6:.2f} M parameters{part}\n"
+            f"{peak:.2f} GiB of memory at the peak, {seconds:.3f} s per step of {batch}\n"
+            f"{seconds * num_steps / 3600:.2f} hours for --max_train_steps {num_steps}, if all are like it; measuring and "
+            "saving come on top"
+        )
+
+
+def build_accelerator(settings: RunSettings) -> Accelerator:
+    """Accelerate as the settings ask for it; says in the log what was launched.
+
+    `mixed_precision` and `gradient_accumulation_steps` that are `None` become what the launcher was told.
 
     On a machine without an accelerator it is told so: processes that torchrun starts there would otherwise not know of
     each other, and each would train and write alone.
@@ -67,12 +413,14 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
                 f"The launch asks for {name} (`{variable}`), but the training scripts need a whole model on every device; "
                 "launch with examples/configs/accelerate/multi_gpu.yaml or one_gpu.yaml."
             )
-    output_dir = Path(args.output_dir)
+    output_dir = Path(settings.output_dir)
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=settings.mixed_precision,
         cpu=not torch.accelerator.is_available(),
-        log_with=tracker_names(args.report_to) or None,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        log_with=tracker_names(settings.report_to) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(output_dir), logging_dir=str(output_dir / settings.logging_dir)
+        ),
         # The long frames' parameters have no gradient in a step without long frames.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -81,34 +429,21 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             f"The launcher's `mixed_precision` is {accelerator.mixed_precision!r}; the training scripts know "
             f"{', '.join(PRECISIONS)}. Give one of them with `--mixed_precision`."
         )
-    args.mixed_precision = accelerator.mixed_precision
+    settings.mixed_precision = accelerator.mixed_precision
     launched_steps = accelerator.gradient_accumulation_steps
-    if not hasattr(args, "gradient_accumulation_steps"):
+    if not hasattr(settings, "gradient_accumulation_steps"):
         if launched_steps > 1:
             raise ValueError(
                 f"The launch asks for `gradient_accumulation_steps` {launched_steps}, but this script accumulates none; "
                 "leave it out, and give a larger `--train_batch_size`."
             )
-    elif args.gradient_accumulation_steps is None:
-        args.gradient_accumulation_steps = launched_steps
-    check_numbers(args)
+    elif settings.gradient_accumulation_steps is None:
+        settings.gradient_accumulation_steps = launched_steps
+    settings.check()
     # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
     accelerator.gradient_accumulation_steps = 1
-    logger.info(describe_launch(args, accelerator))
+    logger.info(describe_launch(settings, accelerator))
     return accelerator
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse counts that are too small, and numbers that are negative or not finite, of any training script.
-
-    Raises:
-        ValueError: Names the argument and the rule.
-    """
-    for name, value in vars(args).items():
-        if name in LEAST_COUNTS and value is not None:
-            check_count(name, value, least=LEAST_COUNTS[name])
-        elif isinstance(value, float) and not (math.isfinite(value) and (value >= 0 or name == "logit_mean")):
-            raise ValueError(f"`{name}` is {value}; pass a finite number of at least 0.")
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -134,39 +469,70 @@ def tracker_names(report_to: str) -> list[str]:
     return names
 
 
-def describe_launch(args: argparse.Namespace, accelerator: Accelerator) -> str:
+def describe_launch(settings: RunSettings, accelerator: Accelerator) -> str:
     """One line: how many processes, on which device, at which precision, and the global batch."""
-    num_processes, num_accumulated = accelerator.num_processes, getattr(args, "gradient_accumulation_steps", 1)
+    num_processes, num_accumulated = accelerator.num_processes, getattr(settings, "gradient_accumulation_steps", 1)
     device = accelerator.device.type
     if device == "cuda":
         device += f" ({torch.cuda.get_device_name(accelerator.device)})"
     return (
-        f"{num_processes} process{'es' if num_processes > 1 else ''} on {device}, mixed precision {args.mixed_precision}, "
-        f"global batch {num_processes * args.train_batch_size * num_accumulated} = {num_processes} x "
-        f"{args.train_batch_size} x {num_accumulated} (processes, batch of each, accumulated)"
+        f"{num_processes} process{'es' if num_processes > 1 else ''} on {device}, mixed precision {settings.mixed_precision}, "
+        f"global batch {num_processes * settings.train_batch_size * num_accumulated} = {num_processes} x "
+        f"{settings.train_batch_size} x {num_accumulated} (processes, batch of each, accumulated)"
     )
 
 
-def hyperparameters(args: argparse.Namespace, accelerator: Accelerator, **parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tracker is to know of a run: names and plain values.
+def hyperparameters(settings: RunSettings, accelerator: Accelerator, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tracker is to know of a run: names and plain values, and no secret.
 
     Args:
-        args (`argparse.Namespace`): Of the script, after `build_accelerator`.
+        settings ([`RunSettings`]): Of the script, after `build_accelerator`.
         accelerator (`Accelerator`): Of the run.
-        parts: What else, such as the model's config; its names get the part's name in front: `transformer.num_layers`.
+        facts (`dict`): What else. The names in a dict, such as the model's config, get its name in front:
+            `transformer.num_layers`.
     """
-    values = vars(args) | {"num_processes": accelerator.num_processes, "device": accelerator.device.type}
-    values |= {f"{part}.{name}": value for part, config in parts.items() for name, value in config.items()}
+    values = {}
+    for fact, value in facts.items():
+        values |= (
+            {f"{fact}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {fact: value}
+        )
+    values |= settings.shown() | {"num_processes": accelerator.num_processes, "device": accelerator.device.type}
     return {
         name: value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, default=str)
         for name, value in values.items()
     }
 
 
-def leave_out_planned_attention(transformer_config) -> None:
-    """Let no attention of a long model run on cuDNN, which makes a plan for each new shape: the clips of such a model differ in
-    length from step to step, and on an H200 its steps then took many times as long. A model without long frames sees one
-    shape, and keeps it."""
+def seed_step(seed: int, step: int, process_index: int = 0) -> None:
+    """Make what the network itself draws in a step, such as dropout, a function of the seed and the step: measuring,
+    resuming or worker processes cannot change it."""
+    torch.manual_seed(step_generator(seed, step, process_index, stream=DROPOUT_STREAM).initial_seed())
+
+
+@contextmanager
+def evaluated(transformer: torch.nn.Module, ema=None):
+    """The transformer in `eval` mode, and with its averaged weights where there are any; afterwards as it trains.
+
+    Args:
+        transformer (`torch.nn.Module`): In `train` mode.
+        ema (`diffusers.training_utils.EMAModel`, *optional*): Of its parameters.
+    """
+    if ema is not None:
+        ema.store(transformer.parameters())
+        ema.copy_to(transformer.parameters())
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train()
+        if ema is not None:
+            ema.restore(transformer.parameters())
+
+
+def disable_cudnn_attention(transformer_config) -> None:
+    """Let no attention of a long model run on cuDNN, which prepares itself for each new shape: the clips of such a model differ
+    in length from step to step, and on an H200 its steps then took many times as long. A model without long frames sees one
+    shape, and keeps cuDNN."""
     if transformer_config.long_patch_size is not None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -183,7 +549,7 @@ def check_data(
     Args:
         latents (`LatentDataset`, `EncodedDataset` or `StreamedClips`): To train on.
         transformer ([`FARTransformer3DModel`]): To be trained.
-        num_fed_actions (`int`, *optional*): Discrete actions that it will be fed, see `arguments.num_fed_actions`.
+        num_fed_actions (`int`, *optional*): Discrete actions that it will be fed, see `FARSettings.num_fed_actions`.
         validation_latents (`LatentDataset` or `EncodedDataset`, *optional*): Held out.
 
     Raises:
@@ -227,21 +593,22 @@ def check_data(
 
 
 def training_batches(
-    args: argparse.Namespace,
+    settings: FARSettings,
     latents: LatentDataset | EncodedDataset | StreamedClips,
-    objective: TrainingObjective,
     transformer_config,
     accelerator: Accelerator,
 ) -> TrainingBatches | StreamedBatches:
-    """This process's batches of the whole run; checkpoints of `accelerator` hold the place in a stream."""
+    """This process's batches of the whole run, of the longest clips alone in a dry run; checkpoints of `accelerator` hold
+    the place in a stream. `num_train_epochs` becomes a number of steps."""
     is_long = transformer_config.long_patch_size is not None
+    objective = settings.training_objective()
     sizes = {
-        "num_frames": args.num_frames,
+        "num_frames": settings.num_frames,
         "short_window": transformer_config.short_window if is_long else None,
-        "interval": args.frame_interval,
-        "batch_size": args.train_batch_size,
-        "num_accumulated": args.gradient_accumulation_steps,
-        "seed": args.seed,
+        "interval": settings.frame_interval,
+        "batch_size": settings.train_batch_size,
+        "num_accumulated": settings.gradient_accumulation_steps,
+        "seed": settings.seed,
         "process_index": accelerator.process_index,
         "num_processes": accelerator.num_processes,
     }
@@ -249,187 +616,36 @@ def training_batches(
         batches = StreamedBatches(
             latents,
             objective,
-            block_size=args.shuffle_buffer_size,
-            clips_per_trajectory=args.clips_per_trajectory,
+            block_size=settings.shuffle_buffer_size,
+            clips_per_trajectory=settings.clips_per_trajectory,
             **sizes,
         )
         batches.save_with(accelerator)
-        return batches
-    return TrainingBatches(latents, objective, **sizes)
-
-
-def run_identity(
-    args: argparse.Namespace,
-    names: Sequence[str],
-    latents: LatentDataset | EncodedDataset | StreamedClips,
-    num_processes: int,
-    **facts: Any,
-) -> dict[str, Any]:
-    """What a resumed run must share with the run that it continues, for `save_checkpoint` and `load_checkpoint`.
-
-    Args:
-        args (`argparse.Namespace`): Of the script.
-        names (sequence of `str`): The arguments that matter, such as `RUN_IDENTITY`.
-        latents (`LatentDataset`, `EncodedDataset` or `StreamedClips`): What is trained on.
-        num_processes (`int`): Of the run.
-        facts: What else must be the same; JSON values.
-    """
-    stream_names = STREAM_IDENTITY if isinstance(latents, StreamedClips) else ()
-    identity = {name: getattr(args, name) for name in (*names, *stream_names)} | {
-        "dataset": latents.dataset_fingerprint,
-        "vae": latents.vae_hash,
-        "num_processes": num_processes,
-    }
-    if not args.lr_scheduler.startswith("constant"):
-        identity["max_train_steps"] = args.max_train_steps
-    return identity | facts
-
-
-def seed_step(seed: int, step: int, process_index: int = 0) -> None:
-    """Make what the network itself draws in a step, such as dropout, a function of the seed and the step: measuring,
-    resuming or worker processes cannot change it."""
-    torch.manual_seed(step_generator(seed, step, process_index, stream=DROPOUT_STREAM).initial_seed())
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What came of one step's forward and backward passes.
-
-    Args:
-        loss (`float`): Mean over the batches of all processes.
-        num_frames (`int`): Frames of the clips of all processes.
-        faulty_clips (`tuple[str]`): Where the loss is not finite: the trajectories, of all processes, whose latents or
-            actions are not.
-    """
-
-    loss: float
-    num_frames: int
-    faulty_clips: tuple[str, ...] = ()
-
-
-def accumulate_gradients(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    transformer_config,
-    loaded: Iterator[tuple[ClipBatch, ObjectiveDraw]],
-    *,
-    num_accumulated: int,
-) -> StepOutcome:
-    """Forward and backward of one step; the mean gradient is left in the parameters, the same on all processes.
-
-    Args:
-        accelerator (`Accelerator`): Holds `model`.
-        model (`torch.nn.Module`): The transformer as `accelerator.prepare` returned it.
-        transformer_config: Of the transformer.
-        loaded (iterator): Gives the step's `num_accumulated` batches next.
-        num_accumulated (`int`): Batches of the step on this process.
-    """
-    step_loss, num_frames, batches = torch.zeros((), device=accelerator.device), 0, []
-    for accumulated in range(num_accumulated):
-        clips, draw = (part.to(accelerator.device) for part in next(loaded))
-        batches.append(clips)
-        is_last = accumulated == num_accumulated - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            loss = clip_loss(model, transformer_config, clips, draw) / num_accumulated
-            accelerator.backward(loss)
-        step_loss += loss.detach()
-        num_frames += clips.latents.shape[0] * clips.latents.shape[1]
-    step_loss = accelerator.reduce(step_loss, reduction="mean").item()
-    faulty_clips = []
-    if not math.isfinite(step_loss):
-        faulty_clips = gather_object([name for clips in batches for name in clips.not_finite()])
-    return StepOutcome(step_loss, num_frames * accelerator.num_processes, tuple(faulty_clips))
-
-
-def require_finite(
-    accelerator: Accelerator,
-    step: int,
-    output_dir: str | Path,
-    *,
-    loss: float,
-    gradient_norm: torch.Tensor | float,
-    faulty_clips: Sequence[str] = (),
-) -> None:
-    """Stop a run whose loss or gradient is NaN or infinite, before the optimizer changes the weights.
-
-    With a loss scale (`--mixed_precision fp16`) a gradient that overflowed is no fault: the optimizer skips the step and the
-    scale falls. It is one where the scale has fallen to 1 already.
-
-    Args:
-        accelerator (`Accelerator`): Of the run.
-        step (`int`): From 0.
-        output_dir (`str` or `Path`): The run's folder; the error names the newest intact checkpoint with other weights.
-        loss (`float`): Of the step.
-        gradient_norm (`torch.Tensor` or `float`): Of all gradients, before they are clipped.
-        faulty_clips (sequence of `str`): See [`StepOutcome`].
-
-    Raises:
-        RuntimeError: With the cure.
-    """
-    scaler = accelerator.scaler
-    is_overflow = scaler is not None and scaler.get_scale() > 1
-    if math.isfinite(loss) and (is_overflow or math.isfinite(float(gradient_norm))):
-        return
-    what = "The norm of the gradient is" if math.isfinite(loss) else "The loss is"
-    value = float(gradient_norm) if math.isfinite(loss) else loss
-    if faulty_clips:
-        reason, suspect = (
-            f"The data are not finite: NaN or infinite values in {name_some(faulty_clips)}. Mend or remove them,",
-            None,
-        )
     else:
-        # The checkpoint of this very step has the weights that fail.
-        reason, suspect = "Lower `--learning_rate` or `--max_grad_norm`,", Path(output_dir) / f"checkpoint-{step}"
-    raise RuntimeError(
-        f"{what} {value} at step {step}; the weights were not changed by it. {reason} and go on with `--allow_changed_run`. "
-        f"{way_back(output_dir, but_for=suspect)}"
-    )
+        batches = TrainingBatches(latents, objective, **sizes)
+        settings.count_epochs(len(batches.trajectories), batches.clips_per_step)
+    return batches.longest if settings.dry_run else batches
 
 
-def require_finite_metrics(metrics: Mapping[str, float], step: int, output_dir: str | Path) -> None:
-    """Fail a run whose model predicts no numbers, instead of saving it as a result.
-
-    Raises:
-        RuntimeError: Names the metrics, and the newest intact checkpoint before this step.
-    """
-    not_finite = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    if not_finite:
-        raise RuntimeError(
-            f"The validation after step {step} gave {', '.join(not_finite)}: what the model computes on held-out data is not "
-            f"finite, so no result is saved. Lower `--learning_rate`, and go on with `--allow_changed_run`. "
-            f"{way_back(output_dir, but_for=Path(output_dir) / f'checkpoint-{step}')}"
-        )
-
-
-@contextmanager
-def evaluated(transformer: torch.nn.Module, ema=None):
-    """The transformer in `eval` mode, and with its averaged weights where there are any; afterwards as it trains.
-
-    Args:
-        transformer (`torch.nn.Module`): In `train` mode.
-        ema (`diffusers.training_utils.EMAModel`, *optional*): Of its parameters.
-    """
-    if ema is not None:
-        ema.store(transformer.parameters())
-        ema.copy_to(transformer.parameters())
-    transformer.eval()
-    try:
-        yield
-    finally:
-        transformer.train()
-        if ema is not None:
-            ema.restore(transformer.parameters())
-
-
-def training_facts(
-    args: argparse.Namespace, data: str, num_steps: int, objective: TrainingObjective
-) -> dict[str, str]:
+def training_facts(run: TrainingRun, objective: TrainingObjective) -> dict[str, str]:
     """What a card says of a run; a folder of data by its name, not where it lies."""
+    settings = run.settings
+    data = Path(settings.latents_dir or settings.dataset_name).name
+    num_clips = settings.train_batch_size * settings.gradient_accumulation_steps
     return {
-        "Data": f"{Path(data).name}, split {args.dataset_split}, encoded by the VAE of the pipeline",
-        "Clips": f"up to {args.num_frames} frames, every {args.frame_interval}",
-        "Steps": f"{num_steps} of {args.train_batch_size * args.gradient_accumulation_steps} clips per process",
+        "Data": f"{data}, split {settings.dataset_split}, encoded by the VAE of the pipeline",
+        "Clips": f"up to {settings.num_frames} frames, every {settings.frame_interval}",
+        "Steps": f"{run.finished} of {num_clips} clips per process",
         "Objective": str(objective),
-        "Optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, {args.lr_scheduler}",
-        "Seed": str(args.seed),
+        "Optimizer": f"{settings.optimizer}, learning rate {settings.learning_rate}, {settings.lr_scheduler}",
+        "Seed": str(settings.seed),
     }
+
+
+def describe_tokens(transformer: torch.nn.Module, batches: StepBatches) -> str:
+    """How many tokens a clip of the longest length has, to be read."""
+    plan = transformer.context_plan(batches.num_frames, *batches.latent_shape[1:])
+    tokens = f"{plan.num_tokens} tokens per clip of {batches.num_frames} frames, {plan.num_long_tokens} of them long"
+    if batches.objective.teacher_forcing:
+        tokens += f"; {plan.num_tokens + plan.num_short_tokens} with the noisy twins of teacher forcing"
+    return tokens

@@ -1,10 +1,11 @@
-"""Training on a streamed split: the endless order of its trajectories, clips of them, and the processes that load them.
+"""Training on a streamed split: the order of its trajectories, which has no end, their clips, and the processes that load
+them.
 
 The order is a function of the seed. The shards follow each other epoch after epoch, each epoch in an order of its own, and
 are dealt to lanes like cards. A process reads from several lanes at once, so that what it mixes comes from several shards.
 What it has read makes a block, and is served in a random order before the next one is read. A place is therefore a few
-numbers: where each lane stood when the block began, and how much of the block is served. Checkpoints keep it; resuming
-reads one block again, and nothing is guessed.
+numbers: where each lane stood when the block began, and how much of the block is served. Checkpoints keep it. A resumed run
+reads one block again and goes on at the exact place.
 
 B batch, F frames, C latent channels, H/W latent height/width.
 """

@@ -4,7 +4,6 @@ discriminator of the adversarial loss. The loop is in `examples/train_vae.py`.
 B batch, C or D latent channels, H/W latent height/width, N size of the codebook; h/w pixels.
 """
 
-import argparse
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from ..data.streaming import StreamedSplit
 from ..data.video_clips import FrameDataset
 from ..models.codec import encode_codes, encode_images, nearest_codes, scale_latents
 from .clips import step_indices
+from .config import FrameSettings
 from .launch import leave_signals_to_parent
 from .streaming import StreamLoader, TrajectoryStream
 
@@ -32,35 +32,37 @@ from .streaming import StreamLoader, TrajectoryStream
 SAMPLED_TRAJECTORIES = 32  # of a stream: as many stand for all where its frames are measured
 
 
-def open_frames(args: argparse.Namespace, accelerator: Accelerator) -> "FrameBatches | StreamedFrames":
-    """The frames that `args` of train_vae.py asks for.
+def open_frames(settings: FrameSettings, accelerator: Accelerator) -> "FrameBatches | StreamedFrames":
+    """The frames to train on.
 
     Raises:
         ValueError: There is no such split, or no column of images.
     """
     order = {
-        "batch_size": args.train_batch_size,
-        "seed": args.seed,
+        "batch_size": settings.train_batch_size,
+        "seed": settings.seed,
         "process_index": accelerator.process_index,
         "num_processes": accelerator.num_processes,
     }
-    if not args.streaming:
-        return FrameBatches(load_split(args.dataset_name, args.dataset_split), args.video_column, **order)
-    split = stream_split(args.dataset_name, args.dataset_split, args.video_column)
-    frames = StreamedFrames(split, block_size=args.shuffle_buffer_size, **order)
+    place = (settings.dataset_name, settings.dataset_split)
+    if not settings.streaming:
+        return FrameBatches(load_split(*place, settings.dataset_config_name), settings.video_column, **order)
+    split = stream_split(*place, settings.video_column, settings.dataset_config_name)
+    frames = StreamedFrames(split, block_size=settings.shuffle_buffer_size, **order)
     frames.save_with(accelerator)
     return frames
 
 
-def open_validation_frames(args: argparse.Namespace) -> FrameDataset:
+def open_validation_frames(settings: FrameSettings) -> FrameDataset:
     """Held-out frames; of a stream those of the first trajectories."""
-    if not args.streaming:
-        trajectories = load_split(args.dataset_name, args.validation_split)
-        frames = FrameDataset(trajectories, args.video_column)
+    place = (settings.dataset_name, settings.validation_split)
+    if not settings.streaming:
+        trajectories = load_split(*place, settings.dataset_config_name)
+        frames = FrameDataset(trajectories, settings.video_column)
         frames.clips.check_frame_sizes()
         return frames
-    split = stream_split(args.dataset_name, args.validation_split, args.video_column)
-    return FrameDataset(split.head(SAMPLED_TRAJECTORIES), args.video_column)
+    split = stream_split(*place, settings.video_column, settings.dataset_config_name)
+    return FrameDataset(split.head(SAMPLED_TRAJECTORIES), settings.video_column)
 
 
 class FrameBatches(torch.utils.data.Dataset):

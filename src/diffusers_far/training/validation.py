@@ -1,10 +1,9 @@
-"""What a FAR training is measured by on held-out trajectories, with the same draws every time: losses by noise level, the
-quality of rollouts, and the rollouts to look at.
+"""How a FAR training is measured on held-out trajectories, with the same random draws every time: losses by noise level, the
+quality of rollouts, and videos to look at.
 
 B batch, F frames, C latent channels, H/W latent height/width; h/w pixels.
 """
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from ..data.video_clips import EncodedDataset
 from ..models.codec import decode_video
 from ..models.loading import name_some
 from .clips import ClipDataset, draw_clip, fed_conditions, step_generator, usable_trajectories
+from .config import FARSettings
 from .objective import add_noise, velocity_loss
 
 
@@ -164,30 +164,29 @@ class Measurement:
     truth: torch.Tensor | None = None
 
 
-def measure(args: argparse.Namespace, pipeline, latents: LatentDataset | EncodedDataset) -> Measurement:
-    """Held-out loss per noise level, and PSNR of each predicted frame, beside what nobody had to learn.
+def measure(settings: FARSettings, pipeline, latents: LatentDataset | EncodedDataset) -> Measurement:
+    """Held-out loss per noise level, and PSNR of each predicted frame, beside that of repeating the last frame.
 
     Args:
-        args (`argparse.Namespace`): With `add_validation_arguments`, `num_frames`, `frame_interval` and
-            `train_batch_size`. Without `num_validation_inference_steps` the pipeline takes its own.
+        settings ([`FARSettings`]): Of the script. Without `num_validation_inference_steps` the pipeline takes its own.
         pipeline ([`FARPipeline`] or [`VideoDiTPipeline`]): Its transformer in `eval` mode.
         latents (`LatentDataset` or `EncodedDataset`): Held out; the same clips of it are measured every time.
     """
     transformer = pipeline.transformer
-    place = (args.num_frames, args.frame_interval, pipeline.vae)
-    clips = validation_clips(latents, args.num_validation_clips, *place)
-    losses = held_out_losses(transformer, clips.to(transformer.device), batch_size=args.train_batch_size)
+    place = (settings.num_frames, settings.frame_interval, pipeline.vae)
+    clips = validation_clips(latents, settings.num_validation_clips, *place)
+    losses = held_out_losses(transformer, clips.to(transformer.device), batch_size=settings.train_batch_size)
     metrics = {f"loss_at_{level}": loss for level, loss in losses.items()}
     metrics["loss"] = np.mean([*losses.values()]).item()
-    num_context_frames = args.num_frames - args.num_validation_frames
-    if not args.num_validation_videos or num_context_frames <= 0:
+    num_context_frames = settings.num_frames - settings.num_validation_frames
+    if not settings.num_validation_videos or num_context_frames <= 0:
         return Measurement(metrics)
-    clips = validation_clips(latents, args.num_validation_videos, *place, keep_frames=True)
+    clips = validation_clips(latents, settings.num_validation_videos, *place, keep_frames=True)
     predicted, truth = rollout(
         pipeline,
         replace(clips, frames=None).to(transformer.device),
         num_context_frames=num_context_frames,
-        num_inference_steps=args.num_validation_inference_steps,
+        num_inference_steps=settings.num_validation_inference_steps,
     )
     last_context_frame = decode_video(pipeline.vae, clips.latents[:, num_context_frames - 1].to(transformer.device))
     metrics |= psnr_metrics("psnr", predicted, truth)
@@ -214,8 +213,8 @@ def side_by_side(truth: torch.Tensor, predicted: torch.Tensor, num_videos: int =
 
 
 def describe_metrics(metrics: Mapping[str, float]) -> str:
-    """A table for the log: the loss by noise level, and PSNR by predicted frame, of the model and of what nobody had to
-    learn. Of many frames it has some, spread over all; the means are over all.
+    """A table for the log: the loss by noise level, and the PSNR by predicted frame, of the model and of what it is compared
+    with. Of many frames it shows some, evenly spaced; the means are over all.
 
     Args:
         metrics (`dict`): Of a [`Measurement`].

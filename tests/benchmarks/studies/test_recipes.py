@@ -9,8 +9,8 @@ from accelerate.commands.launch import launch_command_parser
 from diffusers import AutoencoderDC
 
 from benchmarks.studies.recipes import (
-    CONFIGS,
     FLOPS_PER_SECOND,
+    RECIPES,
     read_recipe,
     read_recipes,
     recipe_table,
@@ -22,7 +22,8 @@ from diffusers_far.models.codec import spatial_compression
 
 pytestmark = pytest.mark.full  # loads every script
 
-SCRIPTS = sorted(CONFIGS.glob("*.sh"))
+CONFIGS = ROOT / "examples" / "configs"
+SCRIPTS = sorted(RECIPES.glob("*.sh"))
 # Model, parameters in millions, clip, steps, warm-up, compression of the autoencoder: the paper's.
 EXPECTED = {
     "bair": ("far-b", 130, 30, 200_000, None, 8),
@@ -33,9 +34,15 @@ EXPECTED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Where the recipes are run."""
+    monkeypatch.chdir(ROOT)
+
+
 def calls_of(name: str, script: str) -> list[list[str]]:
     """The arguments of each call of a script in a recipe."""
-    calls = [call for call in recorded_calls(CONFIGS / f"{name}.sh") if f"examples/{script}.py" in call]
+    calls = [call for call in recorded_calls(RECIPES / f"{name}.sh") if f"examples/{script}.py" in call]
     return [call[call.index(f"examples/{script}.py") + 1 :] for call in calls]
 
 
@@ -63,7 +70,7 @@ def test_every_command_of_a_recipe_is_accepted(script):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_recipe_is_the_paper_s(name):
-    recipe = read_recipe(CONFIGS / f"{name}.sh")
+    recipe = read_recipe(RECIPES / f"{name}.sh")
     model, millions, num_frames, steps, warm_up, compression = EXPECTED[name]
     arguments = recipe.arguments
     assert recipe.model_name == model and round(recipe.transformer.num_parameters() / 1e6) == millions
@@ -110,7 +117,7 @@ def test_evaluation_follows_the_paper_s_protocols():
 
 def test_costs_follow_from_tokens_and_parameters():
     """Six operations for each parameter and token, without attention: the count lies somewhat above."""
-    recipe = read_recipe(CONFIGS / "ucf101_prediction.sh")
+    recipe = read_recipe(RECIPES / "ucf101_prediction.sh")
     model = recipe.transformer
     per_frame = 6 * model.config.num_layers * model.inner_dim**2  # modulation runs once a frame, not once a token
     floor = 6 * (model.num_parameters() - per_frame) * 1024 * 32 * 200_000

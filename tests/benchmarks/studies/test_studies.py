@@ -25,6 +25,7 @@ from benchmarks.studies.study import Study, StudyPart
 from benchmarks.studies.training import TrainingRun
 from diffusers_far.commands import main as far
 from diffusers_far.data.latents import LatentDataset
+from diffusers_far.training import run as training_run
 
 
 pytestmark = pytest.mark.full
@@ -177,8 +178,7 @@ def test_a_run_that_was_killed_in_training_ends_with_the_weights_of_an_uninterru
     for name in ("killed", "alive"):
         run = small_study(workplace / name, data, **settings).training_run("with", 0)
         if name == "killed":
-            script = load_script("train_far")
-            save = script.save_checkpoint
+            save = training_run.save_checkpoint
 
             def save_and_die(accelerator, output_dir, step, *arguments):
                 save(accelerator, output_dir, step, *arguments)
@@ -186,7 +186,7 @@ def test_a_run_that_was_killed_in_training_ends_with_the_weights_of_an_uninterru
                     raise KeyboardInterrupt
 
             with monkeypatch.context() as patch:
-                patch.setattr(script, "save_checkpoint", save_and_die)
+                patch.setattr(training_run, "save_checkpoint", save_and_die)
                 with pytest.raises(KeyboardInterrupt):
                     run.train(4)
             assert run.steps == 2 and run.seconds_per_step is None

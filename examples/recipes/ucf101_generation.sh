@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Generation on UCF-101, 128x128: FAR-L on 16 frames, every third, under 101 classes.
 #
-#     bash examples/configs/ucf101_generation.sh RAW WORK
+#     bash examples/recipes/ucf101_generation.sh RAW WORK
 #
 # RAW holds train/ and test/ with a folder of videos for each class. For 256x256: --size 256, dc_ae_f32.json; FAR-XL is
 # far_xl_ucf101.json.
 # WORK gets everything that is made. Run it from the repository's root; given again, it trains on from its checkpoints.
-# The recipe is the paper's (arXiv:2503.19325) but for what a comment calls ours. Batch 32 is 4 clips on each of 8 GPUs.
+# The recipe is the paper's (arXiv:2503.19325) but for what a comment calls ours. Its trainings are ucf101_generation.yaml and vae.yaml.
 set -euo pipefail
 raw=$1 work=$2
 lpips=weights/lpips_vgg.pth i3d=weights/i3d_torchscript.pt # yours to bring: see docs/evaluate.md
@@ -18,10 +18,10 @@ launch=(accelerate launch --config_file examples/configs/accelerate/multi_gpu.ya
 [ -d "$work/test" ] || python examples/prepare_dataset.py --source classfolder --input "$raw/test" \
     --output "$work/test" --size 128 --split test --num_processes 16
 
-# 2. An image autoencoder: L1, LPIPS, and a patch GAN from half-way. Steps, batch and learning rate are ours.
-"${launch[@]}" examples/train_vae.py --dataset_name "$work/train" --vae_config examples/configs/dc_ae_f16.json \
-    --output_dir "$work/vae" --max_train_steps 100000 --train_batch_size 32 --learning_rate 1e-4 \
-    --lpips_weights "$lpips" --disc_start 50000 --mixed_precision bf16 --resume_from_checkpoint latest
+# 2. An image autoencoder: L1, LPIPS, and a patch GAN from half-way. vae.yaml is ours but for the losses.
+"${launch[@]}" examples/train_vae.py examples/recipes/vae.yaml --dataset_name "$work/train" \
+    --vae_config examples/configs/dc_ae_f16.json --lpips_weights "$lpips" --output_dir "$work/vae" \
+    --resume_from_checkpoint latest
 
 # 3. Latents
 for split in train validation; do
@@ -30,12 +30,8 @@ for split in train validation; do
 done
 
 # 4. FAR-L
-"${launch[@]}" examples/train_far.py --latents_dir "$work/latents" --vae "$work/vae" \
-    --transformer_config examples/configs/far_l_ucf101.json --num_frames 16 --frame_interval 3 \
-    --max_train_steps 400000 --lr_scheduler constant \
-    --learning_rate 1e-4 --adam_beta1 0.9 --adam_beta2 0.999 --adam_weight_decay 0 --max_grad_norm 1.0 \
-    --train_batch_size 4 --use_ema --ema_decay 0.9999 --mixed_precision bf16 --dataloader_num_workers 4 \
-    --output_dir "$work/far" --resume_from_checkpoint latest
+"${launch[@]}" examples/train_far.py examples/recipes/ucf101_generation.yaml --latents_dir "$work/latents" \
+    --vae "$work/vae" --output_dir "$work/far" --resume_from_checkpoint latest
 
 # 5. FVD on 2,048 videos for each of four seeds, under classes at guidance 2, and free
 for condition in class free; do
