@@ -19,7 +19,6 @@ from benchmarks.studies.poses import pose_actions
 from benchmarks.studies.predictors import checkpoint_hash, load_predictor
 from benchmarks.studies.report import study_section
 from benchmarks.studies.results import STUDIES, finished_results, read_results, run_part, run_study, write_results
-from benchmarks.studies.scripts import load_script
 from benchmarks.studies.settings import StudySettings, merge, read_settings
 from benchmarks.studies.study import Study, StudyPart
 from benchmarks.studies.training import TrainingRun
