@@ -134,7 +134,7 @@ TECO = [
     "2",
 ]
 TECO += ["--num_context_frames", "3", "--num_frames", "4", "--num_distance_context_frames", "2"]
-TECO += ["--num_distance_frames", "5", "--num_samples", "1", "--min_revisit_age", "3", "--max_recent_age", "1"]
+TECO += ["--num_distance_frames", "5", "--num_samples", "1", "--min_revisit_age", "3", "--max_recent_age", "2"]
 
 
 @pytest.mark.full
