@@ -189,14 +189,16 @@ def trained_frames(pipe: FARPipeline) -> int:
     return num_frames
 
 
-def scaled_position_ids(plan: ContextPlan, device: torch.device | None = None, *, scale: float) -> torch.Tensor:
+def scaled_position_ids(
+    plan: ContextPlan, device: torch.device | None = None, has_twins: bool = False, *, scale: float
+) -> torch.Tensor:
     """[`position_ids`] with the frames closer together: frame f stands where frame `scale * f` would. Rows and columns
     stay.
 
     Returns:
         `torch.Tensor` of shape `(L, 3)`, float32.
     """
-    positions = position_ids(plan, device).float()
+    positions = position_ids(plan, device, has_twins).float()
     positions[:, 0] *= scale
     return positions
 
