@@ -48,8 +48,13 @@ def check_scale(name: str, scale: Any) -> None:
         )
 
 
-def scaled_adapters(model: torch.nn.Module, scale: float) -> AbstractContextManager[None]:
-    """Let the active adapters count `scale` times as much for a while; then all scales are again what they were."""
+def scaled_adapters(model: torch.nn.Module, attention_kwargs: dict[str, Any] | None) -> AbstractContextManager[None]:
+    """Let the active adapters count as often for a while as a call asks for; then all scales are again what they were.
+
+    Raises:
+        ValueError: See [`lora_scale`].
+    """
+    scale = lora_scale(attention_kwargs)
     return nullcontext() if scale == 1 else _scaled(list(adapter_layers(model).values()), scale)
 
 

@@ -27,19 +27,8 @@ def latent_statistics(
     config, num_channels = vae.config, latents.shape[-3]
     per_channel = {}
     for name in ("latents_mean", "latents_std"):
-        values = config.get(name)
-        if values is None:
-            continue
-        try:
-            values = torch.tensor(values, dtype=torch.float64).flatten()
-        except (TypeError, ValueError, RuntimeError):
-            values = torch.empty(0)  # numbers of no channel
-        if len(values) != num_channels or not values.isfinite().all() or (name == "latents_std" and values.min() <= 0):
-            raise ValueError(
-                f"`{name}` of the VAE's config is {config[name]}; it has one finite number for each of the {num_channels} "
-                "latent channels, above 0 for the deviation. Correct it, or set it to None."
-            )
-        per_channel[name] = values.view(-1, 1, 1)
+        if config.get(name) is not None:
+            per_channel[name] = _channel_statistic(name, config[name], num_channels)
     shift, factor = config.get("shift_factor"), config.get("scaling_factor")
     if factor is None and per_channel:
         factor = 1.0
@@ -59,6 +48,21 @@ def latent_statistics(
         return shift or 0.0, factor
     mean, std = per_channel.get("latents_mean", torch.zeros(())), per_channel.get("latents_std", torch.ones(()))
     return mean.to(latents), (factor / std).to(latents)
+
+
+def _channel_statistic(name: str, values, num_channels: int) -> torch.Tensor:
+    """A statistic of a VAE's config, `(C, 1, 1)`, float64."""
+    try:
+        statistic = torch.tensor(values, dtype=torch.float64).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        statistic = torch.empty(0)  # numbers of no channel
+    is_deviation = name == "latents_std"
+    if len(statistic) != num_channels or not statistic.isfinite().all() or (is_deviation and statistic.min() <= 0):
+        raise ValueError(
+            f"`{name}` of the VAE's config is {values}; it has one finite number for each of the {num_channels} "
+            "latent channels, above 0 for the deviation. Correct it, or set it to None."
+        )
+    return statistic.view(-1, 1, 1)
 
 
 def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:

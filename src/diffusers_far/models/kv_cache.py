@@ -6,15 +6,15 @@ B batch, F frames, C latent channels, H/W latent height/width, L tokens, N heads
 
 import copy
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from ..checks import is_whole_number
+from ..checks import check_count, is_whole_number
 from .context_plan import ContextPlan
 from .frames import FrameBatch
-from .functional import apply_rotary_embedding
+from .functional import apply_rotary_embedding, rotary_embedding
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class CacheOptions:
                     f"`num_sink_frames` is {self.num_sink_frames} but `max_long_frames` is None: nothing is forgotten; "
                     "leave it at 0."
                 )
-            return
+        else:
+            self._check_bound(has_long_frames)
+
+    def _check_bound(self, has_long_frames: bool) -> None:
         if not has_long_frames:
             raise ValueError(
                 f"`max_long_frames` is {self.max_long_frames} but this model has no long frames; leave it out."
@@ -164,14 +167,11 @@ class FARKVCache:
     which the cache keeps for that purpose. [`CacheOptions`] make this cheaper, or memory bounded.
 
     Args:
-        plan_for_frames (`Callable[[int], ContextPlan]`): The window rule of the model at this latent size.
         model (`torch.nn.Module`): The transformer that fills the cache; another one is refused.
-        num_layers (`int`), num_heads (`int`), head_dim (`int`): Of the transformer's attention.
-        batch_size (`int`): B.
+        batch_size (`int`), height (`int`), width (`int`): B, H and W.
         max_frames (`int`): Frames that fit, the noisy one included.
         dtype (`torch.dtype`), device (`torch.device`): Of the stores.
         options (`CacheOptions`).
-        rotation (`Callable[[int], torch.Tensor]`): The rotary embedding of a shift by so many frames.
 
     Attributes:
         num_frames (`int`): Clean frames on the cache's clock. Forgotten frames leave the clock, so that positions stay
@@ -184,35 +184,30 @@ class FARKVCache:
 
     def __init__(
         self,
-        plan_for_frames: Callable[[int], ContextPlan],
         model: torch.nn.Module,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
         batch_size: int,
+        height: int,
+        width: int,
         max_frames: int,
         dtype: torch.dtype,
         device: torch.device,
         options: CacheOptions,
-        rotation: Callable[[int], torch.Tensor],
     ):
-        for name, value in (("batch_size", batch_size), ("max_frames", max_frames)):
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}; a cache needs at least 1.")
-        self.plan_for_frames = plan_for_frames
-        self.batch_size = batch_size
-        self.options = options
+        check_count("batch_size", batch_size)
+        check_count("max_frames", max_frames)
+        config = model.config
+        options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
+        self.plan_for_frames = partial(
+            model.context_plan, height=height, width=width, rebuild_interval=options.rebuild_interval
+        )
+        self.batch_size, self.options = batch_size, options
         self.num_frames = 0
-        self._rotation = rotation
-        self._model = weakref.ref(model)
+        self._model, self._short_window = weakref.ref(model), config.short_window
         self._kept_frames: FrameBatch | None = None
         self._first_slot_frame = 0  # the frame at the start of the short region
         self._window_is_stale = False  # after a rewind, until the next write
         self._has_forgotten = False
-
-        self._short_window = model.config.short_window
-        self._store_sizes = (num_layers, batch_size, num_heads, head_dim)
+        self._store_sizes = (config.num_layers, batch_size, config.num_attention_heads, config.attention_head_dim)
         self._allocate(max_frames, dtype, device)
 
     def _allocate(self, max_frames: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -430,7 +425,8 @@ class FARKVCache:
             The frames to encode, their plan, and where their keys and values go. The pass must then run through every
             layer; the cache counts the new frames from now on.
         """
-        self._forget_for(frames.num_frames)
+        if self.options.max_long_frames is not None:
+            self._forget_for(frames.num_frames)
         self.make_room(frames.num_frames)
         old, num_new_frames = self.plan, frames.num_frames
         self.num_frames += num_new_frames
@@ -442,18 +438,9 @@ class FARKVCache:
 
         window_is_full = new.num_long_frames > old.num_long_frames
         was_stale, self._window_is_stale = self._window_is_stale, False
-        if (
-            window_is_full
-            and not was_stale
-            and self.options.is_rolling
-            and num_new_frames == 1
-            and old.num_short_frames
-        ):
-            oldest, newest = frames.between(0, 1), frames.last(1)
-            plan = replace(new.segment(old.num_long_frames), num_short_frames=1)
-            plan = replace(plan, num_skipped_frames=new.end_frame - 1 - plan.end_long_frame)
-            slot = (new.end_frame - 1 - self._first_slot_frame) % new.num_short_frames
-            return oldest.append(newest), plan, self._pass_for(plan, first_slot=slot, sees_all_slots=True)
+        rolls = window_is_full and self.options.is_rolling and num_new_frames == 1 and old.num_short_frames
+        if rolls and not was_stale:
+            return self._begin_rolling_write(frames, old, new)
         if window_is_full or was_stale:  # the frames that turn long, and the short window anew
             self._first_slot_frame = new.first_short_frame
             plan = new.segment(old.num_long_frames)
@@ -461,6 +448,16 @@ class FARKVCache:
             plan = new.segment(old.num_frames)
         first_slot = plan.first_short_frame - self._first_slot_frame
         return frames.last(plan.num_frames), plan, self._pass_for(plan, first_slot=first_slot)
+
+    def _begin_rolling_write(
+        self, frames: FrameBatch, old: ContextPlan, new: ContextPlan
+    ) -> tuple[FrameBatch, ContextPlan, CachePass]:
+        """The oldest short frame turns long and the newest takes its slot; the others stay as they are."""
+        oldest, newest = frames.between(0, 1), frames.last(1)
+        plan = replace(new.segment(old.num_long_frames), num_short_frames=1)
+        plan = replace(plan, num_skipped_frames=new.end_frame - 1 - plan.end_long_frame)
+        slot = (new.end_frame - 1 - self._first_slot_frame) % new.num_short_frames
+        return oldest.append(newest), plan, self._pass_for(plan, first_slot=slot, sees_all_slots=True)
 
     def layers(self, cache_pass: CachePass) -> list[LayerKVCache]:
         """The stores of every layer as this pass sees them."""
@@ -531,8 +528,6 @@ class FARKVCache:
 
         The frames after them move up, in the store and in time: rotations compose, so their keys are rotated once more.
         """
-        if self.options.max_long_frames is None:
-            return
         num_long_frames = self.plan_for_frames(self.num_frames + num_new_frames + 1).num_long_frames
         num_excess = num_long_frames - self.options.max_long_frames
         if num_excess <= 0:
@@ -546,7 +541,8 @@ class FARKVCache:
         moved = slice(start + num_forgotten * long_size, kept_end + num_forgotten * long_size)
         short = slice(self._boundary, self._boundary + self.plan.num_short_tokens)
 
-        rotation = self._rotation(-num_forgotten).to(self.device)
+        config, shift = self._model().config, torch.tensor([[-num_forgotten, 0, 0]], device=self.device)
+        rotation = rotary_embedding(shift, config.axes_dims_rope, config.rope_theta)
         for keys in self._key_stores:
             keys[:, moved] = apply_rotary_embedding(keys[:, start:kept_end], rotation)
             keys[:, short] = apply_rotary_embedding(keys[:, short], rotation)

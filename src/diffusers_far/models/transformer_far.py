@@ -7,7 +7,8 @@ N heads, D head dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from ..checks import check_count, check_finite, check_memory
-from .adapters import AdapterMixin, lora_scale, scaled_adapters
+from .adapters import AdapterMixin, scaled_adapters
 from .context_plan import ContextPlan
 from .frames import FrameBatch, check_condition, pair_with_clean
 from .functional import (
@@ -673,20 +674,8 @@ class FARTransformer3DModel(
                 "Run it on whole clips, without `kv_cache`."
             )
         options = CacheOptions(short_cache, max_long_frames, num_sink_frames)
-        options.check(self.config.short_window, has_long_frames=self.config.long_patch_size is not None)
-        return FARKVCache(
-            partial(self.context_plan, height=height, width=width, rebuild_interval=options.rebuild_interval),
-            self,
-            num_layers=self.config.num_layers,
-            num_heads=self.config.num_attention_heads,
-            head_dim=self.config.attention_head_dim,
-            batch_size=batch_size,
-            max_frames=max_frames,
-            dtype=dtype or self.dtype,
-            device=torch.device(device or execution_device(self)),
-            options=options,
-            rotation=self._time_rotation,
-        )
+        device = torch.device(device or execution_device(self))
+        return FARKVCache(self, batch_size, height, width, max_frames, dtype or self.dtype, device, options)
 
     @torch.no_grad()
     def frame_modulations(
@@ -715,7 +704,7 @@ class FARTransformer3DModel(
             return None
         bring_to_device(self)
         frame.check_conditions(self, class_labels)
-        with scaled_adapters(self, lora_scale(attention_kwargs)):
+        with nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs):
             timestep = timesteps.float().expand(batch_size, num_steps)
             temb = self._embed(frame.repeated(num_steps), timestep, class_labels)
             blocks = [
@@ -764,7 +753,7 @@ class FARTransformer3DModel(
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
             all F frames for a model without long frames; with `None` for a write.
         """
-        scale = lora_scale(attention_kwargs)
+        scaled = nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs)
         frames = FrameBatch(hidden_states, actions, action_mask)
         self._check_call(frames, kv_cache, update_cache, clean_hidden_states)
         if modulation is None:
@@ -774,7 +763,7 @@ class FARTransformer3DModel(
             self._check_modulation(
                 modulation, frames, timestep, class_labels, is_noisy=kv_cache is not None and not update_cache
             )
-        with scaled_adapters(self, scale), torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
+        with scaled, torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
                 sample = self._predict_clip(frames, timestep, class_labels, clean_hidden_states)
             elif update_cache:
@@ -879,11 +868,6 @@ class FARTransformer3DModel(
         is_block_mask = attention_mask is not None and not isinstance(attention_mask, (torch.Tensor, CausalChunks))
         return None if is_everything or is_block_mask else plan.num_short_frames
 
-    def _time_rotation(self, num_frames: int) -> torch.Tensor:
-        """The rotary embedding of a shift in time, `(1, D / 2)`."""
-        shift = torch.tensor([[num_frames, 0, 0]], device=execution_device(self))
-        return rotary_embedding(shift, self.config.axes_dims_rope, self.config.rope_theta)
-
     def _timestep_per_frame(self, timestep: torch.Tensor | float | None, frames: FrameBatch) -> torch.Tensor:
         """`timestep` as `(B, F)`, float32."""
         batch_size, num_frames = frames.latents.shape[:2]
@@ -909,19 +893,26 @@ class FARTransformer3DModel(
         time_proj = self.time_proj(timestep.flatten()).to(frames.latents.dtype)
         temb = self.timestep_embedder(time_proj).unflatten(0, timestep.shape)
 
-        dropout = self.config.condition_dropout if self.training else 0.0
+        if self.training and self.config.condition_dropout:
+            frames, class_labels = self._drop_conditions(frames, class_labels)
         if self.takes_actions:
-            action_mask = frames.action_mask
-            if dropout:
-                kept = torch.rand(timestep.shape, device=temb.device) >= dropout
-                action_mask = kept if action_mask is None else kept & action_mask
-            temb = temb + self.action_embedder(frames.actions, action_mask)
+            temb = temb + self.action_embedder(frames.actions, frames.action_mask)
         if self.takes_labels:
-            if dropout:
-                dropped = torch.rand(len(timestep), device=temb.device) < dropout
-                class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
             temb = temb + self.label_embedder(class_labels)[:, None]
         return temb
+
+    def _drop_conditions(
+        self, frames: FrameBatch, class_labels: torch.Tensor | None
+    ) -> tuple[FrameBatch, torch.Tensor | None]:
+        """Some actions, drawn frame by frame, and some labels, drawn clip by clip, become null."""
+        shape, device, share = frames.latents.shape[:2], frames.latents.device, self.config.condition_dropout
+        if self.takes_actions:
+            kept = torch.rand(shape, device=device) >= share
+            frames = replace(frames, action_mask=kept if frames.action_mask is None else kept & frames.action_mask)
+        if self.takes_labels:
+            dropped = torch.rand(shape[0], device=device) < share
+            class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
+        return frames, class_labels
 
     def _attention_mask(self, frames: AttentionFrames):
         """Who sees whom. `None` where every query sees every key, as against a cache, of which each frame sees a view of its
