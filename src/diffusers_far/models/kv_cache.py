@@ -193,8 +193,8 @@ class FARKVCache:
         device: torch.device,
         options: CacheOptions,
     ):
-        check_count("batch_size", batch_size)
-        check_count("max_frames", max_frames)
+        check_count("batch_size", batch_size, "a cache needs at least 1")
+        check_count("max_frames", max_frames, "a cache needs at least 1")
         config = model.config
         options.check(config.short_window, has_long_frames=config.long_patch_size is not None)
         self.plan_for_frames = partial(
