@@ -218,7 +218,9 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
     run.prepare(transformer, build_optimizer(settings, transformer.parameters()), ema)
     model_config = {name: value for name, value in config.items() if not name.startswith("_")}
     run.start("train_far", dataset=clips.dataset_fingerprint, vae=clips.vae_hash, transformer=model_config)
-    logger.info(f"{transformer.num_parameters() / 1e6:.2f} M parameters; {batches.extent}; from step {run.first_step}")
+    logger.info(
+        f"{transformer.num_parameters() / 1e6:.2f} M parameters; {batches.description}; from step {run.first_step}"
+    )
 
     # 3. The pipeline that is measured and, in the end, saved
     pipeline = build_pipeline(settings, transformer, vae, clips.latent_shape)

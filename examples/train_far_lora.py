@@ -149,7 +149,7 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
     )
     logger.info(
         f"{sum(parameter.numel() for parameter in parameters):,} parameters to train in {', '.join(targets)}; "
-        f"{batches.extent}; from step {run.first_step}"
+        f"{batches.description}; from step {run.first_step}"
     )
 
     def measure_held_out(step: int) -> Measurement | None:

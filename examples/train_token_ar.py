@@ -118,7 +118,7 @@ def main(settings: TrainTokenSettings, launch: Launch) -> None:
     run.prepare(token_ar, build_optimizer(settings, token_ar.parameters()), ema)
     run.start("train_token_ar", dataset=codes.dataset_fingerprint, vae=codes.vae_hash, model=config_arguments)
     logger.info(
-        f"{token_ar.num_parameters() / 1e6:.2f} M parameters; {batches.extent} of {config.tokens_per_frame} codes; from "
+        f"{token_ar.num_parameters() / 1e6:.2f} M parameters; {batches.description} of {config.tokens_per_frame} codes; from "
         f"step {run.first_step}"
     )
 

@@ -172,7 +172,7 @@ def main(settings: TrainVAESettings, launch: Launch) -> None:
         vae_config=read_config("vae_config", settings.vae_config),
     )
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    logger.info(f"{num_parameters / 1e6:.2f} M parameters, {train_frames.extent}, from step {run.first_step}")
+    logger.info(f"{num_parameters / 1e6:.2f} M parameters, {train_frames.description}, from step {run.first_step}")
 
     def validate() -> dict[str, float]:
         with evaluated(vae, ema):

@@ -6,7 +6,7 @@ from tiny_models import fill_cache, predict, random_clip, randomize, spy_attenti
 
 from diffusers_far.models import transformer_far
 from diffusers_far.models.functional import frame_causal_mask, rotary_embedding
-from diffusers_far.models.transformer_far import FARAttention, FARAttnProcessor, fitting_bias
+from diffusers_far.models.transformer_far import FARAttention, FARAttnProcessor, mask_for_kernel
 
 
 DIM, HEADS, DIM_HEAD, AXES_DIMS = 12, 2, 8, (4, 2, 2)
@@ -176,15 +176,15 @@ def test_the_cache_is_read_in_place():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_accelerator_gets_a_bias_in_the_dtype_of_the_queries_and_in_memory_of_its_own(dtype):
     query, bias = torch.empty(1, 4, 2, 8, dtype=dtype, device="meta"), torch.zeros(1, 1, 3, 16, device="meta")
-    part = fitting_bias(bias[..., 1:2, 3:7], query)
+    part = mask_for_kernel(bias[..., 1:2, 3:7], query)
     assert (part.dtype, part.shape, part.storage_offset()) == (dtype, (1, 1, 1, 4), 0)
     is_seen = bias.bool()
-    assert fitting_bias(is_seen, query) is is_seen and fitting_bias(None, query) is None
+    assert mask_for_kernel(is_seen, query) is is_seen and mask_for_kernel(None, query) is None
 
 
 def test_the_cpu_gets_a_bias_as_it_is():
     bias = torch.zeros(1, 1, 3, 16)
-    assert fitting_bias(bias, torch.empty(1, 4, 2, 8, dtype=torch.bfloat16)) is bias
+    assert mask_for_kernel(bias, torch.empty(1, 4, 2, 8, dtype=torch.bfloat16)) is bias
 
 
 # Processors, as in diffusers

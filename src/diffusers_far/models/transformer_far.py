@@ -193,7 +193,7 @@ class FARAttnProcessor:
             query,
             key,
             value,
-            attn_mask=fitting_bias(attention_mask, query),
+            attn_mask=mask_for_kernel(attention_mask, query),
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
@@ -218,7 +218,7 @@ class FARAttnProcessor:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def fitting_bias(attention_mask: Any, query: torch.Tensor) -> Any:
+def mask_for_kernel(attention_mask: Any, query: torch.Tensor) -> Any:
     """An additive mask as the kernels of an accelerator take it: in the dtype of the queries, and in memory of its own. Other
     masks, and the CPU's, are returned as they are.
 

@@ -271,7 +271,7 @@ class TrainingBatches(StepBatches):
         self.trajectories = usable_trajectories(dataset, self.num_frames, self.interval)
 
     @property
-    def extent(self) -> str:
+    def description(self) -> str:
         """How many trajectories are long enough, in words for the log."""
         return (
             f"{len(self.trajectories)} of {len(self.dataset.num_frames)} trajectories are long enough for "

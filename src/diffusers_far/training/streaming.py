@@ -198,7 +198,7 @@ class StreamLoader(Dataset):
         raise NotImplementedError
 
     @property
-    def extent(self) -> str:
+    def description(self) -> str:
         """How much there is, in words for the log."""
         return f"a stream of {len(self.stream.split.files)} files"
 

@@ -97,7 +97,7 @@ class FrameBatches(torch.utils.data.Dataset):
         self.process_index, self.num_processes = process_index, num_processes
 
     @property
-    def extent(self) -> str:
+    def description(self) -> str:
         return f"{len(self.sample)} frames"
 
     def load(self, first_step: int, last_step: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
