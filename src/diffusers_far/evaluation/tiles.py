@@ -1,0 +1,226 @@
+"""What a model makes of a world of tiles: which it draws, which it could know, and whether its world holds together.
+
+A frame of Crafter at 64 x 64 pixels is a window of 8 columns and 6 rows of tiles, the player in column 4 and row 3, above
+two rows of inventory. Tiles are held as material numbers, indices of [`MATERIALS`], in arrays of shape `(F, 8, 6)`: by
+frame, column and row. -1 is beyond the world. An action moves the window by one tile at most. All is known but the tiles
+that come in, and those too where they were in view before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+MATERIALS = (
+    "water",
+    "grass",
+    "stone",
+    "path",
+    "sand",
+    "tree",
+    "lava",
+    "coal",
+    "iron",
+    "diamond",
+    "table",
+    "furnace",
+)
+SAFE_TO_WALK = ("grass", "sand", "path")
+WALKABLE = tuple(MATERIALS.index(name) for name in (*SAFE_TO_WALK, "lava"))  # the player walks into lava too
+
+ACTION_NAMES = ("move_left", "move_right", "move_up", "move_down", "do")
+STEPS = (
+    (-1, 0),
+    (1, 0),
+    (0, -1),
+    (0, 1),
+    (0, 0),
+)  # what each action adds to the player's (x, y) if nothing is in the way
+DO = ACTION_NAMES.index("do")
+
+COLUMNS, ROWS, TILE_SIZE = 8, 6, 8  # a tile has 8 x 8 pixels
+PLAYER = (4, 3)  # column and row; the tile there cannot be seen
+
+# What `label_tiles` calls a tile.
+IN_VIEW, BACK, BACK_EASY, NEW, NEW_EASY, NOT_SCORED = "in view", "back", "back, easy", "new", "new, easy", "-"
+
+# Frames out of view after which a tile that returns counts as remembered.
+MIN_AGE = 16
+
+
+def load_textures() -> np.ndarray:
+    """How each of [`MATERIALS`] looks: uint8 of shape `(12, 8, 8, 3)`, from the package crafter.
+
+    Raises:
+        ModuleNotFoundError: crafter is not installed; the message says how to install it.
+    """
+    try:
+        from crafter import constants, engine
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Textures of tiles come from the package crafter, and {error.name!r} is not installed; run "
+            "`pip install crafter`.",
+            name=error.name,
+        ) from error
+    textures = engine.Textures(constants.root / "assets")
+    size = (TILE_SIZE, TILE_SIZE)
+    return np.stack([textures.get(name, size)[..., :3].swapaxes(0, 1) for name in MATERIALS])
+
+
+def read_tiles(frames: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which material each tile shows, by the nearest texture.
+
+    Args:
+        frames (`np.ndarray` of shape `(F, 64, 64, 3)`): In [0, 255].
+        textures (`np.ndarray` of shape `(M, 8, 8, 3)`): In [0, 255]; see [`load_textures`].
+
+    Returns:
+        Material numbers, int64 of shape `(F, 8, 6)`, and the mean squared difference to the nearest texture, float32 of the
+        same shape: 0 where the texture is drawn exactly, large where the picture is broken.
+    """
+    size = COLUMNS * TILE_SIZE
+    if frames.ndim != 4 or frames.shape[1:] != (size, size, 3):
+        raise ValueError(f"`frames` have shape {frames.shape}; give (F, {size}, {size}, 3), colours last.")
+    in_map = frames[:, : ROWS * TILE_SIZE].reshape(-1, ROWS, TILE_SIZE, COLUMNS, TILE_SIZE, 3)
+    drawn = in_map.transpose(0, 3, 1, 2, 4, 5).astype(np.float32)  # (F, 8, 6, 8, 8, 3)
+    # One texture at a time: all at once would take 1.7 MB a frame.
+    distances = [((drawn - texture.astype(np.float32)) ** 2).mean((-1, -2, -3)) for texture in textures]
+    distance = np.stack(distances, -1)
+    return distance.argmin(-1), distance.min(-1)
+
+
+def label_tiles(positions: np.ndarray, tiles: np.ndarray, actions: np.ndarray, num_context_frames: int) -> np.ndarray:
+    """What of each frame after the context could be known from it.
+
+    - "in view": the context showed the tile, and it was in view ever since.
+    - "back": the context showed it, and it comes in again.
+    - "new": it comes in and was never in view: nobody can know it.
+    - "-", not scored: the player's own tile, what came in after the context, what is beyond the world; and everything from
+      the first move on whose outcome depends on a tile that the context never showed, as even a perfect model may then be
+      somewhere else.
+
+    Land is smooth. About 80% of the tiles that come in equal the tile beside them that was in view before. So these are
+    "back, easy" and "new, easy", which a model draws right that only repeats. To draw "back" right it must remember; how often
+    "new" is drawn right is the chance level.
+
+    Args:
+        positions (`np.ndarray` of shape `(F, 2)`): Of the player: x and y in tiles. Of the true walk, as all arguments.
+        tiles (`np.ndarray` of shape `(F, 8, 6)`): Material numbers.
+        actions (`np.ndarray` of shape `(F,)` or `(F - 1,)`): `actions[t]` leads from frame `t` to frame `t + 1`.
+        num_context_frames (`int`): The first frames, which the model was shown. At least 1.
+
+    Returns:
+        `np.ndarray` of shape `(F - num_context_frames, 8, 6)` of these texts.
+    """
+    if not 1 <= num_context_frames < len(tiles):
+        raise ValueError(
+            f"`num_context_frames` is {num_context_frames} but the walk has {len(tiles)} frames; choose 1 to "
+            f"{len(tiles) - 1}, so that both context and frames after it exist."
+        )
+    positions = np.asarray(positions).astype(int)
+    last_in_view: dict[tuple[int, int], int] = {}
+    shown: set[tuple[int, int]] = set()
+    labels = np.full(tiles.shape, NOT_SCORED, dtype=f"<U{len(BACK_EASY)}")
+    is_known = True  # where the player is
+    for t, view in enumerate(tiles):
+        corner = positions[t] - PLAYER
+        step = positions[t] - positions[max(t - 1, 0)]
+        if t >= num_context_frames:
+            is_known = is_known and _sum(positions[t - 1], STEPS[actions[t - 1]]) in shown
+        for column, row in np.ndindex(COLUMNS, ROWS):
+            place = _sum(corner, (column, row))
+            last_time = last_in_view.get(place)
+            last_in_view[place] = t
+            if t < num_context_frames:
+                shown.add(place)
+                continue
+            if not is_known or view[column, row] < 0 or (column, row) == PLAYER:
+                continue
+            if place in shown and last_time == t - 1:
+                labels[t, column, row] = IN_VIEW
+            elif place in shown or last_time is None:
+                is_easy = step.any() and view[column - step[0], row - step[1]] == view[column, row]
+                kinds = (BACK, BACK_EASY) if place in shown else (NEW, NEW_EASY)
+                labels[t, column, row] = kinds[int(is_easy)]
+    return labels[num_context_frames:]
+
+
+@dataclass(frozen=True)
+class WorldConsistency:
+    """How well a world holds together. F frames, M materials.
+
+    A true walk has 1 in the first two, but for what the player takes away. So have a world of nothing but grass, a frozen
+    picture, and a player that is walled in: compare the other two with those of true walks.
+
+    Args:
+        persistence (`np.ndarray` of shape `(F - 1,)`): Of the tiles that stay in view, the share that is drawn as in the frame
+            before.
+        returned (`np.ndarray` of shape `(F,)`): Of the tiles that come back after more than `MIN_AGE` frames, the share that is
+            drawn as when last seen. Only those count that differ from the tile beside them, which a smooth guess would
+            repeat; NaN without any.
+        moved (`float`): The share of moves that led somewhere.
+        came_in (`np.ndarray` of shape `(M,)`): How many tiles of each material came in.
+    """
+
+    persistence: np.ndarray
+    returned: np.ndarray
+    moved: float
+    came_in: np.ndarray
+
+
+def follow_world(tiles: np.ndarray, actions: Sequence[int] | np.ndarray) -> WorldConsistency:
+    """Follow the player through a world that a model makes up, and compare what it draws with what it drew before.
+
+    No truth is needed, as the rule of the world says what each action does: the player moves if the tile ahead, as the model
+    drew it, can be walked on, and else stands still.
+
+    Args:
+        tiles (`np.ndarray` of shape `(F, 8, 6)`): Material numbers, as [`read_tiles`] gives them.
+        actions (sequence of `int`): `actions[t]` leads from frame `t` to frame `t + 1`; at least `F - 1`.
+    """
+    if len(actions) < len(tiles) - 1:
+        raise ValueError(
+            f"`actions` are {len(actions)} but {len(tiles)} frames need {len(tiles) - 1}; give one for each frame but the "
+            "last."
+        )
+    columns, rows = np.indices((COLUMNS, ROWS))
+    place, last_drawn = (0, 0), {}  # of the window's corner; by place: when, and which material
+    persistence, returned = [], np.full(len(tiles), np.nan)
+    num_moves, num_moved, came_in = 0, 0, np.zeros(len(MATERIALS), int)
+    for t, view in enumerate(tiles):
+        step = (0, 0)
+        if t:
+            wanted = STEPS[actions[t - 1]]
+            step = wanted if tiles[t - 1][_sum(PLAYER, wanted)] in WALKABLE else (0, 0)
+            num_moves += wanted != (0, 0)
+            num_moved += step != (0, 0)
+            place = _sum(place, step)
+
+            before = columns + step[0], rows + step[1]  # column and row of each tile in the frame before
+            was_inside = (before[0] >= 0) & (before[0] < COLUMNS) & (before[1] >= 0) & (before[1] < ROWS)
+            entered = view[~was_inside]
+            came_in += np.bincount(entered[entered >= 0], minlength=len(MATERIALS))
+            stays = was_inside & _is_not_player(columns, rows) & _is_not_player(*before)
+            persistence.append((view[stays] == tiles[t - 1][before[0][stays], before[1][stays]]).mean())
+
+        hits = []
+        for column, row in np.ndindex(COLUMNS, ROWS):
+            if (column, row) == PLAYER:
+                continue
+            where = _sum(place, (column, row))
+            time, material = last_drawn.get(where, (t, None))
+            if t - time > MIN_AGE and material != view[column - step[0], row - step[1]]:
+                hits.append(material == view[column, row])
+            last_drawn[where] = t, view[column, row]
+        if hits:
+            returned[t] = np.mean(hits)
+    return WorldConsistency(np.array(persistence), returned, num_moved / max(num_moves, 1), came_in)
+
+
+def _sum(place: Sequence[int], step: Sequence[int]) -> tuple[int, int]:
+    return int(place[0] + step[0]), int(place[1] + step[1])
+
+
+def _is_not_player(columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return (columns != PLAYER[0]) | (rows != PLAYER[1])
