@@ -25,10 +25,6 @@ from diffusers_far.command_line import HeightAndWidth, HelpWithDefaults, set_up_
 
 logger = logging.getLogger(__name__)
 
-# A split draws from a range of seeds that is its own, so no episode is in two splits, however far one of them grows.
-SPLITS = ("train", "validation", "test")
-SEEDS_PER_SPLIT = 1_000_000
-
 # An environment is made anew for each shard. The number is fixed, as the files should not depend on that of the processes.
 EPISODES_PER_SHARD = 16
 
@@ -61,7 +57,14 @@ if __name__ == "__main__":
 import gymnasium
 import numpy as np
 
-from diffusers_far.data.dataset_folder import check_folder, dataset_card, plan_shards, write_dataset
+from diffusers_far.data.dataset_folder import (
+    SPLITS,
+    check_folder,
+    dataset_card,
+    plan_shards,
+    seeds_by_split,
+    write_dataset,
+)
 from diffusers_far.data.preparation import RESERVED_COLUMNS, Preparation, RowForm
 from diffusers_far.data.sources import Trajectory
 
@@ -71,13 +74,6 @@ def check_request(args: argparse.Namespace) -> None:
     for name, least in (("num_frames", 2), ("repeat_action", 1), ("num_processes", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least {least}.")
-    for split in SPLITS:
-        if not 0 <= getattr(args, f"num_{split}") <= SEEDS_PER_SPLIT:
-            raise ValueError(
-                f"`--num_{split}` is {getattr(args, f'num_{split}')}; it must be 0 to {SEEDS_PER_SPLIT:,}."
-            )
-    if not any(getattr(args, f"num_{split}") for split in SPLITS):
-        raise ValueError("`--num_train`, `--num_validation` and `--num_test` are all 0; ask for at least 1 episode.")
     reserved = set(args.keep_columns) & {*RESERVED_COLUMNS, "seed"}
     if reserved:
         raise ValueError(
@@ -85,12 +81,6 @@ def check_request(args: argparse.Namespace) -> None:
         )
     if not isinstance(args.environment_arguments, dict):
         raise ValueError(f"`--environment_arguments` is {args.environment_arguments!r}; give a JSON object, {{...}}.")
-
-
-def seeds_by_split(args: argparse.Namespace) -> dict[str, range]:
-    """The seeds of each split's episodes."""
-    firsts = {split: args.seed + place * SEEDS_PER_SPLIT for place, split in enumerate(SPLITS)}
-    return {split: range(first, first + getattr(args, f"num_{split}")) for split, first in firsts.items()}
 
 
 def make_environment(args: argparse.Namespace) -> gymnasium.Env:
@@ -190,7 +180,8 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging(__name__)
     # 1. Look at the first episode
     check_request(args)
-    shards = plan_shards(seeds_by_split(args), EPISODES_PER_SHARD)
+    counts = {split: getattr(args, f"num_{split}") for split in SPLITS}
+    shards = plan_shards(seeds_by_split(counts, unit="episode", first=args.seed), EPISODES_PER_SHARD)
     preparation = Preparation(size=args.size)
     environment = make_environment(args)
     form = preparation(record_episode(environment, shards[0].trajectories[0], args)).form(None)

@@ -17,6 +17,11 @@ from .sources.trajectory import Trajectory
 from .workers import share_work
 
 
+# A split draws from a range of seeds that is its own, so nothing is in two splits, however far one of them grows.
+SPLITS = ("train", "validation", "test")
+SEEDS_PER_SPLIT = 1_000_000
+
+
 @dataclass(frozen=True)
 class Shard:
     """A parquet file to be written: its split, its number in it, and the numbers of the trajectories that go there."""
@@ -55,6 +60,26 @@ def check_folder(argument: str, path: Path, license: str) -> None:
         raise ValueError(f"{str(unfinished)!r} exists: a run writes to it or was killed; in that case delete it.")
     if not re.fullmatch(r"[a-z0-9.\-]+", license):
         raise ValueError(f"`--license` is {license!r}; give an identifier of the Hub, such as cc-by-4.0.")
+
+
+def seeds_by_split(counts: Mapping[str, int], *, unit: str, first: int = 0) -> dict[str, range]:
+    """The seeds of what is recorded for each split.
+
+    Args:
+        counts (`dict` of `str` to `int`): How many there are to be of each of `SPLITS`.
+        unit (`str`): What is recorded from a seed, for errors.
+        first (`int`): Seed of the first one to train on.
+
+    Raises:
+        ValueError: A count is negative or above `SEEDS_PER_SPLIT`, or all are 0.
+    """
+    for split in SPLITS:
+        if not 0 <= counts[split] <= SEEDS_PER_SPLIT:
+            raise ValueError(f"`--num_{split}` is {counts[split]}; it must be 0 to {SEEDS_PER_SPLIT:,}.")
+    if not any(counts.values()):
+        raise ValueError(f"`--num_train`, `--num_validation` and `--num_test` are all 0; ask for at least 1 {unit}.")
+    starts = {split: first + place * SEEDS_PER_SPLIT for place, split in enumerate(SPLITS)}
+    return {split: range(start, start + counts[split]) for split, start in starts.items()}
 
 
 def plan_shards(trajectories: Mapping[str, Sequence[int]], length: int) -> list[Shard]:

@@ -44,7 +44,8 @@ def share_work(
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise RuntimeError(
-            f"One of {num_processes} processes was killed, perhaps for want of memory; give a smaller `--num_processes`."
+            f"One of {num_processes} processes was killed, perhaps for want of memory; give a smaller "
+            "`--num_processes` or `--num_workers`."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

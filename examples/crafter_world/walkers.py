@@ -1,0 +1,135 @@
+"""Choose the actions of a walk: wander, go out and back the same way, or make round trips."""
+
+import collections
+
+from diffusers_far.evaluation.tiles import DO, SAFE_TO_WALK, STEPS
+
+
+MOVES = (0, 1, 2, 3)
+TURN_SHARE = 0.12  # of the frames: a new direction is drawn
+AVOID_SHARE = 0.7  # of the frames before an obstacle: a new direction is drawn; else the walker runs into it
+CHOP_SHARE = 0.2  # of the frames before a tree: it is felled, and grass is left
+TRIP_LENGTHS = range(8, 33)  # frames of a round trip before its way home
+
+
+class Wanderer:
+    """Walks straight on for a while, then elsewhere; now and then into an obstacle, never into lava.
+
+    Args:
+        rng (`numpy.random.Generator`): Decides the way.
+    """
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.direction = int(rng.integers(len(MOVES)))
+
+    def next_action(self, world):
+        """The action to take in a `CrafterWorld` as it is now."""
+        while True:
+            if self.rng.random() < TURN_SHARE:
+                self._turn()
+            ahead = self._material_ahead(world)
+            is_obstacle = ahead not in SAFE_TO_WALK
+            if ahead in (None, "lava") or (is_obstacle and self.rng.random() < AVOID_SHARE):
+                self._turn()
+            # Only trees are acted on: grass gives a sapling by chance.
+            if world.material(place_after(world.position, world.facing)) == "tree" and self.rng.random() < CHOP_SHARE:
+                return DO
+            if self._material_ahead(world) != "lava":
+                return self.direction
+
+    def _turn(self):
+        self.direction = int(self.rng.integers(len(MOVES)))
+
+    def _material_ahead(self, world):
+        return world.material(place_after(world.position, STEPS[self.direction]))
+
+
+class OutAndBack:
+    """Wanders, goes back over its own steps to where it began, and wanders on if frames are left.
+
+    Args:
+        rng (`numpy.random.Generator`): Decides the way out.
+        num_out (`int`): Frames up to the turning point.
+    """
+
+    def __init__(self, rng, num_out):
+        self.wanderer = Wanderer(rng)
+        self.num_out = num_out
+        self.places = []  # one for each frame of the way out
+        self.way_back = []
+
+    def next_action(self, world):
+        """The action to take in a `CrafterWorld` as it is now."""
+        if len(self.places) < self.num_out:
+            self.places.append(world.position)
+            self.way_back = self.places[::-1]
+        if len(self.places) < self.num_out:
+            return self.wanderer.next_action(world)
+        action = action_along(self.way_back, world.position)
+        return self.wanderer.next_action(world) if action is None else action
+
+
+class RoundTrips:
+    """Wanders for a while and takes the shortest way to where it began, again and again.
+
+    Args:
+        rng (`numpy.random.Generator`): Decides the ways out and their lengths.
+    """
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.wanderer = Wanderer(rng)
+        self.home = None
+        self.num_left = self._draw_length()
+        self.way_home = []
+
+    def next_action(self, world):
+        """The action to take in a `CrafterWorld` as it is now."""
+        self.home = world.position if self.home is None else self.home
+        action = action_along(self.way_home, world.position)
+        if action is not None:
+            return action
+        if self.num_left == 0:
+            self.num_left = self._draw_length()
+            self.way_home = shortest_way(world, world.position, self.home)
+            action = action_along(self.way_home, world.position)
+            if action is not None:
+                return action
+        self.num_left -= 1
+        return self.wanderer.next_action(world)
+
+    def _draw_length(self):
+        return int(self.rng.integers(TRIP_LENGTHS.start, TRIP_LENGTHS.stop))
+
+
+def place_after(place, step):
+    return place[0] + step[0], place[1] + step[1]
+
+
+def action_along(way, place):
+    """The move from `place` to the next of the places of `way`, or `None` at its end. Those reached are taken off it.
+
+    A creature may stand there; the same move is then tried until it has gone.
+    """
+    while way and way[0] == place:
+        way.pop(0)
+    return next(move for move in MOVES if place_after(place, STEPS[move]) == way[0]) if way else None
+
+
+def shortest_way(world, start, goal):
+    """The places after `start` up to and with `goal`, which must be reachable without lava. Creatures are not looked at."""
+    came_from = {start: None}
+    queue = collections.deque([start])
+    while goal not in came_from:
+        place = queue.popleft()
+        for move in MOVES:
+            beside = place_after(place, STEPS[move])
+            if beside not in came_from and world.material(beside) in SAFE_TO_WALK:
+                came_from[beside] = place
+                queue.append(beside)
+    way = []
+    while goal != start:
+        way.append(goal)
+        goal = came_from[goal]
+    return way[::-1]
