@@ -1,8 +1,7 @@
 """Make a data set of walks through Crafter, a top-down world of tiles: frames, actions, positions and tiles in view.
 
-Every seed gives a world of its own and one walk through it. The same seed gives the same bytes, in whatever process and
-beside whatever other seeds it is recorded. Needs no display. Its packages are the extras `data` and `worlds` of
-diffusers-far.
+Every seed gives a world of its own and one walk through it. The same seed gives the same bytes, in whatever process
+and beside whatever other seeds it is recorded. Needs no display. Its packages are the extra `worlds` of diffusers-far.
 
     python examples/make_crafter_dataset.py --output_dir crafter --num_frames 256 --num_train 1000
 
@@ -33,19 +32,21 @@ logger = logging.getLogger(__name__)
 WALKS_PER_SHARD = 50
 
 LICENSE = "mit"
-PROVENANCE = """Frames are drawn by the package crafter {version} (https://github.com/danijar/crafter) with its own textures,
-which are under the MIT licence, Copyright (c) 2021 Danijar Hafner. Made by `examples/make_crafter_dataset.py` of
-diffusers-far:
+PROVENANCE = """Frames are drawn by the package crafter {version} (https://github.com/danijar/crafter) with its own
+textures, which are under the MIT licence, Copyright (c) 2021 Danijar Hafner. Made by
+`examples/make_crafter_dataset.py` of diffusers-far:
 
 ```
 python examples/make_crafter_dataset.py {flags}
 ```"""
 WALKS_IN_WORDS = {
     "wander": "The walker wanders.",
-    "out_and_back": "The walker wanders for half of the frames, goes back over its own steps to where it began, and wanders on.",
-    "round_trip": "The walker wanders for 8 to 32 frames and takes the shortest way back to where it began, again and again.",
-    MIXED: "The walker of every third seed wanders; that of the next goes out for half of the frames and back over its own "
-    "steps; that of the one after it makes round trips from where it began.",
+    "out_and_back": "The walker wanders for half of the frames, goes back over its own steps to where it began, and "
+    "wanders on.",
+    "round_trip": "The walker wanders for 8 to 32 frames and takes the shortest way back to where it began, again and "
+    "again.",
+    MIXED: "Seeds take turns: a walker that wanders; one that goes out for half of the frames and back over its own "
+    "steps; one that makes round trips from where it began.",
 }
 
 
@@ -108,12 +109,12 @@ def describe(
     names = ", ".join(f"{action} {name}" for action, name in enumerate(ACTION_NAMES))
     materials = ", ".join(f"{number} {name}" for number, name in enumerate(MATERIALS))
     columns = [
-        "`video`: 64x64 RGB, lossless PNG. Tiles have 8x8 pixels: 8 columns and 6 rows of the world, the player in column 4 "
-        "and row 3, and 2 rows of inventory below.",
-        f"`actions`: {names}. `actions[t]` leads from frame `t` to frame `t + 1`. A walk's last frame has the action of the "
-        "frame before it.",
-        "`pose`: where the player stands: x and y in tiles from the upper left corner of the world, and 0, as the view never "
-        "turns.",
+        "`video`: 64x64 RGB, lossless PNG. Tiles have 8x8 pixels: 8 columns and 6 rows of the world, the player in "
+        "column 4 and row 3, and 2 rows of inventory below.",
+        f"`actions`: {names}. `actions[t]` leads from frame `t` to frame `t + 1`. A walk's last frame has the action "
+        "of the frame before it.",
+        "`pose`: where the player stands: x and y in tiles from the upper left corner of the world, and 0, as the view "
+        "never turns.",
         f"`tiles`: what is in view, 8 columns of 6 rows each: {materials}; -1 beyond the world. The tile under the player or a "
         "creature counts as if it were seen.",
         "`seed`: what world and walk follow from.",
@@ -127,8 +128,8 @@ def describe(
     return dataset_card(
         "Walks through Crafter",
         LICENSE,
-        f"Walks of {settings.num_frames} frames through random worlds of {settings.area}x{settings.area} tiles, seen from "
-        f"above, with the actions that lead from one frame to the next. {WALKS_IN_WORDS[settings.walk]} In these worlds "
+        f"Walks of {settings.num_frames} frames through random worlds of {settings.area}x{settings.area} tiles, seen "
+        f"from above, with the actions that lead from one frame to the next. {WALKS_IN_WORDS[settings.walk]} In these worlds "
         f"{chance[0]}, {chance[1]}, and health, food, drink and energy stay full.",
         columns,
         PROVENANCE.format(version=version("crafter"), flags=as_flags(settings, lengths)),

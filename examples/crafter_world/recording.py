@@ -15,7 +15,7 @@ class Recording:
         seed (`int`): What world and walk follow from.
         video (`np.ndarray` of shape `(F, 64, 64, 3)`, uint8): What the player sees.
         actions (`np.ndarray` of shape `(F - 1,)`, int64): `actions[t]` leads from frame `t` to frame `t + 1`.
-        pose (`np.ndarray` of shape `(F, 3)`, float32): x and y in tiles from the upper left, and 0, as the view never turns.
+        pose (`np.ndarray` of shape `(F, 3)`, float32): x and y in tiles from the upper left, and 0, as no view turns.
         tiles (`np.ndarray` of shape `(F, 8, 6)`, int64): Material numbers by column and row; -1 beyond the world.
     """
 

@@ -118,7 +118,7 @@ def action_along(way, place):
 
 
 def shortest_way(world, start, goal):
-    """The places after `start` up to and with `goal`, which must be reachable without lava. Creatures are not looked at."""
+    """The places after `start` up to and with `goal`, over safe ground. There must be a way; creatures do not count."""
     came_from = {start: None}
     queue = collections.deque([start])
     while goal not in came_from:

@@ -92,12 +92,12 @@ def test_tiles_of_a_way_back_are_in_view_or_back_and_the_player_is_not_scored():
 def test_what_equals_the_tile_beside_it_is_easy():
     land = np.full((60, 30), GRASS)
     land[::, 12] = SAND  # a road along the walk
-    land[17, 9] = STONE  # and one stone beside it, which comes in after the first step back but two
+    land[17, 9] = STONE  # and one stone beside it, which comes in at the seventh step back
     positions, tiles, actions = walk_through(land, (20, 10), [RIGHT] * 8 + [LEFT] * 8)
     labels = label_tiles(positions, tiles, actions, 9)
     hard = [(int(frame), int(row)) for frame, row in zip(*np.nonzero(labels[:, 0] == "back"))]
-    # Frame f of the way back sees columns from 23 - f; the stone's row in the window is 9 - (10 - 3) = 2. The column after it,
-    # which comes in next, differs from the stone.
+    # Frame f of the way back sees columns from 23 - f. The stone is in row 9 - (10 - 3) = 2 of the window. The tile that
+    # comes in after it differs from it.
     assert hard == [(6, 2), (7, 2)]
     assert (labels[:, 0] == "back, easy").sum() == labels[:, 0].size - 2
 

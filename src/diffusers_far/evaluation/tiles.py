@@ -1,9 +1,9 @@
 """What a model makes of a world of tiles: which it draws, which it could know, and whether its world holds together.
 
-A frame of Crafter at 64 x 64 pixels is a window of 8 columns and 6 rows of tiles, the player in column 4 and row 3, above
-two rows of inventory. Tiles are held as material numbers, indices of [`MATERIALS`], in arrays of shape `(F, 8, 6)`: by
-frame, column and row. -1 is beyond the world. An action moves the window by one tile at most. All is known but the tiles
-that come in, and those too where they were in view before.
+A frame of Crafter at 64 x 64 pixels is a window of 8 columns and 6 rows of tiles, the player in column 4 and row 3,
+above two rows of inventory. Tiles are held as material numbers, indices of `MATERIALS`, in arrays of shape `(F, 8, 6)`:
+by frame, column and row. -1 is beyond the world. An action moves the window by one tile at most. All is known but the
+tiles that come in, and those too where they were in view before.
 """
 
 from collections.abc import Sequence
@@ -45,12 +45,12 @@ PLAYER = (4, 3)  # column and row; the tile there cannot be seen
 # What `label_tiles` calls a tile.
 IN_VIEW, BACK, BACK_EASY, NEW, NEW_EASY, NOT_SCORED = "in view", "back", "back, easy", "new", "new, easy", "-"
 
-# Frames out of view after which a tile that returns counts as remembered.
+# A tile that returns counts if it was last in view more frames ago than this.
 MIN_AGE = 16
 
 
 def load_textures() -> np.ndarray:
-    """How each of [`MATERIALS`] looks: uint8 of shape `(12, 8, 8, 3)`, from the package crafter.
+    """How each of `MATERIALS` looks: uint8 of shape `(12, 8, 8, 3)`, from the package crafter.
 
     Raises:
         ModuleNotFoundError: crafter is not installed; the message says how to install it.
@@ -76,8 +76,8 @@ def read_tiles(frames: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np
         textures (`np.ndarray` of shape `(M, 8, 8, 3)`): In [0, 255]; see [`load_textures`].
 
     Returns:
-        Material numbers, int64 of shape `(F, 8, 6)`, and the mean squared difference to the nearest texture, float32 of the
-        same shape: 0 where the texture is drawn exactly, large where the picture is broken.
+        Material numbers, int64 of shape `(F, 8, 6)`, and the mean squared difference to the nearest texture, float32 of
+        the same shape: 0 where the texture is drawn exactly, large where the picture is broken.
     """
     size = COLUMNS * TILE_SIZE
     if frames.ndim != 4 or frames.shape[1:] != (size, size, 3):
@@ -96,16 +96,16 @@ def label_tiles(positions: np.ndarray, tiles: np.ndarray, actions: np.ndarray, n
     - "in view": the context showed the tile, and it was in view ever since.
     - "back": the context showed it, and it comes in again.
     - "new": it comes in and was never in view: nobody can know it.
-    - "-", not scored: the player's own tile, what came in after the context, what is beyond the world; and everything from
-      the first move on whose outcome depends on a tile that the context never showed, as even a perfect model may then be
-      somewhere else.
+    - "-", not scored: the player's own tile, what came in after the context, what is beyond the world; and everything
+      from the first move on whose outcome depends on a tile that the context never showed, as even a perfect model may
+      then be somewhere else.
 
-    Land is smooth. About 80% of the tiles that come in equal the tile beside them that was in view before. So these are
-    "back, easy" and "new, easy", which a model draws right that only repeats. To draw "back" right it must remember; how often
-    "new" is drawn right is the chance level.
+    Land is smooth: about 80% of the tiles that come in equal the tile beside them, and a model that only repeats draws
+    them right. They are "back, easy" and "new, easy". To draw "back" right a model must remember; how often it draws
+    "new" right is the chance level.
 
     Args:
-        positions (`np.ndarray` of shape `(F, 2)`): Of the player: x and y in tiles. Of the true walk, as all arguments.
+        positions (`np.ndarray` of shape `(F, 2)`): Of the player: x and y in tiles. Of the true walk, as are the others.
         tiles (`np.ndarray` of shape `(F, 8, 6)`): Material numbers.
         actions (`np.ndarray` of shape `(F,)` or `(F - 1,)`): `actions[t]` leads from frame `t` to frame `t + 1`.
         num_context_frames (`int`): The first frames, which the model was shown. At least 1.
@@ -150,15 +150,15 @@ def label_tiles(positions: np.ndarray, tiles: np.ndarray, actions: np.ndarray, n
 class WorldConsistency:
     """How well a world holds together. F frames, M materials.
 
-    A true walk has 1 in the first two, but for what the player takes away. So have a world of nothing but grass, a frozen
-    picture, and a player that is walled in: compare the other two with those of true walks.
+    A true walk has 1 in the first two, but for what the player takes away. So have a world of nothing but grass and a
+    player that is walled in: compare the other two with those of true walks.
 
     Args:
-        persistence (`np.ndarray` of shape `(F - 1,)`): Of the tiles that stay in view, the share that is drawn as in the frame
-            before.
-        returned (`np.ndarray` of shape `(F,)`): Of the tiles that come back after more than `MIN_AGE` frames, the share that is
-            drawn as when last seen. Only those count that differ from the tile beside them, which a smooth guess would
-            repeat; NaN without any.
+        persistence (`np.ndarray` of shape `(F - 1,)`): Of the tiles that stay in view, the share that is drawn as in
+            the frame before.
+        returned (`np.ndarray` of shape `(F,)`): Of the tiles that come back after more than `MIN_AGE` frames, the
+            share that is drawn as when last seen. Those that equal the tile beside them do not count, as to repeat it
+            is enough. NaN without any.
         moved (`float`): The share of moves that led somewhere.
         came_in (`np.ndarray` of shape `(M,)`): How many tiles of each material came in.
     """
@@ -172,8 +172,8 @@ class WorldConsistency:
 def follow_world(tiles: np.ndarray, actions: Sequence[int] | np.ndarray) -> WorldConsistency:
     """Follow the player through a world that a model makes up, and compare what it draws with what it drew before.
 
-    No truth is needed, as the rule of the world says what each action does: the player moves if the tile ahead, as the model
-    drew it, can be walked on, and else stands still.
+    No truth is needed, as the rule of the world says what each action does: the player moves if the tile ahead, as the
+    model drew it, can be walked on, and else stands still.
 
     Args:
         tiles (`np.ndarray` of shape `(F, 8, 6)`): Material numbers, as [`read_tiles`] gives them.
@@ -181,8 +181,8 @@ def follow_world(tiles: np.ndarray, actions: Sequence[int] | np.ndarray) -> Worl
     """
     if len(actions) < len(tiles) - 1:
         raise ValueError(
-            f"`actions` are {len(actions)} but {len(tiles)} frames need {len(tiles) - 1}; give one for each frame but the "
-            "last."
+            f"`actions` are {len(actions)} but {len(tiles)} frames need {len(tiles) - 1}; give one for each frame "
+            "but the last."
         )
     columns, rows = np.indices((COLUMNS, ROWS))
     place, last_drawn = (0, 0), {}  # of the window's corner; by place: when, and which material
