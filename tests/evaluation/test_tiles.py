@@ -142,6 +142,20 @@ def test_a_true_walk_holds_and_returns():
     assert world.came_in.sum() == 40 * ROWS and world.came_in[[GRASS, SAND]].tolist() == [120, 120]
 
 
+@pytest.mark.parametrize("pause, num_steps_back", [(0, 9), (1, 8), (2, 8)])
+def test_a_tile_counts_as_returned_after_more_than_16_frames_out_of_view(pause, num_steps_back):
+    actions = [RIGHT] * 20 + [DO] * pause + [LEFT] * 20
+    _, tiles, actions = walk_through(columns_of_land(), (25, 10), actions)
+    returned = follow_world(tiles, actions).returned
+    # The n-th step back brings the column in that was last in view 2 n + pause frames before.
+    assert np.flatnonzero(~np.isnan(returned))[0] == 20 + pause + num_steps_back
+
+
+def test_a_return_that_repeating_the_tile_beside_it_would_draw_does_not_count():
+    _, tiles, actions = walk_through(np.full((60, 30), GRASS), (25, 10), [RIGHT] * 20 + [LEFT] * 20)
+    assert np.isnan(follow_world(tiles, actions).returned).all()
+
+
 def test_one_wrong_tile_costs_its_share_twice_and_a_wrong_return_is_seen():
     _, tiles, actions = walk_through(columns_of_land(), (25, 10), [RIGHT] * 20 + [LEFT] * 20)
     tiles = tiles.copy()
