@@ -75,6 +75,8 @@ def workplace(tmp_path_factory) -> Path:
 def run_far(arguments: dict, log: Path, environment: dict[str, str]) -> None:
     """`train_far.py`, in this process, which becomes the leader of a group as a shell makes one."""
     os.setsid()
+    # As in a terminal: tests that are started in the background hand down that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     torch.set_num_threads(1)
     with open(log, "a") as file:
