@@ -488,14 +488,14 @@ def hyperparameters(settings: RunSettings, accelerator: Accelerator, facts: Mapp
     Args:
         settings ([`RunSettings`]): Of the script, after `build_accelerator`.
         accelerator (`Accelerator`): Of the run.
-        facts (`dict`): What else. The names in a dict, such as the model's config, get its name in front:
-            `transformer.num_layers`.
+        facts (`dict`): What else. The names in a dict, such as the config of `transformer` or `vae_config`, get what it is
+            of in front: `transformer.num_layers`, `vae.latent_channels`.
     """
     values = {}
     for fact, value in facts.items():
-        values |= (
-            {f"{fact}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {fact: value}
-        )
+        model = fact.removesuffix("_config")
+        is_config = isinstance(value, dict)
+        values |= {f"{model}.{name}": each for name, each in value.items()} if is_config else {fact: value}
     values |= settings.shown() | {"num_processes": accelerator.num_processes, "device": accelerator.device.type}
     return {
         name: value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, default=str)
