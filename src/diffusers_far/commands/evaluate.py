@@ -54,6 +54,7 @@ def describe_run() -> dict:
 
 
 def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol) -> None:
+    """Predict held-out recordings, and print the scores or write them to a file."""
     require_one_process("far evaluate --protocol world_model")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +94,7 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Metri
 
 
 def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> None:
+    """Measure by a protocol of published figures, from where an earlier start was interrupted."""
     # 1. Model, true videos, and what is measured
     for option in ("lpips_weights", "i3d_weights"):
         weights = getattr(args, option)

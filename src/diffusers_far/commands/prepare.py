@@ -91,6 +91,7 @@ def check_request(args: argparse.Namespace) -> None:
 
 
 def open_source(args: argparse.Namespace) -> TrajectorySource:
+    """The recordings in `--input`, of one split or of the folders that are called like splits."""
     keys = {name: getattr(args, name) for name in KEYS if getattr(args, name) is not None}
     open_folder = partial(SOURCES[args.source], **keys)
     return open_folder(args.input) if args.split else open_split_folders(open_folder, args.input)
@@ -146,6 +147,7 @@ def describe(
 
 
 def describe_columns(args: argparse.Namespace, form: RowForm) -> list[str]:
+    """What each column of the dataset holds, a line each, for its card."""
     height, width = form.frame_size
     kept = "every frame" if args.frame_interval == 1 else f"one frame in {args.frame_interval}"
     lines = [f"`video`: {kept} of the source, {height}x{width} RGB, lossless PNG."]

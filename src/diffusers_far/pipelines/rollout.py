@@ -311,12 +311,13 @@ class Rollout:
             `torch.Tensor` of shape `(B, 1, C, H, W)`, float32.
         """
         timesteps = self._set_timesteps(num_inference_steps)
-        modulations = self._modulations(frame, timesteps)
+        fed = self._model_inputs(frame)  # but for the latents the same at every step
+        modulations = self._modulations(fed, timesteps)
         latents = frame.latents.float()
         for step_index, (timestep, modulation) in enumerate(zip(timesteps, modulations)):
-            inputs = self._model_inputs(replace(frame, latents=latents))
+            fed = replace(fed, latents=self._model_latents(latents))
             with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=len(timesteps)):
-                velocity = self._velocity(inputs, timestep, modulation).float()
+                velocity = self._velocity(fed, timestep, modulation).float()
             if self.is_guided:
                 null_velocity, velocity = velocity.chunk(2)
                 if self.config.guidance_scale > 1:
@@ -326,14 +327,13 @@ class Rollout:
                 latents = on_step_end(step_index, timestep, latents)
         return latents
 
-    def _modulations(self, frame: FrameBatch, timesteps: torch.Tensor) -> list[FrameModulation] | list[None]:
+    def _modulations(self, fed: FrameBatch, timesteps: torch.Tensor) -> list[FrameModulation] | list[None]:
         """Of each step, where the blocks need not compute their own."""
-        modulations = None
-        if self.kv_cache is not None:
-            modulations = self.transformer.frame_modulations(
-                self._model_inputs(frame), timesteps, self._model_labels(), self.config.attention_kwargs
-            )
-        return modulations or [None] * len(timesteps)
+        if self.kv_cache is None:
+            return [None] * len(timesteps)
+        labels, attention_kwargs = self._model_labels(), self.config.attention_kwargs
+        known = self.transformer.frame_modulations(fed, timesteps, labels, attention_kwargs)
+        return known or [None] * len(timesteps)
 
     def _velocity(
         self, noisy: FrameBatch, timestep: torch.Tensor, modulation: FrameModulation | None = None
@@ -372,13 +372,15 @@ class Rollout:
 
     def _model_inputs(self, frames: FrameBatch) -> FrameBatch:
         """In the model's dtype; with guidance a null half in front, whose actions are null in the context too."""
-        latents, actions, action_mask = frames.latents.to(self.transformer.dtype), frames.actions, frames.action_mask
-        if not self.is_guided:
-            return FrameBatch(latents, actions, action_mask)
-        latents = torch.cat([latents, latents])
-        if actions is not None:
+        latents, actions, action_mask = self._model_latents(frames.latents), frames.actions, frames.action_mask
+        if self.is_guided and actions is not None:
             if action_mask is None:
                 action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
             action_mask = torch.cat([torch.zeros_like(action_mask), action_mask])
             actions = torch.cat([actions, actions])
         return FrameBatch(latents, actions, action_mask)
+
+    def _model_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """In the model's dtype; with guidance once more, for the null half."""
+        latents = latents.to(self.transformer.dtype)
+        return torch.cat([latents, latents]) if self.is_guided else latents
