@@ -83,6 +83,7 @@ from diffusers_far.training.hub import known_metadata, results_section, write_ca
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import (
+    SEPARABLE,
     TrainingRun,
     check_data,
     describe_tokens,
@@ -100,9 +101,16 @@ logger = get_logger(__name__)
 def build_transformer(settings: TrainFARSettings, in_channels: int, num_actions: int | None) -> FARTransformer3DModel:
     """The model to train, new or pretrained; what the config leaves open is taken from the data."""
     if settings.pretrained_model_name_or_path is not None:
+        subfolder = "transformer" if is_pipeline(settings.pretrained_model_name_or_path) else None
+        config = FARTransformer3DModel.load_config(
+            settings.pretrained_model_name_or_path, subfolder=subfolder, revision=settings.revision
+        )
+        if config.get("_class_name") == "SCDTransformer3DModel":
+            name = f"`--pretrained_model_name_or_path` {settings.pretrained_model_name_or_path!r}"
+            raise ValueError(SEPARABLE.format(name))
         transformer = FARTransformer3DModel.from_pretrained(
             settings.pretrained_model_name_or_path,
-            subfolder="transformer" if is_pipeline(settings.pretrained_model_name_or_path) else None,
+            subfolder=subfolder,
             revision=settings.revision,
             torch_dtype=torch.float32,
         )

@@ -35,7 +35,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--transformer_config",
         required=True,
-        help=f"Its size, one of {', '.join(PRESETS)}; or a JSON file with its keyword arguments.",
+        help=f"Its size, one of {', '.join(PRESETS)}; or a JSON file with its keyword arguments, of a separable model "
+        "those of its two parts, as `encoder` and `decoder`.",
     )
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument("--num_actions", type=int, help="Of a model of that size: its discrete actions.")
@@ -67,7 +68,12 @@ if __name__ == "__main__":
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from diffusers_far import FARPipeline, convert_original_far_autoencoder, convert_original_far_transformer
+from diffusers_far import (
+    FARPipeline,
+    convert_original_far_autoencoder,
+    convert_original_far_transformer,
+    convert_original_scd_transformer,
+)
 from diffusers_far.models.codec import spatial_compression
 
 
@@ -82,7 +88,12 @@ def main(args: argparse.Namespace) -> None:
     vae_weights = read_checkpoint(args.vae, dtype)
 
     # 2. Convert
-    transformer = convert_original_far_transformer(transformer_weights, original_config)
+    if original_config.keys() == {"encoder", "decoder"}:
+        transformer = convert_original_scd_transformer(
+            transformer_weights, original_config["encoder"], original_config["decoder"]
+        )
+    else:
+        transformer = convert_original_far_transformer(transformer_weights, original_config)
     transformer.register_to_config(trained_frames=args.trained_frames)
     vae = convert_original_far_autoencoder(vae_weights, args.vae_compression)
     default_size = LATENT_SIZE * spatial_compression(vae)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_far import FARPipeline, FARTransformer3DModel
+from diffusers_far import FARPipeline, FARTransformer3DModel, SCDTransformer3DModel
 from diffusers_far.models import transformer_far
 
 
@@ -329,3 +329,17 @@ def tiny_vq() -> VQModel:
     # As initialised all entries lie so close together that one of them is the nearest to everything.
     torch.nn.init.normal_(vq.quantize.embedding.weight)
     return vq.eval()
+
+
+def tiny_separable(seed: int = 0, **overrides) -> SCDTransformer3DModel:
+    """A separable transformer of the sizes of `tiny_transformer`."""
+    config = {
+        "in_channels": 4,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+        "short_window": 3,
+    }
+    return randomize(SCDTransformer3DModel(**{**config, **overrides}), seed).eval()

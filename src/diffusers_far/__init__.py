@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from .hooks import remove_flex_rope as remove_flex_rope
     from .loaders import convert_original_far_autoencoder as convert_original_far_autoencoder
     from .loaders import convert_original_far_transformer as convert_original_far_transformer
+    from .loaders import convert_original_scd_transformer as convert_original_scd_transformer
     from .models import PRESETS as PRESETS
     from .models import ContextPlan as ContextPlan
     from .models import FARKVCache as FARKVCache
     from .models import FARTransformer3DModel as FARTransformer3DModel
     from .models import FARTransformerOutput as FARTransformerOutput
+    from .models import SCDTransformer3DModel as SCDTransformer3DModel
     from .models import preset_config as preset_config
     from .pipelines import FARPipeline as FARPipeline
     from .pipelines import FARPipelineOutput as FARPipelineOutput
@@ -37,13 +39,18 @@ __getattr__, __dir__, __all__ = on_demand.import_on_demand(
     {
         "baselines": ("TokenARConfig", "TokenARForVideo", "VideoDiTPipeline"),
         "hooks": ("FlexRoPEConfig", "apply_flex_rope", "remove_flex_rope"),
-        "loaders": ("convert_original_far_autoencoder", "convert_original_far_transformer"),
+        "loaders": (
+            "convert_original_far_autoencoder",
+            "convert_original_far_transformer",
+            "convert_original_scd_transformer",
+        ),
         "models": (
             "PRESETS",
             "ContextPlan",
             "FARKVCache",
             "FARTransformer3DModel",
             "FARTransformerOutput",
+            "SCDTransformer3DModel",
             "preset_config",
         ),
         "pipelines": ("FARPipeline", "FARPipelineOutput", "FARSession"),
@@ -52,4 +59,6 @@ __getattr__, __dir__, __all__ = on_demand.import_on_demand(
 
 # diffusers looks the classes that a saved pipeline names up in itself and imports no other library. That it finds ours
 # there is what lets `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` load them, from the Hub too.
-on_demand.register_in_diffusers(__getattr__, ("FARTransformer3DModel", "FARPipeline", "VideoDiTPipeline"))
+on_demand.register_in_diffusers(
+    __getattr__, ("FARTransformer3DModel", "SCDTransformer3DModel", "FARPipeline", "VideoDiTPipeline")
+)

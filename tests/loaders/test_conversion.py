@@ -19,13 +19,14 @@ from released_models import (
     without,
 )
 from safetensors import safe_open
-from tiny_models import predict, random_clip, tiny_pipeline, tiny_taesd, tiny_transformer
+from tiny_models import predict, random_clip, tiny_pipeline, tiny_separable, tiny_taesd, tiny_transformer
 
 from diffusers_far import (
     FARPipeline,
     FARTransformer3DModel,
     convert_original_far_autoencoder,
     convert_original_far_transformer,
+    convert_original_scd_transformer,
 )
 from diffusers_far.loaders.conversion import autoencoder_config
 
@@ -33,9 +34,10 @@ from diffusers_far.loaders.conversion import autoencoder_config
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(os.environ.get("FAR_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
 ABSENT = pytest.mark.skip(f"no reference cases in {GOLDEN}; set FAR_GOLDEN to their folder")
-# Those of separable models are of another architecture.
-FAR_CASES = [path for path in sorted(GOLDEN.glob("*.safetensors")) if not path.name.startswith("scd_")]
-GOLDEN_CASES = FAR_CASES or [pytest.param(None, id="absent", marks=ABSENT)]
+ABSENT_CASES = [pytest.param(None, id="absent", marks=ABSENT)]
+SCD_CASES = sorted(GOLDEN.glob("scd_*.safetensors")) or ABSENT_CASES
+FAR_CASES = [path for path in sorted(GOLDEN.glob("*.safetensors")) if path not in SCD_CASES] or ABSENT_CASES
+GOLDEN_CASES = list(dict.fromkeys([*FAR_CASES, *SCD_CASES]))
 
 
 def golden_case(path):
@@ -46,14 +48,17 @@ def golden_case(path):
 
 def golden_model(tensors, metadata):
     weights = {key.removeprefix("weights."): tensor for key, tensor in tensors.items() if key.startswith("weights.")}
-    return convert_original_far_transformer(weights, json.loads(metadata["original_config"]))
+    names = ("original_config", "original_encoder_config", "original_decoder_config")
+    configs = [json.loads(metadata[name]) for name in names if name in metadata]
+    convert = convert_original_far_transformer if len(configs) == 1 else convert_original_scd_transformer
+    return convert(weights, *configs)
 
 
 def worst_error(actual, expected):
     return (actual - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("path", GOLDEN_CASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FAR_CASES, ids=lambda path: path.stem)
 def test_a_converted_model_predicts_as_the_public_implementation(path):
     tensors, metadata = golden_case(path)
     model = golden_model(tensors, metadata)
@@ -65,6 +70,20 @@ def test_a_converted_model_predicts_as_the_public_implementation(path):
             class_labels=tensors.get("forward.labels"),
         ).sample
     assert worst_error(sample, tensors["forward.expected_short_frames"]) < 1e-4
+
+
+@pytest.mark.parametrize("path", SCD_CASES, ids=lambda path: path.stem)
+def test_a_converted_separable_model_predicts_as_the_public_implementation(path):
+    tensors, metadata = golden_case(path)
+    model = golden_model(tensors, metadata)
+    with torch.no_grad():
+        sample = model(
+            tensors["forward.hidden_states"],
+            tensors["forward.timestep"],
+            actions=tensors["forward.actions"],
+            clean_hidden_states=tensors["forward.clean_hidden_states"],
+        ).sample
+    assert worst_error(sample[:, 1:], tensors["forward.expected_frames_from_1"]) < 1e-4
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
@@ -84,6 +103,43 @@ def test_a_converted_pipeline_rolls_out_as_the_public_implementation(path, use_c
         output_type="latent",
     ).frames
     assert worst_error(frames, tensors["rollout.expected"]) < 1e-4
+
+
+def separable_release(**config):
+    """A separable model, and what its release would be: weights and the two configs."""
+    source = tiny_separable(**{"num_actions": 3, "learn_start": False, **config})
+    configs = {"encoder": {**BASE_CONFIG}, "decoder": {**BASE_CONFIG, "num_layers": 1}}
+    return source, source.state_dict(), configs
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+def test_a_separable_release_comes_back_as_the_model_it_was_made_from(slope):
+    source, weights, configs = separable_release()
+    configs["encoder"]["slope_scale"] = slope
+    converted = convert_original_scd_transformer(weights, configs["encoder"], configs["decoder"])
+    clip = random_clip(source, num_frames=5)
+    expected, actual = (predict(model, clip, clean_hidden_states=clip.latents) for model in (source, converted))
+    assert torch.equal(actual, expected) == (slope == 0)
+    assert converted.config.action_shift == 0 and not converted.config.learn_start and not converted.training
+    weights["decoder.proj_out.bias"] += 1
+    assert not torch.equal(converted.decoder.proj_out.bias, weights["decoder.proj_out.bias"])
+
+
+@pytest.mark.parametrize(
+    "part, change, named",
+    [
+        ("encoder", {"heads": 2}, "`encoder_config` has unknown keys heads"),
+        ("decoder", {"heads": 2}, "`decoder_config` has unknown keys heads"),
+        ("decoder", {"decoder_input_combine": "add"}, "`decoder_input_combine` is 'add'"),
+        ("decoder", {"num_attention_heads": 4}, "differ in num_attention_heads"),
+        ("encoder", {"num_layers": 3}, "lacks encoder.transformer_blocks.2."),
+    ],
+)
+def test_a_separable_release_that_does_not_fit_is_refused(part, change, named):
+    _, weights, configs = separable_release()
+    configs[part] |= change
+    with pytest.raises(ValueError, match=re.escape(named)):
+        convert_original_scd_transformer(weights, configs["encoder"], configs["decoder"])
 
 
 SOURCES = {

@@ -43,7 +43,7 @@ def test_between_rebuilds_a_write_encodes_only_the_new_frame():
     model = long_model()
     clip = random_clip(model, 12).clean_but_last()
     encoded = []
-    with patch.object(model, "_run_pass", lambda frames, plan, *rest: encoded.append(plan.num_frames)):
+    with patch.object(model, "run", lambda short, long, plan, *rest, **options: encoded.append(plan.num_frames)):
         kv_cache = model.init_kv_cache(2, 4, 6, 12, short_cache=3)
         for frame in range(11):
             part = clip.frames(frame, frame + 1)
@@ -70,7 +70,7 @@ def test_a_rolling_write_encodes_the_frame_that_turns_long_and_the_new_one():
     model = long_model()
     clip = random_clip(model, 8)
     plans = []
-    with patch.object(model, "_run_pass", lambda frames, plan, *rest: plans.append(plan)):
+    with patch.object(model, "run", lambda short, long, plan, *rest, **options: plans.append(plan)):
         kv_cache = model.init_kv_cache(2, 4, 6, 8, short_cache="rolling")
         for frame in range(6):
             part = clip.frames(frame, frame + 1)

@@ -269,7 +269,7 @@ def test_without_an_action_shift_the_new_frame_is_fed_the_null_action():
     session.rollout.denoise = lambda frame, *rest: (fed.append(frame.action_mask), denoise(frame, *rest))[1]
     writes = []
     write = session.rollout.write
-    session.rollout.write = lambda frames: (writes.append(frames), write(frames))[1]
+    session.rollout.write = lambda frames, coming: (writes.append(frames), write(frames, coming))[1]
     go_on(session, actions, 0, 2)
     assert not any(mask.any() for mask in fed)
     assert torch.equal(writes[0].actions, actions[:, :NUM_CONTEXT]) and writes[0].action_mask.all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler
 from released_models import LONG_CONFIG, RELEASED_AUTOENCODERS, narrow_autoencoder, released, without
-from tiny_models import predict, random_clip, tiny_transformer
+from tiny_models import predict, random_clip, tiny_separable, tiny_transformer
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, preset_config
 
@@ -63,6 +63,18 @@ def test_the_folder_loads_as_the_pipeline_of_the_released_models(convert, transf
     assert torch.equal(pipe.scheduler.sigmas, FlowMatchEulerDiscreteScheduler().sigmas)
     assert (pipe.config.fps, pipe.config.height, pipe.config.width) == (15, 64, 64)
     assert pipe.transformer.config.trained_frames == 300
+
+
+def test_a_separable_model_is_told_by_the_two_configs_in_the_file(convert, tmp_path):
+    source = tiny_separable(in_channels=32, num_actions=3, learn_start=False)
+    torch.save(source.state_dict(), tmp_path / "separable.pth")
+    part = {key: value for key, value in LONG.items() if key != "context_patch_size"}
+    configs = {"encoder": part, "decoder": {**part, "num_layers": 1, "decoder_input_combine": "token_concat"}}
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    folder = convert(transformer=tmp_path / "separable.pth", transformer_config=tmp_path / "configs.json")
+    loaded, clip = FARPipeline.from_pretrained(folder).transformer, random_clip(source, num_frames=4)
+    expected, actual = (predict(model, clip, clean_hidden_states=clip.latents) for model in (source, loaded))
+    assert torch.equal(actual, expected)
 
 
 def test_the_pipeline_continues_a_video(convert):

@@ -50,7 +50,9 @@ class ClipRollout(Rollout):
         self.context_mode = context_mode
         self.context_noise: torch.Tensor | None = None
 
-    def _velocity(self, noisy: FrameBatch, timestep: torch.Tensor, modulation: None = None) -> torch.Tensor:
+    def _velocity(
+        self, noisy: FrameBatch, timestep: torch.Tensor, modulation: None, null_feature: dict
+    ) -> torch.Tensor:
         """Velocity of the noisy frames at a step, `(B, F, C, H, W)`."""
         if self.frames is None:
             return self._predict(noisy, timestep, class_labels=self._model_labels())

@@ -10,7 +10,8 @@ from diffusers.utils import logging
 
 from ..hooks import FlexRoPEConfig, apply_flex_rope
 from ..models.loading import describe_key_errors, name_some
-from ..models.transformer_far import FARTransformer3DModel
+from ..models.transformer_far import FARTransformer3DModel, FrameTransformer
+from ..models.transformer_scd import SCDTransformer3DModel
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,16 @@ SAME_ARGUMENTS = (
     "num_attention_heads",
     "attention_head_dim",
     "patch_size",
+)
+# What the two parts of a separable model have in common.
+SHARED_ARGUMENTS = (
+    "in_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "patch_size",
+    "axes_dims_rope",
+    "num_actions",
+    "num_classes",
 )
 # Where a condition's type leads: the key of its size there, and the argument here.
 ORIGINAL_CONDITIONS = {"label": ("num_classes", "num_classes"), "action": ("num_action_classes", "num_actions")}
@@ -72,20 +83,7 @@ def convert_original_far_transformer(
     Raises:
         ValueError: A weight is missing, unknown or of the wrong shape, or the config has an unknown key or value.
     """
-    unknown = set(original_config) - set(ORIGINAL_DEFAULTS)
-    if unknown:
-        raise ValueError(
-            f"`original_config` has unknown keys {name_some(unknown)}; the released models take "
-            f"{name_some(ORIGINAL_DEFAULTS, limit=99)}."
-        )
-    original_config = {**ORIGINAL_DEFAULTS, **original_config}
-    config = {
-        **{name: original_config[name] for name in SAME_ARGUMENTS},
-        "long_patch_size": find_long_patch_size(state_dict, original_config),
-        "short_window": original_config["short_term_ctx_winsize"],
-        "axes_dims_rope": tuple(original_config["axes_dims_rope"]),
-        **condition_arguments(original_config["condition_cfg"]),
-    }
+    config = model_arguments("original_config", original_config, state_dict)
     is_long = config["long_patch_size"] is not None
     dropped = [key for key in state_dict if is_long and key.startswith(UNTRAINED_PREFIX)]
     weights = {key: tensor for key, tensor in state_dict.items() if key not in dropped}
@@ -95,9 +93,85 @@ def convert_original_far_transformer(
     fill(model, weights, ORIGINAL_WEIGHT_NAMES)
     if dropped:
         logger.warning(f"Dropped {name_some(dropped)}: no training step ever changed them, and nothing reads them.")
-    if original_config["slope_scale"]:
-        apply_flex_rope(model, FlexRoPEConfig(original_config["slope_scale"], "constant"))
-    return model.eval()
+    return with_original_slope(model, original_config).eval()
+
+
+def convert_original_scd_transformer(
+    state_dict: Mapping[str, torch.Tensor], encoder_config: Mapping[str, Any], decoder_config: Mapping[str, Any]
+) -> SCDTransformer3DModel:
+    """A separable transformer of the public code as ours.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): Its weights; their names start with `encoder.` and `decoder.`.
+        encoder_config (`dict`), decoder_config (`dict`): Keyword arguments of its two parts, those of a released FAR
+            transformer (see [`convert_original_far_transformer`]); the decoder's may have `decoder_input_combine`,
+            `"token_concat"`. But for `num_layers`, and the encoder's `slope_scale`, the two say the same.
+
+    Returns:
+        [`SCDTransformer3DModel`] in evaluation mode, as [`convert_original_far_transformer`] returns a FAR: with
+        `action_shift=0`, and `learn_start=False`, for it makes no frame without one before it.
+
+    Raises:
+        ValueError: A weight is missing, unknown or of the wrong shape, or a config has an unknown key or value.
+    """
+    combination = decoder_config.get("decoder_input_combine", "token_concat")
+    if combination != "token_concat":
+        raise ValueError(
+            f"`decoder_input_combine` is {combination!r} in `decoder_config`; the decoder here sees the feature as tokens "
+            "of their own, 'token_concat'."
+        )
+    decoder_config = {key: value for key, value in decoder_config.items() if key != "decoder_input_combine"}
+    weights = {name: dict_below(state_dict, f"{name}.") for name in ("encoder", "decoder")}
+    encoder = model_arguments("encoder_config", encoder_config, weights["encoder"])
+    decoder = model_arguments("decoder_config", decoder_config, weights["decoder"])
+    layers = {"num_encoder_layers": encoder.pop("num_layers"), "num_decoder_layers": decoder.pop("num_layers")}
+    different = [name for name in SHARED_ARGUMENTS if encoder.get(name) != decoder.get(name)]
+    if different:
+        raise ValueError(
+            f"`encoder_config` and `decoder_config` differ in {name_some(different)}; only their layers may. Pass the "
+            "configs that the weights were trained with."
+        )
+    with torch.device("meta"):
+        config = {**encoder, **layers, "out_channels": decoder["out_channels"], "learn_start": False}
+        model = SCDTransformer3DModel(**config)
+    names = {
+        f"{part}.{ours}": f"{part}.{theirs}" for part in weights for ours, theirs in ORIGINAL_WEIGHT_NAMES.items()
+    }
+    fill(model, state_dict, names)
+    return with_original_slope(model, encoder_config).eval()
+
+
+def dict_below(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The weights whose names start so, without the start."""
+    return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+
+
+def model_arguments(
+    name: str, original_config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Our keyword arguments for a released config, which was given as the argument `name`."""
+    unknown = set(original_config) - set(ORIGINAL_DEFAULTS)
+    if unknown:
+        raise ValueError(
+            f"`{name}` has unknown keys {name_some(unknown)}; the released models take "
+            f"{name_some(ORIGINAL_DEFAULTS, limit=99)}."
+        )
+    original_config = {**ORIGINAL_DEFAULTS, **original_config}
+    return {
+        **{name: original_config[name] for name in SAME_ARGUMENTS},
+        "long_patch_size": find_long_patch_size(state_dict, original_config),
+        "short_window": original_config["short_term_ctx_winsize"],
+        "axes_dims_rope": tuple(original_config["axes_dims_rope"]),
+        **condition_arguments(original_config["condition_cfg"]),
+    }
+
+
+def with_original_slope(model: FrameTransformer, original_config: Mapping[str, Any]) -> FrameTransformer:
+    """The model, with a constant FlexRoPE where its release had one."""
+    slope = original_config.get("slope_scale", ORIGINAL_DEFAULTS["slope_scale"])
+    if slope:
+        apply_flex_rope(model, FlexRoPEConfig(slope, "constant"))
+    return model
 
 
 def convert_original_far_autoencoder(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .presets import preset_config as preset_config
     from .transformer_far import FARTransformer3DModel as FARTransformer3DModel
     from .transformer_far import FARTransformerOutput as FARTransformerOutput
+    from .transformer_scd import SCDTransformer3DModel as SCDTransformer3DModel
 
 
 __getattr__, __dir__, __all__ = import_on_demand(
@@ -20,5 +21,6 @@ __getattr__, __dir__, __all__ = import_on_demand(
         "kv_cache": ("CacheOptions", "FARKVCache"),
         "presets": ("PRESETS", "preset_config"),
         "transformer_far": ("FARTransformer3DModel", "FARTransformerOutput"),
+        "transformer_scd": ("SCDTransformer3DModel",),
     },
 )

@@ -68,6 +68,12 @@ class FrameBatch:
             join(self.latents, later.latents), join(self.actions, later.actions), join(earlier_mask, later_mask)
         )
 
+    def looking_ahead(self, coming: "FrameBatch") -> "FrameBatch":
+        """These frames, each with the action of the frame after it, the last with that of `coming`: so a separable model's
+        encoder is fed them."""
+        ahead = self.append(coming).between(1, self.num_frames + 1)
+        return FrameBatch(self.latents, ahead.actions, ahead.action_mask)
+
     def repeated(self, num_times: int) -> "FrameBatch":
         """One frame as `num_times` frames, as views."""
 

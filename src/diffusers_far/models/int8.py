@@ -51,7 +51,7 @@ class Int8Mixin:
         layers = {
             name
             for name, module in self.named_modules()
-            if name.startswith("transformer_blocks.") and isinstance(module, torch.nn.Linear)
+            if ".transformer_blocks." in f".{name}" and isinstance(module, torch.nn.Linear)
         }
         with warnings.catch_warnings():
             # torch announces that it goes to torchao one day, whose eager int8 on the CPU is 20 times as slow today.

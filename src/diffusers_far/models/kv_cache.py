@@ -152,6 +152,24 @@ def computing_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dty
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype
 
 
+@dataclass(frozen=True)
+class ContextFeature:
+    """What the encoder of a separable model says of the frames after those that it has seen.
+
+    Args:
+        states (`torch.Tensor` of shape `(B, F, T, dim)`): With the modulation of the last norm.
+        gain (`torch.Tensor` of shape `(B, F, 1, dim)`): What that modulation multiplied them by, and multiplies noise by.
+    """
+
+    states: torch.Tensor
+    gain: torch.Tensor
+
+    @classmethod
+    def joined(cls, features: list["ContextFeature"]) -> "ContextFeature":
+        """Features of frames that follow each other."""
+        return cls(*(torch.cat(each, dim=1) for each in zip(*((each.states, each.gain) for each in features))))
+
+
 class FARKVCache:
     """Keys and values of the clean frames of a rollout. Made by [`FARTransformer3DModel.init_kv_cache`].
 
@@ -174,6 +192,8 @@ class FARKVCache:
         options (`CacheOptions`).
 
     Attributes:
+        feature ([`ContextFeature`], *optional*): Of a separable model, of the frame to come; `None` before the first write,
+            and after a rewind until the next one.
         num_frames (`int`): Clean frames on the cache's clock. Forgotten frames leave the clock, so that positions stay
             within what the model was trained on.
 
@@ -202,12 +222,14 @@ class FARKVCache:
         )
         self.batch_size, self.options = batch_size, options
         self.num_frames = 0
+        self.feature: ContextFeature | None = None
         self._model, self._short_window = weakref.ref(model), config.short_window
         self._kept_frames: FrameBatch | None = None
         self._first_slot_frame = 0  # the frame at the start of the short region
         self._window_is_stale = False  # after a rewind, until the next write
         self._has_forgotten = False
-        self._store_sizes = (config.num_layers, batch_size, config.num_attention_heads, config.attention_head_dim)
+        num_layers = len(model.context_network.transformer_blocks)
+        self._store_sizes = (num_layers, batch_size, config.num_attention_heads, config.attention_head_dim)
         self._allocate(max_frames, dtype, device)
 
     def _allocate(self, max_frames: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -234,8 +256,18 @@ class FARKVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the stores: 2 x layers x width x tokens x bytes per element, for each sample of the batch."""
-        return 2 * self._key_stores.numel() * self._key_stores.element_size()
+        """Bytes of the stores: 2 x layers x width x tokens x bytes per element, for each sample of the batch; and of the
+        feature of the frame to come, where there is one."""
+        feature_bytes = sum(tensor.nbytes for tensor in self._feature_tensors.values())
+        return 2 * self._key_stores.numel() * self._key_stores.element_size() + feature_bytes
+
+    @property
+    def _feature_tensors(self) -> dict[str, torch.Tensor]:
+        return {} if self.feature is None else {f"feature_{name}": each for name, each in vars(self.feature).items()}
+
+    def keep_feature(self, feature: ContextFeature | None) -> None:
+        """Hold what the encoder of a separable model says of the frame to come, at the end of a write."""
+        self.feature = feature
 
     @property
     def plan(self) -> ContextPlan:
@@ -324,10 +356,12 @@ class FARKVCache:
             for name, tensor in vars(self._kept_frames).items():
                 if tensor is not None:
                     tensors[f"kept_{name}"] = tensor
+        tensors |= self._feature_tensors
         return tensors, {name: getattr(self, name) for name in self._CLOCK}
 
     def state_form(self, clock: dict[str, int | bool]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor that a `state` at this clock has, where actions are fed with masks.
+        """Shape and dtype of each tensor that a `state` at this clock has, where actions are fed with masks; a name with
+        `?` may lack.
 
         Raises:
             ValueError: No cache with these options ever shows this clock.
@@ -354,6 +388,10 @@ class FARKVCache:
         if is_long and plan.num_short_frames:
             kept = FrameBatch.form(model, batch_size, plan.num_short_frames, plan.height, plan.width)
             form |= {f"kept_{name}": each for name, each in kept.items()}
+        if model.is_separable and num_frames:
+            shape = model.feature_shape(batch_size, plan.height, plan.width)
+            form |= {"feature_states?": (shape, self.dtype)}
+            form |= {"feature_gain?": ((batch_size, 1, 1, model.inner_dim), self.dtype)}
         return form
 
     def restore(self, tensors: dict[str, torch.Tensor], clock: dict[str, int | bool]) -> None:
@@ -366,6 +404,8 @@ class FARKVCache:
             store[:, :, start : start + states.shape[2]] = states
         kept = {name.removeprefix("kept_"): value for name, value in tensors.items() if name.startswith("kept_")}
         self._kept_frames = FrameBatch(**kept) if kept else None
+        if "feature_states" in tensors:
+            self.feature = ContextFeature(tensors["feature_states"], tensors["feature_gain"])
 
     def clone(self) -> "FARKVCache":
         """An independent copy of the stores, for another continuation of the same context."""
@@ -385,7 +425,7 @@ class FARKVCache:
                 more.
         """
         old = self.plan
-        self.num_frames = num_frames
+        self.num_frames, self.feature = num_frames, None
         new = self.plan
         if self._has_forgotten and num_frames <= self.options.num_sink_frames:
             raise ValueError(
@@ -425,6 +465,7 @@ class FARKVCache:
             The frames to encode, their plan, and where their keys and values go. The pass must then run through every
             layer; the cache counts the new frames from now on.
         """
+        self.feature = None
         if self.options.max_long_frames is not None:
             self._forget_for(frames.num_frames)
         self.make_room(frames.num_frames)

@@ -207,14 +207,17 @@ class FARAttnProcessor:
 
     def _attend_to_cache(self, query, attention_bias, kv_cache: LayerKVCache):
         """Frame by frame: each sees one contiguous view of the stores, so causality needs no mask."""
-        first_key = kv_cache.cache_pass.view_start
-        outputs = []
-        for frame, span in enumerate(kv_cache.cache_pass.queries):
+        spans, first_key, outputs = kv_cache.cache_pass.queries, kv_cache.cache_pass.view_start, []
+        num_unread = spans[-1].end - query.shape[1]  # of the first frames, nobody reads what they see
+        for frame, span in enumerate(spans):
+            if span.start < num_unread:
+                continue
             bias = None
             if attention_bias is not None:  # a row for each frame of the pass, a column for each key in view
                 columns = slice(span.view_start - first_key, span.view_end - first_key)
                 bias = attention_bias[..., frame : frame + 1, columns]
-            outputs.append(self._attend(query[:, span.start : span.end], *kv_cache.view(span), bias))
+            queries = query[:, span.start - num_unread : span.end - num_unread]
+            outputs.append(self._attend(queries, *kv_cache.view(span), bias))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -298,8 +301,8 @@ class FARAttention(nn.Module, AttentionModuleMixin):
             attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)`, `CausalChunks` or `BlockMask`, *optional*):
                 With a cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
             kv_cache (`LayerKVCache`, *optional*): Stores the pass's keys and values and adds the cached ones.
-            num_output_tokens (`int`, *optional*): Only the last so many short tokens have an output that anybody reads;
-                against a cache 0 or all. With 0 the pass only stores.
+            num_output_tokens (`int`, *optional*): Only the last so many short tokens, of whole frames, have an output that
+                anybody reads. With 0 the pass only stores.
 
         Returns:
             The outputs for the short and for the long tokens; `None` where nobody reads them.
@@ -462,6 +465,11 @@ class FrameModulation:
     blocks: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     output: torch.Tensor
 
+    def doubled(self) -> "FrameModulation":
+        """For a batch that follows itself once more."""
+        blocks = tuple(tuple(torch.cat([each, each]) for each in block) for block in self.blocks)
+        return FrameModulation(blocks, torch.cat([self.output, self.output]))
+
 
 @dataclass
 class FARTransformerOutput(BaseOutput):
@@ -475,84 +483,33 @@ class FARTransformerOutput(BaseOutput):
     sample: torch.Tensor | None
 
 
-class FARTransformer3DModel(
-    CompleteWeightsMixin, Int8Mixin, ModelMixin, ConfigMixin, AdapterMixin, CacheMixin, AttentionMixin
-):
-    r"""
-    Frame-autoregressive diffusion transformer (FAR), base and long in one class.
+class FrameNetwork(nn.Module):
+    """What frames run through: patches, the embedding of time and conditions, blocks, and a last norm, with or without an
+    output layer. FAR is one such network; a separable model has two.
 
-    Args:
-        in_channels (`int`, defaults to 32), out_channels (`int`, *optional*): Latent channels; out defaults to in.
-        num_layers (`int`, defaults to 12): Transformer blocks.
-        num_attention_heads (`int`, defaults to 12), attention_head_dim (`int`, defaults to 64): The width is their
-            product.
-        mlp_ratio (`float`, defaults to 4.0): Width of the MLP's hidden layer, in widths.
-        patch_size (`int`, defaults to 1): Side of a short frame's patches, in latents.
-        long_patch_size (`int`, *optional*): Side of the patches of long frames, those that left the short window. With
-            `None` no frame is ever long and all frames are attended to in full.
-        short_window (`int`, defaults to 16): Frames at the end of the context that are short, the noisy one included.
-        axes_dims_rope (`tuple[int, int, int]`, defaults to `(16, 24, 24)`): Head channels that carry time, height and
-            width.
-        rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
-        num_actions (`int`, *optional*): Discrete actions; index `num_actions` is the null action.
-        action_dim (`int`, *optional*): Channels of continuous actions.
-        action_shift (`int`, defaults to 0): 0: frame t is fed the action taken at it, as the released weights were. 1:
-            the action that led to it. The pipeline and the training shift; the model is fed what it is given.
-        num_classes (`int`, *optional*): Classes; index `num_classes` is the null class.
-        condition_dropout (`float`, defaults to 0.1): Share of actions (per frame) and labels (per clip) that become
-            null in training.
-        frame_causal (`bool`, defaults to `True`): `False` lets every frame see every other one (video diffusion).
-        trained_frames (`int`, *optional*): The longest clip seen in training; written by the training scripts.
-
-    Source: FAR, arXiv:2503.19325.
+    Its class knows the `config`, and makes the layers with `build`.
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["FARTransformerBlock"]
-    _repeated_blocks = ["FARTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["x_embedder", "context_embedder", "timestep_embedder", "norm"]
-    _skip_keys = ["kv_cache"]
-    _supports_group_offloading = True
+    gradient_checkpointing = False
+    drops_conditions = True  # in training; else the model does, for several networks at once
 
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 32,
-        out_channels: int | None = None,
-        num_layers: int = 12,
-        num_attention_heads: int = 12,
-        attention_head_dim: int = 64,
-        mlp_ratio: float = 4.0,
-        patch_size: int = 1,
-        long_patch_size: int | None = None,
-        short_window: int = 16,
-        axes_dims_rope: tuple[int, int, int] = (16, 24, 24),
-        rope_theta: float = 10000.0,
-        num_actions: int | None = None,
-        action_dim: int | None = None,
-        action_shift: int = 0,
-        num_classes: int | None = None,
-        condition_dropout: float = 0.1,
-        frame_causal: bool = True,
-        trained_frames: int | None = None,
-    ):
-        super().__init__()
-        check_config(self.config)
-        self.inner_dim = num_attention_heads * attention_head_dim
-        self.out_channels = out_channels or in_channels
+    def build(self, num_layers: int, *, has_long_frames: bool, out_channels: int | None = None) -> None:
+        """Make the layers; without `out_channels` there is no output layer."""
+        config = self.config
+        self.inner_dim = config.num_attention_heads * config.attention_head_dim
 
         # 1. Patches
-        self.x_embedder = nn.Linear(in_channels * patch_size**2, self.inner_dim)
-        if long_patch_size is not None:
-            self.context_embedder = nn.Linear(in_channels * long_patch_size**2, self.inner_dim)
+        self.x_embedder = nn.Linear(config.in_channels * config.patch_size**2, self.inner_dim)
+        if has_long_frames:
+            self.context_embedder = nn.Linear(config.in_channels * config.long_patch_size**2, self.inner_dim)
 
         # 2. Time and conditions
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)
         self.timestep_embedder = TimestepEmbedding(256, self.inner_dim)
-        if num_actions is not None or action_dim is not None:
-            self.action_embedder = FARActionEmbedding(self.inner_dim, num_actions, action_dim)
-        if num_classes is not None:
-            self.label_embedder = nn.Embedding(num_classes + 1, self.inner_dim)
+        if config.num_actions is not None or config.action_dim is not None:
+            self.action_embedder = FARActionEmbedding(self.inner_dim, config.num_actions, config.action_dim)
+        if config.num_classes is not None:
+            self.label_embedder = nn.Embedding(config.num_classes + 1, self.inner_dim)
 
         # 3. Attention mask, where hooks change it
         self.attention_bias = FARAttentionBias()
@@ -561,10 +518,10 @@ class FARTransformer3DModel(
         self.transformer_blocks = nn.ModuleList(
             FARTransformerBlock(
                 self.inner_dim,
-                num_attention_heads,
-                attention_head_dim,
-                mlp_ratio,
-                added_kv_proj_dim=None if long_patch_size is None else self.inner_dim,
+                config.num_attention_heads,
+                config.attention_head_dim,
+                config.mlp_ratio,
+                added_kv_proj_dim=self.inner_dim if has_long_frames else None,
                 context_pre_only=layer == num_layers - 1,
             )
             for layer in range(num_layers)
@@ -572,10 +529,8 @@ class FARTransformer3DModel(
 
         # 5. Output
         self.norm_out = FARAdaLayerNorm(self.inner_dim, num_chunks=2)
-        self.proj_out = nn.Linear(self.inner_dim, self.out_channels * patch_size**2)
-
-        self.gradient_checkpointing = False
-        initialize_weights(self)
+        if out_channels is not None:
+            self.proj_out = nn.Linear(self.inner_dim, out_channels * config.patch_size**2)
 
     @property
     def takes_actions(self) -> bool:
@@ -586,8 +541,158 @@ class FARTransformer3DModel(
         return hasattr(self, "label_embedder")
 
     @property
-    def _has_compiled_blocks(self) -> bool:
+    def has_compiled_blocks(self) -> bool:
         return torch.compiler.is_compiling() or is_compiled(self.transformer_blocks[0])
+
+    def embed(
+        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, num_long_frames: int = 0
+    ) -> torch.Tensor:
+        """The sum of time, action and class embedding of each frame, `(B, F, dim)`."""
+        is_long = torch.arange(frames.num_frames, device=timestep.device) < num_long_frames
+        timestep = timestep.masked_fill(is_long, LONG_TIMESTEP)
+        # Sinusoids in float32 whatever the dtype: bfloat16 rounds timesteps above 256.
+        time_proj = self.time_proj(timestep.flatten()).to(frames.latents.dtype)
+        temb = self.timestep_embedder(time_proj).unflatten(0, timestep.shape)
+
+        if self.training and self.drops_conditions and self.config.condition_dropout:
+            frames, class_labels = self.drop_conditions(frames, class_labels)
+        if self.takes_actions:
+            temb = temb + self.action_embedder(frames.actions, frames.action_mask)
+        if self.takes_labels:
+            temb = temb + self.label_embedder(class_labels)[:, None]
+        return temb
+
+    def drop_conditions(
+        self, frames: FrameBatch, class_labels: torch.Tensor | None
+    ) -> tuple[FrameBatch, torch.Tensor | None]:
+        """Some actions, drawn frame by frame, and some labels, drawn clip by clip, become null."""
+        shape, device, share = frames.latents.shape[:2], frames.latents.device, self.config.condition_dropout
+        if self.takes_actions:
+            kept = torch.rand(shape, device=device) >= share
+            frames = replace(frames, action_mask=kept if frames.action_mask is None else kept & frames.action_mask)
+        if self.takes_labels:
+            dropped = torch.rand(shape[0], device=device) < share
+            class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
+        return frames, class_labels
+
+    def modulations(self, temb: torch.Tensor) -> list[FrameModulation]:
+        """What the blocks and the last norm make of the embedding of each step, `(B, S, dim)`."""
+        blocks = [(block.norm1.modulation(temb), block.norm2.modulation(temb)) for block in self.transformer_blocks]
+        output = self.norm_out.modulation(temb)
+        return [
+            FrameModulation(tuple((first[:, step], second[:, step]) for first, second in blocks), output[:, step])
+            for step in (slice(index, index + 1) for index in range(temb.shape[1]))
+        ]
+
+    def patches(self, latents: torch.Tensor, plan: ContextPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embedded patches of the short and of the long frames, `(B, F, T, dim)` each; twins count as short ones."""
+        num_long = plan.num_long_frames
+        short_states = self.x_embedder(patchify(latents[:, num_long:], plan.patch_size))
+        long_states = (
+            self.context_embedder(patchify(latents[:, :num_long], plan.long_patch_size)) if num_long else None
+        )
+        return short_states, long_states
+
+    def run(
+        self,
+        short_states: torch.Tensor,
+        long_states: torch.Tensor | None,
+        plan: ContextPlan,
+        temb: torch.Tensor | None,
+        kv_cache: FARKVCache | None = None,
+        cache_pass: CachePass | None = None,
+        modulation: FrameModulation | None = None,
+        num_read_frames: int | None = None,
+    ):
+        """One pass over the patches of a plan's frames: the `output` of its short frames, or of the last `num_read_frames`
+        alone, `None` for 0. Where noisy twins follow the short frames, it is theirs.
+
+        `temb` is the embedding of each frame, `(B, F, dim)`; `modulation` replaces it.
+        """
+        device, has_twins = short_states.device, short_states.shape[1] > plan.num_short_frames
+
+        # 1. Positions, and who sees whom
+        positions = position_ids(plan, device, has_twins)
+        rotary_emb = rotary_embedding(positions, self.config.axes_dims_rope, self.config.rope_theta)
+        attention_frames = AttentionFrames(plan, device, has_twins, kv_cache, cache_pass)
+        attention_mask = self.attention_bias(self._attention_mask(attention_frames), attention_frames)
+
+        # 2. Blocks; of the last one only what is read
+        num_layers, is_write = len(self.transformer_blocks), cache_pass is not None and not cache_pass.is_noisy
+        if num_read_frames is None:
+            num_read_frames = self._num_output_frames(plan, attention_mask, has_twins)
+        layers = [None] * num_layers if kv_cache is None else kv_cache.layers(cache_pass)
+        modulations = [None] * num_layers if modulation is None else modulation.blocks
+        num_outputs = [None] * (num_layers - 1) + [num_read_frames]
+        for block, *own in zip(self.transformer_blocks, layers, num_outputs, modulations):
+            run = self._way_to_run(block, plan, is_write)
+            short_states, long_states = run(short_states, long_states, temb, rotary_emb, attention_mask, *own)
+        if num_read_frames == 0:
+            return None
+
+        # 3. Output, of the twins where there are any
+        short_states = short_states[:, -(num_read_frames or plan.num_short_frames) :]
+        temb = None if temb is None else temb[:, -short_states.shape[1] :]
+        scale, shift = self.norm_out.chunks(temb, None if modulation is None else modulation.output)
+        return self.output(self.norm_out.norm(short_states), scale, shift, plan)
+
+    def output(self, states, scale, shift, plan: ContextPlan) -> torch.Tensor:
+        """What comes of normed states, `(B, F, T, dim)`, and the modulation of the last norm: velocity."""
+        patches = self.proj_out(states * (1 + scale) + shift)
+        return unpatchify(patches, plan.patch_size, plan.height, plan.width)
+
+    def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, is_write: bool) -> Callable:
+        """How a block is called: as it is, with gradient checkpointing, or as if it were not compiled."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return partial(self._gradient_checkpointing_func, block)
+        # So little work as the last block's of a write is not worth compiling, nor are so many frames, whose attentions the
+        # compiler would unroll for a pass that does not come again.
+        is_long_context = plan.num_frames > 2 * self.config.short_window
+        if is_write and (is_long_context or block is self.transformer_blocks[-1]):
+            return partial(call_uncompiled, block)
+        return block
+
+    def _num_output_frames(self, plan: ContextPlan, attention_mask, has_twins: bool) -> int | None:
+        """How many of the last block's short frames are read; `None` where all are, or cannot be told apart."""
+        is_everything = not has_twins and plan.num_long_frames == 0
+        is_block_mask = attention_mask is not None and not isinstance(attention_mask, (torch.Tensor, CausalChunks))
+        return None if is_everything or is_block_mask else plan.num_short_frames
+
+    def _attention_mask(self, frames: AttentionFrames):
+        """Who sees whom. `None` where every query sees every key, as against a cache, of which each frame sees a view of its
+        own; else a `BlockMask` for flex attention, [`CausalChunks`] for the native one, a dense mask for others and for
+        compiled blocks, which chunks would compile again and again."""
+        is_alone = frames.plan.num_frames == 1 and not frames.has_twins
+        if frames.kv_cache is not None or is_alone or not self.config.frame_causal:
+            return None
+        backend = attention_backend(self.transformer_blocks[0].attn)
+        if backend == AttentionBackendName.FLEX:
+            return frame_causal_block_mask(frames.query_frames, frames.key_frames, frames.is_twin)
+        mask = frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)
+        if backend == AttentionBackendName.NATIVE and not self.has_compiled_blocks:
+            return frame_causal_chunks(frames.plan, mask, has_twins=frames.has_twins)
+        return mask[None, None]
+
+
+class FrameTransformer(
+    CompleteWeightsMixin, Int8Mixin, ModelMixin, ConfigMixin, AdapterMixin, CacheMixin, AttentionMixin
+):
+    """What FAR and separable models share beside their networks: what diffusers, caches and pipelines ask of a model, and
+    the way of a call.
+
+    Attributes:
+        context_network ([`FrameNetwork`]): What finished frames run through; a cache holds its keys and values.
+        denoising_network ([`FrameNetwork`]): What the noisy frame runs through.
+        is_separable (`bool`): Whether these are two.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FARTransformerBlock"]
+    _repeated_blocks = ["FARTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "context_embedder", "timestep_embedder", "norm"]
+    _skip_keys = ["kv_cache"]
+    _supports_group_offloading = True
+    is_separable = False
 
     def enable_cache(self, config) -> None:
         """Refuse diffusers' caches, all of which skip parts of a pass by what an earlier pass computed.
@@ -699,22 +804,169 @@ class FARTransformer3DModel(
             S of them, for `forward`; `None` where each block has to compute its own, because it is compiled or offloaded
             in groups, or where that is as fast, for a large batch.
         """
-        batch_size, num_steps = len(frame.latents), len(timesteps)
-        if num_steps * batch_size > MAX_MODULATION_ROWS or self._has_compiled_blocks or group_offloading(self):
+        batch_size, num_steps, network = len(frame.latents), len(timesteps), self.denoising_network
+        if num_steps * batch_size > MAX_MODULATION_ROWS or network.has_compiled_blocks or group_offloading(self):
             return None
         bring_to_device(self)
         frame.check_conditions(self, class_labels)
         with nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs):
             timestep = timesteps.float().expand(batch_size, num_steps)
-            temb = self._embed(frame.repeated(num_steps), timestep, class_labels)
-            blocks = [
-                (block.norm1.modulation(temb), block.norm2.modulation(temb)) for block in self.transformer_blocks
-            ]
-            output = self.norm_out.modulation(temb)
-        return [
-            FrameModulation(tuple((first[:, step], second[:, step]) for first, second in blocks), output[:, step])
-            for step in (slice(index, index + 1) for index in range(num_steps))
-        ]
+            return network.modulations(network.embed(frame.repeated(num_steps), timestep, class_labels))
+
+    def _write(
+        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, kv_cache: FARKVCache
+    ) -> None:
+        """Add clean frames to the cache."""
+        if bool((timestep != CLEAN_TIMESTEP).any()):
+            raise ValueError(
+                f"`timestep` is {timestep.unique().tolist()} in a write to `kv_cache`; only clean frames are cached, "
+                "and their timestep is -1."
+            )
+        network = self.context_network
+        num_read = 1 if self.is_separable else 0  # the last frame's output is the feature of the frame to come
+        for piece in kv_cache.pieces(frames):
+            encoded, plan, cache_pass = kv_cache.begin_write(piece)
+            timestep = torch.full(encoded.latents.shape[:2], CLEAN_TIMESTEP, device=encoded.latents.device)
+            temb = network.embed(encoded, timestep, class_labels, plan.num_long_frames)
+            patches = network.patches(encoded.latents, plan)
+            kv_cache.keep_feature(network.run(*patches, plan, temb, kv_cache, cache_pass, num_read_frames=num_read))
+
+    def _timestep_per_frame(self, timestep: torch.Tensor | float | None, frames: FrameBatch) -> torch.Tensor:
+        """`timestep` as `(B, F)`, float32."""
+        batch_size, num_frames = frames.latents.shape[:2]
+        if timestep is None:
+            raise ValueError("`timestep` is None; pass a number, or one for each clip or frame.")
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=frames.latents.device)
+        if timestep.ndim == 1 and timestep.shape[0] in (1, batch_size):
+            timestep = timestep[:, None]
+        if timestep.ndim == 1 or timestep.ndim > 2:
+            raise ValueError(
+                f"`timestep` has shape {tuple(timestep.shape)} but the batch is {batch_size} clips of {num_frames} "
+                f"frames; pass one number, ({batch_size},) or ({batch_size}, {num_frames})."
+            )
+        return timestep.expand(batch_size, num_frames)
+
+    def _check_call(
+        self,
+        frames: FrameBatch,
+        timestep: torch.Tensor | float | None,
+        class_labels: torch.Tensor | None,
+        kv_cache: FARKVCache | None,
+        update_cache: bool,
+        clean_latents: torch.Tensor | None,
+        modulation: FrameModulation | None,
+    ) -> torch.Tensor | None:
+        """Refuse what this model cannot be fed; by shapes, so nothing waits. Returns `timestep` as `(B, F)`."""
+        channels = frames.latents.shape[2]
+        if channels != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` has {channels} channels but this model has `in_channels` {self.config.in_channels}; "
+                "pass latents as (batch, frames, channels, height, width)."
+            )
+        if kv_cache is not None:
+            kv_cache.check(self, frames, noisy=not update_cache)
+        elif update_cache:
+            raise ValueError("`update_cache` is True but `kv_cache` is None; pass the cache to write to.")
+        if clean_latents is not None:
+            self._check_clean(clean_latents, frames, kv_cache)
+        if modulation is not None:
+            is_noisy = kv_cache is not None and not update_cache
+            self._check_modulation(modulation, frames, timestep, class_labels, is_noisy=is_noisy)
+            return None
+        timestep = self._timestep_per_frame(timestep, frames)
+        frames.check_conditions(self, class_labels)
+        return timestep
+
+    def _check_clean(self, clean_latents: torch.Tensor, frames: FrameBatch, kv_cache: FARKVCache | None) -> None:
+        if kv_cache is not None or not self.config.frame_causal:
+            reason = "`kv_cache` holds the clean frames" if kv_cache is not None else "no frame is causal"
+            raise ValueError(f"`clean_hidden_states` was given but {reason}; leave it out.")
+        check_condition("clean_hidden_states", clean_latents, True, tuple(frames.latents.shape))
+
+    def _check_modulation(
+        self, modulation: FrameModulation, frames: FrameBatch, timestep, class_labels, *, is_noisy: bool
+    ) -> None:
+        if not is_noisy:
+            raise ValueError("`modulation` was given, but it is for one noisy frame and its `kv_cache`; leave it out.")
+        given = {"timestep": timestep, "class_labels": class_labels}
+        given |= {"actions": frames.actions, "action_mask": frames.action_mask}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"`{name}` was given beside `modulation`, which knows it; leave one of the two out.")
+        found = (len(modulation.blocks), *modulation.output.shape)
+        expected = (len(self.denoising_network.transformer_blocks), len(frames.latents), 1, 2 * self.inner_dim)
+        if found != expected:
+            raise ValueError(
+                f"`modulation` has (layers, batch, frames, channels) {found}, but this call needs {expected}; make it with "
+                "`frame_modulations` of this model, for this batch."
+            )
+
+
+class FARTransformer3DModel(FrameTransformer, FrameNetwork):
+    r"""
+    Frame-autoregressive diffusion transformer (FAR), base and long in one class.
+
+    Args:
+        in_channels (`int`, defaults to 32), out_channels (`int`, *optional*): Latent channels; out defaults to in.
+        num_layers (`int`, defaults to 12): Transformer blocks.
+        num_attention_heads (`int`, defaults to 12), attention_head_dim (`int`, defaults to 64): The width is their
+            product.
+        mlp_ratio (`float`, defaults to 4.0): Width of the MLP's hidden layer, in widths.
+        patch_size (`int`, defaults to 1): Side of a short frame's patches, in latents.
+        long_patch_size (`int`, *optional*): Side of the patches of long frames, those that left the short window. With
+            `None` no frame is ever long and all frames are attended to in full.
+        short_window (`int`, defaults to 16): Frames at the end of the context that are short, the noisy one included.
+        axes_dims_rope (`tuple[int, int, int]`, defaults to `(16, 24, 24)`): Head channels that carry time, height and
+            width.
+        rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
+        num_actions (`int`, *optional*): Discrete actions; index `num_actions` is the null action.
+        action_dim (`int`, *optional*): Channels of continuous actions.
+        action_shift (`int`, defaults to 0): 0: frame t is fed the action taken at it, as the released weights were. 1:
+            the action that led to it. The pipeline and the training shift; the model is fed what it is given.
+        num_classes (`int`, *optional*): Classes; index `num_classes` is the null class.
+        condition_dropout (`float`, defaults to 0.1): Share of actions (per frame) and labels (per clip) that become
+            null in training.
+        frame_causal (`bool`, defaults to `True`): `False` lets every frame see every other one (video diffusion).
+        trained_frames (`int`, *optional*): The longest clip seen in training; written by the training scripts.
+
+    Source: FAR, arXiv:2503.19325.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 32,
+        out_channels: int | None = None,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 1,
+        long_patch_size: int | None = None,
+        short_window: int = 16,
+        axes_dims_rope: tuple[int, int, int] = (16, 24, 24),
+        rope_theta: float = 10000.0,
+        num_actions: int | None = None,
+        action_dim: int | None = None,
+        action_shift: int = 0,
+        num_classes: int | None = None,
+        condition_dropout: float = 0.1,
+        frame_causal: bool = True,
+        trained_frames: int | None = None,
+    ):
+        super().__init__()
+        check_config(self.config)
+        self.out_channels = out_channels or in_channels
+        self.build(num_layers, has_long_frames=long_patch_size is not None, out_channels=self.out_channels)
+        initialize_weights(self)
+
+    @property
+    def context_network(self) -> FrameNetwork:
+        return self
+
+    @property
+    def denoising_network(self) -> FrameNetwork:
+        return self
 
     def forward(
         self,
@@ -755,14 +1007,9 @@ class FARTransformer3DModel(
         """
         scaled = nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs)
         frames = FrameBatch(hidden_states, actions, action_mask)
-        self._check_call(frames, kv_cache, update_cache, clean_hidden_states)
-        if modulation is None:
-            timestep = self._timestep_per_frame(timestep, frames)
-            frames.check_conditions(self, class_labels)
-        else:
-            self._check_modulation(
-                modulation, frames, timestep, class_labels, is_noisy=kv_cache is not None and not update_cache
-            )
+        timestep = self._check_call(
+            frames, timestep, class_labels, kv_cache, update_cache, clean_hidden_states, modulation
+        )
         with scaled, torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
                 sample = self._predict_clip(frames, timestep, class_labels, clean_hidden_states)
@@ -770,9 +1017,8 @@ class FARTransformer3DModel(
                 sample = self._write(frames, timestep, class_labels, kv_cache)
             else:
                 plan, cache_pass = kv_cache.begin_noisy()
-                temb = self._embed(frames, timestep, class_labels) if modulation is None else None
-                sample = self._run_pass(frames, plan, temb, kv_cache, cache_pass, modulation)
-
+                temb = self.embed(frames, timestep, class_labels) if modulation is None else None
+                sample = self.run(*self.patches(frames.latents, plan), plan, temb, kv_cache, cache_pass, modulation)
         return FARTransformerOutput(sample=sample) if return_dict else (sample,)
 
     def _predict_clip(
@@ -786,192 +1032,11 @@ class FARTransformer3DModel(
         plan = self.context_plan(frames.num_frames, *frames.latents.shape[-2:])
         if clean_latents is not None:
             frames, timestep = pair_with_clean(frames, timestep, clean_latents, plan, CLEAN_TIMESTEP)
-        return self._run_pass(frames, plan, self._embed(frames, timestep, class_labels, plan.num_long_frames))
-
-    def _write(
-        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, kv_cache: FARKVCache
-    ) -> None:
-        """Add clean frames to the cache."""
-        if bool((timestep != CLEAN_TIMESTEP).any()):
-            raise ValueError(
-                f"`timestep` is {timestep.unique().tolist()} in a write to `kv_cache`; only clean frames are cached, "
-                "and their timestep is -1."
-            )
-        for piece in kv_cache.pieces(frames):
-            encoded, plan, cache_pass = kv_cache.begin_write(piece)
-            timestep = torch.full(encoded.latents.shape[:2], CLEAN_TIMESTEP, device=encoded.latents.device)
-            temb = self._embed(encoded, timestep, class_labels, plan.num_long_frames)
-            self._run_pass(encoded, plan, temb, kv_cache, cache_pass)
-
-    def _run_pass(
-        self,
-        frames: FrameBatch,
-        plan: ContextPlan,
-        temb: torch.Tensor | None,
-        kv_cache: FARKVCache | None = None,
-        cache_pass: CachePass | None = None,
-        modulation: FrameModulation | None = None,
-    ) -> torch.Tensor | None:
-        """One pass of the network over the frames of a plan: the velocity of its short frames, `None` for a write.
-
-        `frames` may go on with noisy twins of the short frames; then it is their velocity that is returned. `temb` is the
-        embedding of each frame, `(B, F, dim)`; `modulation` replaces it.
-        """
-        latents, num_long, device = frames.latents, plan.num_long_frames, frames.latents.device
-        has_twins = frames.num_frames > plan.num_frames
-
-        # 1. Patches
-        short_states = self.x_embedder(patchify(latents[:, num_long:], plan.patch_size))
-        long_states = None
-        if num_long:
-            long_states = self.context_embedder(patchify(latents[:, :num_long], plan.long_patch_size))
-
-        # 2. Positions, and who sees whom
-        positions = position_ids(plan, device, has_twins)
-        rotary_emb = rotary_embedding(positions, self.config.axes_dims_rope, self.config.rope_theta)
-        attention_frames = AttentionFrames(plan, device, has_twins, kv_cache, cache_pass)
-        attention_mask = self.attention_bias(self._attention_mask(attention_frames), attention_frames)
-
-        # 3. Blocks; of the last one only what is read
-        num_layers, is_write = self.config.num_layers, cache_pass is not None and not cache_pass.is_noisy
-        layers = [None] * num_layers if kv_cache is None else kv_cache.layers(cache_pass)
-        modulations = [None] * num_layers if modulation is None else modulation.blocks
-        num_outputs = [None] * (num_layers - 1) + [
-            0 if is_write else self._num_output_frames(plan, attention_mask, has_twins)
-        ]
-        for block, *own in zip(self.transformer_blocks, layers, num_outputs, modulations):
-            run = self._way_to_run(block, plan, is_write)
-            short_states, long_states = run(short_states, long_states, temb, rotary_emb, attention_mask, *own)
-        if is_write:
-            return None
-
-        # 4. Velocity, of the twins where there are any
-        num_short, output = plan.num_short_frames, None if modulation is None else modulation.output
-        scale, shift = self.norm_out.chunks(None if temb is None else temb[:, -num_short:], output)
-        patches = self.proj_out(self.norm_out.norm(short_states[:, -num_short:]) * (1 + scale) + shift)
-        return unpatchify(patches, plan.patch_size, plan.height, plan.width)
-
-    def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, is_write: bool) -> Callable:
-        """How a block is called: as it is, with gradient checkpointing, or as if it were not compiled."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return partial(self._gradient_checkpointing_func, block)
-        # So little work as the last block's of a write is not worth compiling, nor are so many frames, whose attentions the
-        # compiler would unroll for a pass that does not come again.
-        is_long_context = plan.num_frames > 2 * self.config.short_window
-        if is_write and (is_long_context or block is self.transformer_blocks[-1]):
-            return partial(call_uncompiled, block)
-        return block
-
-    def _num_output_frames(self, plan: ContextPlan, attention_mask, has_twins: bool) -> int | None:
-        """How many of the last block's short frames are read; `None` where all are, or cannot be told apart."""
-        is_everything = not has_twins and plan.num_long_frames == 0
-        is_block_mask = attention_mask is not None and not isinstance(attention_mask, (torch.Tensor, CausalChunks))
-        return None if is_everything or is_block_mask else plan.num_short_frames
-
-    def _timestep_per_frame(self, timestep: torch.Tensor | float | None, frames: FrameBatch) -> torch.Tensor:
-        """`timestep` as `(B, F)`, float32."""
-        batch_size, num_frames = frames.latents.shape[:2]
-        if timestep is None:
-            raise ValueError("`timestep` is None; pass a number, or one for each clip or frame.")
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=frames.latents.device)
-        if timestep.ndim == 1 and timestep.shape[0] in (1, batch_size):
-            timestep = timestep[:, None]
-        if timestep.ndim == 1 or timestep.ndim > 2:
-            raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)} but the batch is {batch_size} clips of {num_frames} "
-                f"frames; pass one number, ({batch_size},) or ({batch_size}, {num_frames})."
-            )
-        return timestep.expand(batch_size, num_frames)
-
-    def _embed(
-        self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, num_long_frames: int = 0
-    ) -> torch.Tensor:
-        """The sum of time, action and class embedding of each frame, `(B, F, dim)`."""
-        is_long = torch.arange(frames.num_frames, device=timestep.device) < num_long_frames
-        timestep = timestep.masked_fill(is_long, LONG_TIMESTEP)
-        # Sinusoids in float32 whatever the dtype: bfloat16 rounds timesteps above 256.
-        time_proj = self.time_proj(timestep.flatten()).to(frames.latents.dtype)
-        temb = self.timestep_embedder(time_proj).unflatten(0, timestep.shape)
-
-        if self.training and self.config.condition_dropout:
-            frames, class_labels = self._drop_conditions(frames, class_labels)
-        if self.takes_actions:
-            temb = temb + self.action_embedder(frames.actions, frames.action_mask)
-        if self.takes_labels:
-            temb = temb + self.label_embedder(class_labels)[:, None]
-        return temb
-
-    def _drop_conditions(
-        self, frames: FrameBatch, class_labels: torch.Tensor | None
-    ) -> tuple[FrameBatch, torch.Tensor | None]:
-        """Some actions, drawn frame by frame, and some labels, drawn clip by clip, become null."""
-        shape, device, share = frames.latents.shape[:2], frames.latents.device, self.config.condition_dropout
-        if self.takes_actions:
-            kept = torch.rand(shape, device=device) >= share
-            frames = replace(frames, action_mask=kept if frames.action_mask is None else kept & frames.action_mask)
-        if self.takes_labels:
-            dropped = torch.rand(shape[0], device=device) < share
-            class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
-        return frames, class_labels
-
-    def _attention_mask(self, frames: AttentionFrames):
-        """Who sees whom. `None` where every query sees every key, as against a cache, of which each frame sees a view of its
-        own; else a `BlockMask` for flex attention, [`CausalChunks`] for the native one, a dense mask for others and for
-        compiled blocks, which chunks would compile again and again."""
-        is_alone = frames.plan.num_frames == 1 and not frames.has_twins
-        if frames.kv_cache is not None or is_alone or not self.config.frame_causal:
-            return None
-        backend = attention_backend(self.transformer_blocks[0].attn)
-        if backend == AttentionBackendName.FLEX:
-            return frame_causal_block_mask(frames.query_frames, frames.key_frames, frames.is_twin)
-        mask = frame_causal_mask(frames.query_frames, frames.key_frames, frames.is_twin)
-        if backend == AttentionBackendName.NATIVE and not self._has_compiled_blocks:
-            return frame_causal_chunks(frames.plan, mask, has_twins=frames.has_twins)
-        return mask[None, None]
-
-    def _check_call(
-        self, frames: FrameBatch, kv_cache: FARKVCache | None, update_cache: bool, clean_latents: torch.Tensor | None
-    ) -> None:
-        """Refuse what this model cannot be fed. Shapes only, so nothing waits."""
-        channels = frames.latents.shape[2]
-        if channels != self.config.in_channels:
-            raise ValueError(
-                f"`hidden_states` has {channels} channels but this model has `in_channels` {self.config.in_channels}; "
-                "pass latents as (batch, frames, channels, height, width)."
-            )
-        if kv_cache is not None:
-            kv_cache.check(self, frames, noisy=not update_cache)
-        elif update_cache:
-            raise ValueError("`update_cache` is True but `kv_cache` is None; pass the cache to write to.")
-        if clean_latents is not None:
-            self._check_clean(clean_latents, frames, kv_cache)
-
-    def _check_clean(self, clean_latents: torch.Tensor, frames: FrameBatch, kv_cache: FARKVCache | None) -> None:
-        if kv_cache is not None or not self.config.frame_causal:
-            reason = "`kv_cache` holds the clean frames" if kv_cache is not None else "no frame is causal"
-            raise ValueError(f"`clean_hidden_states` was given but {reason}; leave it out.")
-        check_condition("clean_hidden_states", clean_latents, True, tuple(frames.latents.shape))
-
-    def _check_modulation(
-        self, modulation: FrameModulation, frames: FrameBatch, timestep, class_labels, *, is_noisy: bool
-    ) -> None:
-        if not is_noisy:
-            raise ValueError("`modulation` was given, but it is for one noisy frame and its `kv_cache`; leave it out.")
-        given = {"timestep": timestep, "class_labels": class_labels}
-        given |= {"actions": frames.actions, "action_mask": frames.action_mask}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"`{name}` was given beside `modulation`, which knows it; leave one of the two out.")
-        found = (len(modulation.blocks), *modulation.output.shape)
-        expected = (self.config.num_layers, len(frames.latents), 1, 2 * self.inner_dim)
-        if found != expected:
-            raise ValueError(
-                f"`modulation` has (layers, batch, frames, channels) {found}, but this call needs {expected}; make it with "
-                "`frame_modulations` of this model, for this batch."
-            )
+        temb = self.embed(frames, timestep, class_labels, plan.num_long_frames)
+        return self.run(*self.patches(frames.latents, plan), plan, temb)
 
 
-def initialize_weights(model: FARTransformer3DModel) -> None:
+def initialize_weights(model: FrameTransformer) -> None:
     """DiT's initialisation: modulation, gates and output start at zero, so that every block starts as the identity."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -982,14 +1047,17 @@ def initialize_weights(model: FARTransformer3DModel) -> None:
     for module in model.modules():
         if isinstance(module, FARAdaLayerNorm):
             nn.init.zeros_(module.linear.weight)
-    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.denoising_network.proj_out.weight)
 
+
+# Layers of FAR, and of a separable model.
+LAYER_COUNTS = ("num_layers", "num_encoder_layers", "num_decoder_layers")
 
 # Fields that count, with the most that they may be; `None` is allowed where it is a default.
 COUNTS = {
     "in_channels": 2**16,
     "out_channels": 2**16,
-    "num_layers": 2**10,
+    **dict.fromkeys(LAYER_COUNTS, 2**10),
     "num_attention_heads": 2**10,
     "attention_head_dim": 2**12,
     "patch_size": 2**10,
@@ -1009,8 +1077,8 @@ def check_config(config) -> None:
     """Refuse impossible sizes at construction, the values named."""
     if not isinstance(config.short_window, int) or config.short_window < 1:
         raise ValueError(f"`short_window` is {config.short_window}; the noisy frame alone needs 1.")
-    for name, most in COUNTS.items():
-        check_count(name, config[name], most=most, optional=name in OPTIONAL)
+    for name in filter(config.__contains__, COUNTS):
+        check_count(name, config[name], most=COUNTS[name], optional=name in OPTIONAL)
     check_finite("mlp_ratio", config.mlp_ratio)
     check_finite("rope_theta", config.rope_theta)
     axes = config.axes_dims_rope
@@ -1044,5 +1112,7 @@ def check_config(config) -> None:
         )
     conditions = sum(config[name] or 0 for name in ("num_actions", "action_dim", "num_classes"))
     attention = 4 if config.long_patch_size is None else 8
-    num_weights = int((config.num_layers * (attention + 2 * config.mlp_ratio) * width + conditions) * width)
-    check_memory(num_weights, ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio"), config)
+    layers = [name for name in LAYER_COUNTS if name in config]
+    num_layers = sum(config[name] for name in layers)
+    num_weights = int((num_layers * (attention + 2 * config.mlp_ratio) * width + conditions) * width)
+    check_memory(num_weights, (*layers, "num_attention_heads", "attention_head_dim", "mlp_ratio"), config)

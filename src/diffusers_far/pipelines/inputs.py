@@ -26,11 +26,12 @@ from ..checks import (
 )
 from ..models.codec import spatial_compression
 from ..models.kv_cache import CacheOptions
-from ..models.transformer_far import FARTransformer3DModel
+from ..models.transformer_far import FrameTransformer
 from ..pictures import upright_rgb
 from .settings import GenerationRequest, GenerationSettings
 
 
+GUIDANCE_MODES = ("condition", "feature")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ["latents"]
 LATENT_DIMENSIONS = "batch, frames, channels, height, width"
@@ -67,7 +68,7 @@ class PipelineInputs:
 
 
 def check_request(
-    transformer: FARTransformer3DModel,
+    transformer: FrameTransformer,
     vae: torch.nn.Module,
     own_size: tuple[int | None, int | None],
     request: GenerationRequest,
@@ -107,6 +108,8 @@ def check_request(
     # 2. Conditions, for each sample or for all of them
     context = request.video_latents if video is None else video
     num_context_frames = 0 if context is None else context.shape[1]
+    if transformer.is_separable:
+        check_separable(config, num_context_frames, is_session=is_session)
     num_actions = num_context_frames + request.num_frames
     lengths = range(num_actions - config.action_shift, num_actions + 1)
     if is_session:
@@ -139,7 +142,7 @@ def check_request(
     )
 
 
-def check_settings(transformer: FARTransformer3DModel, settings: GenerationSettings) -> None:
+def check_settings(transformer: FrameTransformer, settings: GenerationSettings) -> None:
     """Refuse ways of generating that this model does not know or that contradict each other."""
     config, options = transformer.config, settings.cache_options
     check_count("num_inference_steps", settings.num_inference_steps, most=NUM_TIMESTEPS)
@@ -149,16 +152,38 @@ def check_settings(transformer: FARTransformer3DModel, settings: GenerationSetti
             f"`use_cache` is False but {options} was asked for; leave `short_cache`, `max_long_frames` and "
             "`num_sink_frames` at their defaults, or use the cache."
         )
-    check_guidance(transformer, settings.guidance_scale)
+    check_guidance(transformer, settings.guidance_scale, settings.guidance_mode)
 
 
-def check_guidance(transformer: FARTransformer3DModel, guidance_scale: Any) -> None:
+def check_guidance(transformer: FrameTransformer, guidance_scale: Any, guidance_mode: Any = "condition") -> None:
     """Refuse guidance that is no finite number of at least 0, or that this model cannot follow."""
+    check_choice("guidance_mode", guidance_mode, GUIDANCE_MODES)
+    if guidance_mode == "feature" and not transformer.is_separable:
+        raise ValueError(
+            f"`guidance_mode` is 'feature', but a {type(transformer).__name__} has no feature to be guided by; leave it out."
+        )
     if not is_finite_number(guidance_scale) or guidance_scale < 0:
         raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it is at least 0, finite, and guides above 1.")
-    if guidance_scale > 1 and not (transformer.takes_actions or transformer.takes_labels):
+    has_condition = transformer.takes_actions or transformer.takes_labels or guidance_mode == "feature"
+    if guidance_scale > 1 and not has_condition:
         raise ValueError(
             f"`guidance_scale` is {guidance_scale} but this model has no condition to be guided by; leave it at 1."
+        )
+
+
+def check_separable(config, num_context_frames: int, *, is_session: bool) -> None:
+    """Refuse what a separable model cannot make frames of."""
+    if num_context_frames == 0 and not config.learn_start:
+        raise ValueError(
+            "`video` was not given, but this model has `learn_start=False` and cannot start from nothing; pass at least one "
+            "frame, as `video` or `video_latents`."
+        )
+    has_actions = config.num_actions is not None or config.action_dim is not None
+    if is_session and has_actions and config.action_shift == 0:
+        raise ValueError(
+            "The transformer is separable with `action_shift=0`: its encoder reads the action of a frame before that frame is "
+            "made, so no session can be told its actions one by one. Call the pipeline with all actions, or train with "
+            "`action_shift=1`."
         )
 
 

@@ -65,6 +65,9 @@ pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", tru
 FRAME_CAUSAL = """A frame-autoregressive (FAR) video model: it {task}, one frame after the other.
 Attention is full inside a frame and causal between frames, so finished frames are cached."""
 
+SEPARABLE = """A separable video model ([arXiv:2602.10095](https://arxiv.org/abs/2602.10095)) on top of FAR: it {task}, one frame after
+the other. An encoder sees each finished frame once; a small decoder makes the next frame from what it says."""
+
 WHOLE_CLIP = "A video diffusion transformer: it {task}, all new frames at once. Every frame attends to every other."
 
 CONTEXT_FRAMES, NEW_FRAMES = 4, 8  # of the usage example
@@ -99,6 +102,9 @@ def model_card(
         task = "makes or continues a video of a class"
     else:
         task = "makes or continues a video"
+    kind = FRAME_CAUSAL if config.frame_causal else WHOLE_CLIP
+    if pipe.transformer.is_separable:
+        kind = SEPARABLE
     facts = {
         "Transformer": describe_transformer(pipe.transformer),
         "Autoencoder": describe_autoencoder(pipe.vae),
@@ -114,7 +120,7 @@ def model_card(
     return CARD.format(
         metadata=card_metadata(pipe.transformer, **(metadata or {})),
         title=name.split("/")[-1],
-        kind=(FRAME_CAUSAL if config.frame_causal else WHOLE_CLIP).format(task=task),
+        kind=kind.format(task=task),
         facts="\n".join(f"| {fact} | {text} |" for fact, text in facts.items() if text),
         usage=usage_example(pipe, name),
         custom_loading=CUSTOM_LOADING.format(name=name),
@@ -163,9 +169,11 @@ def example_size(pipe: DiffusionPipeline) -> tuple[int, int]:
 
 def describe_transformer(transformer: torch.nn.Module) -> str:
     """Size and dtype."""
-    config = transformer.config
+    config, layers = transformer.config, len(transformer.context_network.transformer_blocks)
+    if transformer.is_separable:
+        layers = f"{layers} encoder and {len(transformer.denoising_network.transformer_blocks)} decoder"
     return (
-        f"{count_parameters(transformer)} parameters; {config.num_layers} layers, width {transformer.inner_dim}, "
+        f"{count_parameters(transformer)} parameters; {layers} layers, width {transformer.inner_dim}, "
         f"{config.num_attention_heads} heads; {str(transformer.dtype).removeprefix('torch.')}"
     )
 

@@ -21,6 +21,7 @@ from ..loaders.lora import FARLoraLoaderMixin
 from ..models.codec import decode_video, encode_video, latent_statistics
 from ..models.frames import FrameBatch, shift_actions
 from ..models.transformer_far import FARTransformer3DModel
+from ..models.transformer_scd import SCDTransformer3DModel
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
 from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, check_sigmas, repeat_samples
 from .latency import LatencyBudget
@@ -114,7 +115,7 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
 
     def __init__(
         self,
-        transformer: FARTransformer3DModel,
+        transformer: FARTransformer3DModel | SCDTransformer3DModel,
         vae: AutoencoderDC | AutoencoderKL | AutoencoderTiny,
         scheduler: SchedulerMixin,
         fps: int | float | None = None,
@@ -288,7 +289,7 @@ class FARPipeline(VideoPipeline):
     Frame-autoregressive video generation: continues a video, under actions, a class or nothing, or starts from nothing.
 
     Args:
-        transformer ([`FARTransformer3DModel`]): The denoiser.
+        transformer ([`FARTransformer3DModel`] or [`SCDTransformer3DModel`]): The denoiser.
         vae (`AutoencoderDC`, `AutoencoderKL` or `AutoencoderTiny`): Encodes and decodes single frames.
         scheduler: A flow-matching scheduler, such as `FlowMatchEulerDiscreteScheduler`; others are refused.
         fps (`float`, *optional*): Frames per second of the videos that the model knows.
@@ -344,6 +345,7 @@ class FARPipeline(VideoPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         callback_on_frame_end: Callable | None = None,
         sigmas: list[float] | None = None,
+        guidance_mode: str = "condition",
     ) -> FARPipelineOutput | tuple:
         r"""
         Generate `num_frames` new frames.
@@ -384,6 +386,9 @@ class FARPipeline(VideoPipeline):
                 frame as `"latents"`; frames are counted from the first new one.
             sigmas (`list[float]`, *optional*): Noise levels of a frame's steps, falling from at most 1 to above 0, instead of
                 `num_inference_steps`; for a scheduler that takes them, which applies its `shift` to them.
+            guidance_mode (`str`, defaults to `"condition"`): `"feature"`, for a separable model: guidance leads away from
+                what the frame would be with noise on its feature, under the same conditions. The context is then encoded
+                once, and a model without conditions is guided too.
 
         Examples:
 
@@ -441,14 +446,15 @@ class FARPipeline(VideoPipeline):
         min_inference_steps: int = 4,
         output_type: str = "pil",
         attention_kwargs: dict[str, Any] | None = None,
+        guidance_mode: str = "condition",
     ) -> FARSession:
         """Start a rollout that is made frame by frame, see [`FARSession`].
 
         Args:
             video, video_latents, class_labels, height, width: As in a call.
             actions (*optional*): Taken at the frames of the context but the last: `(B, F_context - 1)`.
-            num_inference_steps, guidance_scale, short_cache, max_long_frames, num_sink_frames, attention_kwargs: As in a
-                call; the first two can be changed between steps.
+            num_inference_steps, guidance_scale, short_cache, max_long_frames, num_sink_frames, attention_kwargs,
+                guidance_mode: As in a call; the first two can be changed between steps.
             generator (`torch.Generator` or a list, one per sample, *optional*): A new one with a random seed by default.
             max_history (`int`, *optional*): Frames kept for `frames` and `rewind`; all by default. At least the short
                 window of a long model.
@@ -480,9 +486,10 @@ class FARPipeline(VideoPipeline):
         from noise.
         """
         request, rollout = generation.inputs.request, generation.rollout
+        num_context = generation.inputs.num_context_frames
+        new = generation.as_fed(generation.noise(frame_index, 1), num_context + frame_index)
         if generation.unwritten is not None:
-            rollout.write(generation.as_fed(generation.unwritten, rollout.num_frames))
-        new = generation.as_fed(generation.noise(frame_index, 1), rollout.num_frames)
+            rollout.write(generation.as_fed(generation.unwritten, rollout.num_frames), new)
 
         def on_step_end(step_index, timestep, latents):
             if request.callback_on_step_end is not None:

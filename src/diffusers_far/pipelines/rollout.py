@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..checks import check_count
 from ..models.frames import FrameBatch
 from ..models.kv_cache import computing_dtype
-from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel, FrameModulation
+from ..models.transformer_far import CLEAN_TIMESTEP, FrameModulation, FrameTransformer
 from .inputs import NUM_TIMESTEPS, check_guidance
 from .settings import GenerationSettings
 
@@ -90,7 +90,7 @@ class Rollout:
     only when it is written.
 
     Args:
-        transformer ([`FARTransformer3DModel`]): The denoiser.
+        transformer ([`FARTransformer3DModel`] or [`SCDTransformer3DModel`]): The denoiser.
         scheduler: A flow-matching scheduler; copied, so that rollouts do not disturb each other.
         latent_shape (`tuple`): `(B, C, H, W)`.
         max_frames (`int`): Frames that the cache has room for at first, context included; it grows.
@@ -107,7 +107,7 @@ class Rollout:
 
     def __init__(
         self,
-        transformer: FARTransformer3DModel,
+        transformer: FrameTransformer,
         scheduler: SchedulerMixin,
         *,
         latent_shape: tuple[int, int, int, int],
@@ -122,7 +122,7 @@ class Rollout:
         self.max_frames = max_frames
         self.device = device
         self.class_labels = None if class_labels is None else class_labels.to(device)
-        self.is_guided = config.guidance_scale > 1
+        self.is_guided = config.needs_null_half
         self.set_config(config)
         self.num_frames = 0
         self.is_intact = True
@@ -143,13 +143,14 @@ class Rollout:
     def set_guidance(self, guidance_scale: float) -> None:
         """Guide the next steps otherwise, those of the frame in the making too.
 
-        At 1 or less the null half is not looked at, but it stays in the batch, so that guidance can rise again.
+        At 1 or less the null half is not looked at, but it stays in the batch, so that guidance can rise again. With
+        `guidance_mode="feature"` a frame that was begun without guidance is finished without.
 
         Raises:
             ValueError: No finite number of at least 0, or above 1 where the context has no null half.
         """
-        check_guidance(self.transformer, guidance_scale)
-        if guidance_scale > 1 and not self.is_guided:
+        check_guidance(self.transformer, guidance_scale, self.config.guidance_mode)
+        if guidance_scale > 1 and not self.is_guided and self.config.guidance_mode == "condition":
             raise ValueError(
                 f"`guidance_scale` was set to {guidance_scale} in the middle, but the context was encoded without a null "
                 "half; start with a guidance above 1, and lower it until it is wanted."
@@ -258,37 +259,54 @@ class Rollout:
         elif tensors:
             self.frames = FrameBatch(**tensors)
 
-    def write(self, frames: FrameBatch) -> None:
-        """Add clean frames, `latents` (B, F, C, H, W), to the context."""
+    def write(self, frames: FrameBatch, coming: FrameBatch | None = None) -> None:
+        """Add clean frames, `latents` (B, F, C, H, W), to the context.
+
+        Args:
+            frames (`FrameBatch`): The new ones, after those that were written before.
+            coming (`FrameBatch`, *optional*): The frame after them; of a separable model that takes actions, what that is
+                fed is written with them.
+        """
         num_new_frames, frames = frames.num_frames, self._model_inputs(frames)
         if self.kv_cache is None:
             self.frames = frames if self.frames is None else self.frames.append(frames)
         else:
-            self._write_to_cache(frames)
+            self._write_to_cache(frames, self._next_action(coming))
         self.num_frames += num_new_frames
 
-    def _write_to_cache(self, frames: FrameBatch) -> None:
+    def _next_action(self, coming: FrameBatch | None) -> dict[str, torch.Tensor]:
+        """What a separable model is told of the frame to come."""
+        if not self.transformer.is_separable or coming is None or coming.actions is None:
+            return {}
+        fed = self._model_inputs(coming)
+        mask = None if fed.action_mask is None else fed.action_mask[:, 0]
+        return {"next_action": fed.actions[:, 0], "next_action_mask": mask}
+
+    def _write_to_cache(self, frames: FrameBatch, next_action: dict[str, torch.Tensor]) -> None:
         num_cached = self.kv_cache.num_frames
         self.is_intact = False
         try:
             self.kv_cache.make_room(frames.num_frames)
             with self.transformer.cache_context("context"):
-                self._predict(frames, CLEAN_TIMESTEP, class_labels=self._model_labels(), update_cache=True)
+                labels = self._model_labels()
+                self._predict(frames, CLEAN_TIMESTEP, class_labels=labels, update_cache=True, **next_action)
             self.is_intact = True
         except ValueError:  # refused before anything was written
             self.is_intact = self.kv_cache.num_frames == num_cached
             raise
 
-    def rewind(self, num_frames: int, window: FrameBatch) -> None:
+    def rewind(self, num_frames: int, window: FrameBatch, coming: FrameBatch | None = None) -> None:
         """Take the last frames out of the context again; a write must follow.
 
         Args:
             num_frames (`int`): How many.
             window (`FrameBatch`): The frames before them, as many as were short then.
+            coming (`FrameBatch`, *optional*): For a separable model, the first of those that are taken out.
         """
         if self.kv_cache is None:
             self.frames = self.frames.between(0, self.frames.num_frames - num_frames)
         else:
+            window = window.looking_ahead(coming) if self.transformer.is_separable else window
             self.kv_cache.rewind(self.kv_cache.num_frames - num_frames, self._model_inputs(window))
         self.num_frames -= num_frames
 
@@ -312,13 +330,13 @@ class Rollout:
         """
         timesteps = self._set_timesteps(num_inference_steps)
         fed = self._model_inputs(frame)  # but for the latents the same at every step
-        modulations = self._modulations(fed, timesteps)
+        modulations, null_feature = self._modulations(fed, timesteps), self._null_feature(generator)
         latents = frame.latents.float()
         for step_index, (timestep, modulation) in enumerate(zip(timesteps, modulations)):
             fed = replace(fed, latents=self._model_latents(latents))
             with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=len(timesteps)):
-                velocity = self._velocity(fed, timestep, modulation).float()
-            if self.is_guided:
+                velocity = self._velocity(fed, timestep, modulation, null_feature).float()
+            if self.is_guided or null_feature:
                 null_velocity, velocity = velocity.chunk(2)
                 if self.config.guidance_scale > 1:
                     velocity = null_velocity + float(self.config.guidance_scale) * (velocity - null_velocity)
@@ -335,19 +353,29 @@ class Rollout:
         known = self.transformer.frame_modulations(fed, timesteps, labels, attention_kwargs)
         return known or [None] * len(timesteps)
 
+    def _null_feature(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, torch.Tensor]:
+        """Noise for the frame's feature, where guidance leads away from a noisy one."""
+        if self.config.guidance_mode != "feature" or self.config.guidance_scale <= 1:
+            return {}
+        batch_size, _, height, width = self.latent_shape
+        noise = frame_noise(self.transformer.feature_shape(batch_size, height, width), generator, self.device)
+        return {"null_feature_noise": noise.to(self.transformer.dtype)}
+
     def _velocity(
-        self, noisy: FrameBatch, timestep: torch.Tensor, modulation: FrameModulation | None = None
+        self, noisy: FrameBatch, timestep: torch.Tensor, modulation: FrameModulation | None, null_feature: dict
     ) -> torch.Tensor:
-        """Velocity of the one noisy frame at a step, `(B, 1, C, H, W)`."""
+        """Velocity of the one noisy frame at a step, `(B, 1, C, H, W)`; of the null half first, where there is one."""
         if modulation is not None:
-            return self._predict(FrameBatch(noisy.latents), modulation=modulation)
-        if self.kv_cache is not None or self.frames is None:
-            return self._predict(noisy, timestep, class_labels=self._model_labels())
-        context = self.frames
+            return self._predict(FrameBatch(noisy.latents), modulation=modulation, **null_feature)
+        if self.kv_cache is not None or (self.frames is None and not self.transformer.is_separable):
+            return self._predict(noisy, timestep, class_labels=self._model_labels(), **null_feature)
+        context = self.frames or noisy.between(0, 0)
         batch_size, num_clean = context.latents.shape[:2]
         timesteps = torch.full((batch_size, num_clean + 1), CLEAN_TIMESTEP, device=self.device)
         timesteps[:, -1] = timestep
-        return self._predict(context.append(noisy), timesteps, class_labels=self._model_labels())[:, -1:]
+        frames, labels = context.append(noisy), self._model_labels()
+        clean = {"clean_hidden_states": frames.latents} if self.transformer.is_separable else {}
+        return self._predict(frames, timesteps, class_labels=labels, **clean, **null_feature)[:, -1:]
 
     def _predict(
         self, frames: FrameBatch, timestep: torch.Tensor | float | None = None, **arguments

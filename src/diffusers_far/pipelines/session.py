@@ -149,7 +149,7 @@ class FARSession:
         with self._alone("set_config"):
             config = replace(self.config, **{name: value for name, value in given.items() if value is not None})
             check_settings(self.rollout.transformer, config)
-            is_guided = config.guidance_scale > 1
+            is_guided = config.needs_null_half
             if is_guided == self.rollout.is_guided:
                 self.rollout.set_config(config)
                 return
@@ -248,11 +248,11 @@ class FARSession:
         action = None if action is None else action.clone()  # the caller may use its memory again
         if self.num_frames:
             self.history.frames[-1].action = action
-        self._write_pending()
         state = self.noise.state if noise is None else None
         if noise is None:
             noise = self.noise.draw(self.rollout.latent_shape, self.rollout.device)
         new = SessionFrame(noise[:, 0], previous_action=action, action=own_action, noise=state)
+        self._write_pending(new)
         num_steps = self.latency.choose_steps(self.config.num_inference_steps)
         with self.latency.denoising(num_steps):
             latents = self.rollout.denoise(self._as_fed([new]), on_step_end, self.generator, num_steps)
@@ -369,7 +369,7 @@ class FARSession:
                 last.action = action
             if not self.rollout.is_intact and self.history.is_complete:
                 self.rollout = self.rollout.restarted(self.config)
-            elif self.rollout.is_intact and self.rollout.num_frames > num_written and self._is_fed_own_action:
+            elif self.rollout.is_intact and self.rollout.num_frames > num_written and self._writes_last_action:
                 self._unwrite(1)  # it was written with the action of the step that failed
             raise
 
@@ -390,7 +390,13 @@ class FARSession:
         """Whether the model is fed, with each frame, the action taken at it, instead of the one that led to it."""
         return self.rollout.transformer.takes_actions and not self.rollout.transformer.config.action_shift
 
-    def _write_pending(self) -> None:
+    @property
+    def _writes_last_action(self) -> bool:
+        """Whether a frame is written with the action taken at it; a separable model's encoder reads ahead."""
+        transformer = self.rollout.transformer
+        return transformer.takes_actions and (self._is_fed_own_action or transformer.is_separable)
+
+    def _write_pending(self, coming: SessionFrame) -> None:
         """Add the finished frames that are not in the context yet; a context at once, and new frames one by one where it
         matters, so that what is encoded anew equals what was encoded as the frames came."""
         pending = self.history.last(self._num_unwritten)
@@ -398,16 +404,16 @@ class FARSession:
         if self.rollout.order_matters:
             num_at_once = max(0, self.history.num_context_frames - self.rollout.num_frames)
         parts = [pending[:num_at_once], *([frame] for frame in pending[num_at_once:])]
-        for part in parts:
+        for part, later in zip(parts, [*parts[1:], [coming]]):
             if part:
-                self.rollout.write(self._as_fed(part))
+                self.rollout.write(self._as_fed(part), self._as_fed(later[:1]))
 
     def _unwrite(self, num_frames: int) -> None:
         """Take the last frames out of the context again."""
         if num_frames:
             first = self.rollout.num_frames - num_frames
-            window = self.history.before(first, smallest_history(self.rollout.transformer) - 1)
-            self.rollout.rewind(num_frames, self._as_fed(window))
+            *window, coming = self.history.before(first + 1, smallest_history(self.rollout.transformer))
+            self.rollout.rewind(num_frames, self._as_fed(window), self._as_fed([coming]))
 
     def _as_fed(self, frames: list[SessionFrame]) -> FrameBatch:
         """Frames with the actions that the model is fed with them: those that led to them, or, with `action_shift=0`,

@@ -195,6 +195,10 @@ def stored_state(
     if num_unwritten == 0 and facts["clock"].get("cache", {}).get("_window_is_stale"):
         raise ValueError("the short window is to be encoded anew, but no frame is to be written")
     check_tensors(tensors, form, transformer)
+    feature = {name.removesuffix("?") for name in form if name.startswith("past.feature_")}
+    num_given = len(feature & tensors.keys())
+    if num_given < len(feature) and (num_given or num_unwritten == 0):
+        raise ValueError("the feature of the frame to come is not whole")
 
     tensors = {
         name: tensor if name.endswith("noise_states") else tensor.to(device) for name, tensor in tensors.items()
@@ -213,13 +217,15 @@ def stored_state(
 
 
 def saved_settings(settings: GenerationSettings) -> dict[str, Any]:
-    """Settings as a file holds them: no session has noise levels of its own."""
-    return {name: value for name, value in asdict(settings).items() if name != "sigmas"}
+    """Settings as a file holds them: no session has noise levels of its own, and most are guided by the condition."""
+    left_out = {"sigmas"} | ({"guidance_mode"} if settings.guidance_mode == "condition" else set())
+    return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 
 def stored_config(transformer: FARTransformer3DModel, facts: dict[str, Any]) -> GenerationSettings:
     """How the session's frames are made."""
-    fields = dict_with("config", facts["config"], saved_settings(GenerationSettings()))
+    mode = {"guidance_mode"} & facts["config"].keys() if isinstance(facts["config"], dict) else ()
+    fields = dict_with("config", facts["config"], {*saved_settings(GenerationSettings()), *mode})
     options = CacheOptions(**dict_with("cache_options", fields["cache_options"], asdict(CacheOptions())))
     if not isinstance(fields["use_cache"], bool):
         raise ValueError(f"`use_cache` is {fields['use_cache']!r}; it is true or false")

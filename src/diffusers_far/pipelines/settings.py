@@ -24,6 +24,7 @@ class GenerationSettings:
         cache_options (`CacheOptions`): How the cache saves time and memory.
         attention_kwargs (`dict`, *optional*): Passed to the transformer: `scale` scales LoRA layers.
         sigmas (`tuple` of `float`, *optional*): Noise levels of the steps, for a scheduler that takes them.
+        guidance_mode (`str`): `"condition"`, or for separable models `"feature"`: what guidance leads away from.
 
     Raises:
         ValueError: `attention_kwargs` has another key, or no finite number.
@@ -35,6 +36,12 @@ class GenerationSettings:
     cache_options: CacheOptions = CacheOptions()
     attention_kwargs: dict | None = None
     sigmas: tuple[float, ...] | None = None
+    guidance_mode: str = "condition"
+
+    @property
+    def needs_null_half(self) -> bool:
+        """Whether the context is encoded once more, under null conditions."""
+        return self.guidance_scale > 1 and self.guidance_mode == "condition"
 
     def __post_init__(self):
         if self.attention_kwargs is not None:
@@ -68,6 +75,7 @@ class GenerationRequest:
     callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",)
     callback_on_frame_end: Callable | None = None
     sigmas: list[float] | None = None
+    guidance_mode: str = "condition"
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> "GenerationRequest":
@@ -88,4 +96,5 @@ class GenerationRequest:
             CacheOptions(short_cache, self.max_long_frames, self.num_sink_frames),
             self.attention_kwargs,
             None if self.sigmas is None else tuple(self.sigmas),
+            self.guidance_mode,
         )

@@ -537,6 +537,13 @@ def disable_cudnn_attention(transformer_config) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+# Why a transformer, which comes first, cannot be trained.
+SEPARABLE = (
+    "{} is an SCDTransformer3DModel, whose encoder and decoder have no training objective here yet; train a "
+    "FARTransformer3DModel."
+)
+
+
 def check_data(
     latents: LatentDataset | EncodedDataset | StreamedClips,
     transformer: torch.nn.Module,
@@ -563,6 +570,8 @@ def check_data(
         except ValueError as error:
             raise type(error)(f"Of the split that is held out: {error}") from error
     config = transformer.config
+    if transformer.is_separable:
+        raise ValueError(SEPARABLE.format("The transformer"))
     if latents.latent_shape[0] != config.in_channels:
         raise ValueError(
             f"The latents have {latents.latent_shape[0]} channels but the transformer has `in_channels` "
