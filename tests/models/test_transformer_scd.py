@@ -314,3 +314,14 @@ def test_calls_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="`learn_start=False`"):
         predict(model, frame)
     assert cache.num_frames == 0
+
+
+def test_compiled_and_offloaded_parts_compute_the_same():
+    clip = random_clip(tiny_separable(num_actions=3), 6)
+    expected = predict_cached(tiny_separable(num_actions=3), clip)
+    compiled, offloaded = tiny_separable(num_actions=3), tiny_separable(num_actions=3)
+    compiled.compile_repeated_blocks(backend="eager", dynamic=True)
+    offloaded.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    for model in (compiled, offloaded):
+        assert torch.allclose(predict_cached(model, clip), expected, atol=1e-5)
+    torch._dynamo.reset()

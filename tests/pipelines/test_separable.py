@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tiny_models import tiny_pipeline, tiny_separable, tiny_transformer
 
 from diffusers_far import FARPipeline, FARSession, FlexRoPEConfig
@@ -204,3 +206,23 @@ def test_what_cannot_be_made_is_refused_before_any_work():
     with pytest.raises(ValueError, match="separable with `action_shift=0`"):
         session_of(separable, context_of(separable))
     assert separable(**context_of(separable)).frames.isfinite().all()
+
+
+def test_lora_layers_of_both_parts_are_scaled_saved_loaded_and_fused(tmp_path):
+    pipe, other = pipeline(**MODELS["base"]), pipeline(**MODELS["base"])
+    arguments = context_of(pipe)
+    plain = pipe(**arguments, generator=seeded()).frames
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    adapted = pipe(**arguments, generator=seeded()).frames
+    switched_off = pipe(**arguments, generator=seeded(), attention_kwargs={"scale": 0.0}).frames
+    assert torch.allclose(switched_off, plain, atol=1e-5) and not torch.allclose(adapted, plain, atol=1e-3)
+
+    layers = get_peft_model_state_dict(pipe.transformer)
+    assert {name.split(".")[0] for name in layers} == {"encoder", "decoder"}
+    pipe.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    other.load_lora_weights(tmp_path)
+    assert torch.allclose(other(**arguments, generator=seeded()).frames, adapted, atol=1e-5)
+    other.fuse_lora()
+    other.unload_lora_weights()
+    assert torch.allclose(other(**arguments, generator=seeded()).frames, adapted, atol=1e-4)

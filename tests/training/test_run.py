@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
-from tiny_models import tiny_pipeline, tiny_transformer
+from tiny_models import tiny_pipeline, tiny_separable, tiny_transformer
 
+from benchmarks.studies.scripts import load_script
 from diffusers_far.data.clips import Clip, ClipBatch
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.training import clips as training_clips
@@ -281,6 +282,16 @@ class Latents:
 def test_data_that_does_not_fit_the_model_is_refused(model, latents, message):
     with pytest.raises(ValueError, match=message):
         check_data(latents, tiny_transformer(**model), num_fed_actions=5)
+
+
+def test_a_separable_model_is_refused_however_it_comes(tmp_path):
+    separable = tiny_separable(num_actions=3)
+    with pytest.raises(ValueError, match="^The transformer is an SCDTransformer3DModel"):
+        check_data(Latents(), separable, None, Latents())
+    separable.save_pretrained(tmp_path)
+    given = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path), revision=None)
+    with pytest.raises(ValueError, match="`--pretrained_model_name_or_path` '.*' is an SCDTransformer3DModel"):
+        load_script("train_far").build_transformer(given, in_channels=4, num_actions=3)
 
 
 def test_data_that_fits_passes():

@@ -564,14 +564,14 @@ def check_data(
             transformer takes, or have others.
         BadExampleError: A row does not fit, see [`VideoClips.check_rows`]; the message names it.
     """
+    if transformer.is_separable:
+        raise ValueError(SEPARABLE.format("The transformer"))
     if validation_latents is not None:
         try:
             check_data(validation_latents, transformer, None)
         except ValueError as error:
             raise type(error)(f"Of the split that is held out: {error}") from error
     config = transformer.config
-    if transformer.is_separable:
-        raise ValueError(SEPARABLE.format("The transformer"))
     if latents.latent_shape[0] != config.in_channels:
         raise ValueError(
             f"The latents have {latents.latent_shape[0]} channels but the transformer has `in_channels` "
