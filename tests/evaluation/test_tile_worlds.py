@@ -1,8 +1,11 @@
 """The protocol of tiles: what a perfect, a repeating and a cheating model score, and what is refused."""
 
+import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,7 +50,13 @@ from diffusers_far.evaluation.world_model import Predictions
 
 pytest.importorskip("crafter")  # has the textures
 
-WALKS = Path(__file__).parents[2] / "examples" / "crafter_walks"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WALKS = EXAMPLES / "crafter_walks"
+sys.path.insert(0, str(EXAMPLES))
+
+from crafter_world.game import CrafterWorld  # noqa: E402
+
+
 GRASS, SAND, STONE, LAVA = (MATERIALS.index(name) for name in ("grass", "sand", "stone", "lava"))
 LEFT, RIGHT, UP, DOWN = MOVES
 
@@ -149,8 +158,11 @@ def test_a_wrong_tile_costs_its_share_of_its_label_and_frame(walks, protocol):
     stretches = walks.ways_back
     predicted = stretches.clips.video[:, 32:].clone()
     predicted[:, 1, :, :48, :8] = 1.0  # a white first column, in the second new frame
-    scores = score_known_tiles(predictions(stretches, predicted), stretches, protocol)["accuracy"]
-    known = scores["known"]["predicted"]["by_frame"]
+    scores = score_known_tiles(predictions(stretches, predicted), stretches, protocol)
+    known = scores["accuracy"]["known"]["predicted"]["by_frame"]
+    distance = scores["distance_to_textures"]
+    assert distance["predicted"]["by_frame"][0] == distance["reconstructed"]["by_frame"][0]
+    assert distance["predicted"]["by_frame"][1]["mean"] > distance["reconstructed"]["by_frame"][1]["mean"] + 500
     assert known[1]["mean"] < 0.9 and all(known[frame]["mean"] == 1 for frame in (0, 2, 3, 4))
 
 
@@ -333,6 +345,37 @@ def test_a_world_is_made_the_same_alone_and_beside_others(dataset, protocol, pip
         assert set(made) == {"protocol", "made_up"}
     expected = together["made_up"]["predicted"]["distance_to_textures"]["mean"]
     assert alone["made_up"]["predicted"]["distance_to_textures"]["mean"] == pytest.approx(expected, rel=1e-4)
+
+
+class TheGame:
+    """Has the part of a pipeline that makes worlds, and plays Crafter itself where a model would draw."""
+
+    transformer = SimpleNamespace(config=SimpleNamespace(num_classes=None))
+
+    def __init__(self, seed) -> None:
+        self.start = CrafterWorld(seed, area=32)
+        self.start.start()
+
+    def start_session(self, *, video, actions, **settings):
+        self.game = copy.deepcopy(self.start)
+        for action in actions[0]:
+            frame = self.step(action[None])
+        assert torch.equal(frame, video[:, -1])
+        return self
+
+    def step(self, actions):
+        return torch.from_numpy(self.game.act(actions.item()))[None].movedim(-1, 1).float() / 255
+
+
+def test_the_game_itself_holds_and_everything_is_found_again(dataset, protocol):
+    protocol = replace(protocol, first_context_frame=0, num_context_frames=8, num_frames=0, num_made_frames=40)
+    protocol, dataset = replace(protocol, num_walks=1, return_steps=(6,)), dataset.select([1])
+    scores = measure_walks(TheGame(dataset[0]["seed"]), load_walks(dataset, protocol), protocol)
+    made, returned = scores["made_up"], scores["return"]["6"]["predicted"]
+    assert made["predicted"]["persistence"]["mean"] > 0.999  # a tree is felled now and then
+    assert made["predicted"]["moved"]["mean"] > 0.8 * made["true"]["moved"]["mean"]
+    assert {name: returned[name]["mean"] for name in returned} == {"all_tiles": 1, "left_view": 1, "persistence": 1}
+    assert made["predicted"]["distance_to_textures"]["mean"] < 100  # what is beyond the world has no texture
 
 
 def test_each_part_can_be_left_out(dataset, protocol, pipe):

@@ -223,7 +223,7 @@ def score_known_tiles(predictions: Predictions, walks: TileWalks, protocol: Tile
     Returns:
         `dict` with `num_walks`; `share_scored` by frame, of all tiles; `accuracy` by label, see [`label_tiles`], and for all
         "known" tiles together, with `share_of_tiles`, and for each source the accuracy of `all` frames and `by_frame`; `psnr`
-        likewise; and `player` and `inventory`, see [`score_exact_tiles`]. Sources are the prediction, the last frame of the
+        and `distance_to_textures` likewise; and `player` and `inventory`, see [`score_exact_tiles`]. Sources are the prediction, the last frame of the
         context repeated, and the VAE's reconstruction.
     """
     num_context, textures = protocol.num_context_frames, load_textures()
@@ -231,9 +231,11 @@ def score_known_tiles(predictions: Predictions, walks: TileWalks, protocol: Tile
     of_walks = zip(clips.pose[..., :2].numpy(), walks.tiles, clips.actions.numpy())
     labels = np.stack([label_tiles(*walk, num_context) for walk in of_walks])
     frames = {name: _in_levels(getattr(predictions, name)) for name in SOURCES}  # (B, num_frames, h, w, 3)
-    is_right = {
-        name: np.stack([read_tiles(video, textures)[0] for video in made]) == truth for name, made in frames.items()
-    }
+    is_right, distance = {}, {}
+    for name, made in frames.items():
+        read, nearness = zip(*(read_tiles(video, textures) for video in made))
+        is_right[name] = np.stack(read) == truth
+        distance[name] = np.stack(nearness)[..., NOT_PLAYER].mean(-1)
     accuracy = {}
     for name, parts in LABELS.items():
         counts = np.isin(labels, parts)
@@ -246,6 +248,7 @@ def score_known_tiles(predictions: Predictions, walks: TileWalks, protocol: Tile
         "share_scored": (labels != NOT_SCORED).mean((0, 2, 3)).tolist(),
         "accuracy": accuracy,
         "psnr": {name: _over_walks(values, values.mean(1)) for name, values in psnr.items()},
+        "distance_to_textures": {name: _over_walks(values, values.mean(1)) for name, values in distance.items()},
         **score_exact_tiles(frames, clips.frames.movedim(2, -1).numpy(), num_context),
     }
 
@@ -510,7 +513,7 @@ def format_scores(scores: dict) -> str:
 
 
 def _row(title: str, values: Iterable) -> str:
-    return f"{title:<38}" + "".join(f"{value:>21}" for value in values)
+    return f"{title:<38}" + "".join(f"{value:>15}" for value in values)
 
 
 def _known_rows(known: dict, num_frames: int) -> list[str]:
@@ -533,7 +536,8 @@ def _known_rows(known: dict, num_frames: int) -> list[str]:
             lines += rows(f"{label}, {of_label['share_of_tiles']:.1%} of all tiles", of_label)
     for name in ("player", "inventory"):
         lines += rows(f"{name}, told from {known[name]['num_different']} different tiles", known[name])
-    return lines + rows("PSNR in dB", known["psnr"], factor=1)
+    lines += rows("PSNR in dB", known["psnr"], factor=1)
+    return lines + rows("squared distance to textures", known["distance_to_textures"], factor=1)
 
 
 def _made_up_rows(worlds: dict) -> list[str]:
