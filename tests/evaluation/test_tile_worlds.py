@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, List, Value
+from datasets import Dataset, Image, List, Value
 from diffusers import AutoencoderTiny
 from tiny_models import tiny_pipeline, tiny_transformer
 
@@ -428,6 +428,19 @@ def test_values_of_another_world_are_told_with_their_row(dataset, protocol, colu
     one = dataset.select([0]).remove_columns(column).add_column(column, [value], feature=features[column])
     with pytest.raises(ValueError, match=f"Trajectory 0.*{message}"):
         load_walks(one, replace(protocol, num_walks=1))
+
+
+def test_frames_of_another_size_are_refused(dataset, protocol):
+    half = [[Image().encode_example(image.resize((32, 32))) for image in dataset[0]["video"]]]
+    one = dataset.select([0]).remove_columns("video").add_column("video", half, feature=List(Image()))
+    with pytest.raises(ValueError, match=r"Trajectory 0.* has frames of \(32, 32\) pixels; tiles are read from 64x64"):
+        load_walks(one, replace(protocol, num_walks=1))
+
+
+def test_textures_that_are_not_installed_are_told_before_anything_is_read(dataset, protocol, pipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "crafter", None)
+    with pytest.raises(ValueError, match="pip install crafter"):
+        check_dataset(dataset, pipe, protocol)
 
 
 @pytest.mark.parametrize("return_steps", [(0,), (2, 2), (-1, 4)])

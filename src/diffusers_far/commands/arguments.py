@@ -142,9 +142,9 @@ def parse_evaluate(arguments: Arguments = None, program: str | None = None) -> a
         accelerate launch -m diffusers_far.commands evaluate --protocol mcvd --model far-ucf --dataset_name ucf-64 \\
             --output ucf-scores
 
-    The protocols `world_model` and `tiles` write one JSON file. The others write a folder: a result for each case, so that an evaluation that
-    was interrupted goes on when the same command is given again, `scores.json`, `scores.md` and samples to look at.
-    `--protocol NAME --help` lists the settings of one.
+    The protocols `world_model` and `tiles` write one JSON file. The others write a folder: a result for each case, so that an
+    evaluation that was interrupted goes on when the same command is given again, `scores.json`, `scores.md` and samples to look
+    at. `--protocol NAME --help` lists the settings of one.
     """
     choice = OneLineParser(add_help=False)
     choice.add_argument("--protocol", choices=ALL_PROTOCOLS, default="world_model")
@@ -156,7 +156,8 @@ def parse_evaluate(arguments: Arguments = None, program: str | None = None) -> a
     parser.add_argument(
         "--dataset_name",
         required=True,
-        help="Folder or Hub id: a column video; actions or label if the model takes them; pose if views are to be told apart.",
+        help="Folder or Hub id: a column video; actions or label if the model takes them; pose if views are to be told apart; "
+        "for worlds of tiles what make_crafter_dataset.py writes.",
     )
     parser.add_argument("--dataset_split", default="test")
     if writes_one_file:
