@@ -101,7 +101,6 @@ def check_dataset(dataset: Dataset, pipe: FARPipeline, protocol: TilesProtocol) 
 
     Raises:
         ValueError: A column is missing, or the model does not take the actions.
-        ModuleNotFoundError: The package crafter is missing.
     """
     config = pipe.transformer.config
     reasons = {"video": "frames are compared", "actions": "walks have actions", "pose": "walks are followed"}
@@ -117,7 +116,6 @@ def check_dataset(dataset: Dataset, pipe: FARPipeline, protocol: TilesProtocol) 
             "The model makes whole clips, but a made-up world is walked frame by frame; give `num_made_frames` 0 and an "
             "empty `return_steps`."
         )
-    load_textures()
 
 
 def load_walks(dataset: Dataset, protocol: TilesProtocol) -> TileRecordings:
