@@ -100,7 +100,7 @@ def check_dataset(dataset: Dataset, pipe: FARPipeline, protocol: TilesProtocol) 
     """Refuse what the protocol cannot work with, before anything is read or predicted.
 
     Raises:
-        ValueError: A column or the package crafter is missing, or the model does not take the actions.
+        ValueError: A column is missing, or the model does not take the actions.
     """
     config = pipe.transformer.config
     reasons = {"video": "frames are compared", "actions": "walks have actions", "pose": "walks are followed"}
@@ -116,10 +116,6 @@ def check_dataset(dataset: Dataset, pipe: FARPipeline, protocol: TilesProtocol) 
             "The model makes whole clips, but a made-up world is walked frame by frame; give `num_made_frames` 0 and an "
             "empty `return_steps`."
         )
-    try:
-        load_textures()
-    except ModuleNotFoundError as error:  # a command would name the extra of its own
-        raise ValueError(str(error)) from error
 
 
 def load_walks(dataset: Dataset, protocol: TilesProtocol) -> TileRecordings:

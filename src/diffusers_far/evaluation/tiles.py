@@ -8,9 +8,11 @@ tiles that come in, and those too where they were in view before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
 
 MATERIALS = (
@@ -58,22 +60,13 @@ CHOP_SHARE = 0.2  # of the frames before a tree: it is felled, and grass is left
 
 
 def load_textures() -> np.ndarray:
-    """How each of `MATERIALS` looks: uint8 of shape `(12, 8, 8, 3)`, from the package crafter.
+    """How each of `MATERIALS` looks: uint8 of shape `(12, 8, 8, 3)`.
 
-    Raises:
-        ModuleNotFoundError: crafter is not installed; the message says how to install it.
+    Crafter's own textures at this size (MIT licence, see NOTICE), side by side in a file of this package, so that worlds
+    are read where Crafter is not installed.
     """
-    try:
-        from crafter import constants, engine
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Textures of tiles come from the package crafter, and {error.name!r} is not installed; run "
-            "`pip install crafter`.",
-            name=error.name,
-        ) from error
-    textures = engine.Textures(constants.root / "assets")
-    size = (TILE_SIZE, TILE_SIZE)
-    return np.stack([textures.get(name, size)[..., :3].swapaxes(0, 1) for name in MATERIALS])
+    with Image.open(Path(__file__).with_name("crafter_tiles.png")) as picture:
+        return np.stack(np.split(np.asarray(picture.convert("RGB")), len(MATERIALS), axis=1))
 
 
 def read_tiles(frames: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +80,12 @@ def read_tiles(frames: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np
         Material numbers, int64 of shape `(F, 8, 6)`, and the mean squared difference to the nearest texture, float32 of
         the same shape: 0 where the texture is drawn exactly, large where the picture is broken.
     """
-    drawn = cut_tiles(frames)[:, :, :ROWS].astype(np.float32)
+    return nearest_material(cut_tiles(frames)[:, :, :ROWS], textures)
+
+
+def nearest_material(drawn: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the nearest texture, and the mean squared difference to it, of each tile `(..., 8, 8, 3)`."""
+    drawn = drawn.astype(np.float32)
     # One texture at a time: all at once would take 1.7 MB a frame.
     distances = [((drawn - texture.astype(np.float32)) ** 2).mean((-1, -2, -3)) for texture in textures]
     distance = np.stack(distances, -1)
