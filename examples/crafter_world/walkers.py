@@ -2,47 +2,10 @@
 
 import collections
 
-from diffusers_far.evaluation.tiles import DO, SAFE_TO_WALK, STEPS
+from diffusers_far.evaluation.tiles import MOVES, SAFE_TO_WALK, STEPS, Wanderer
 
 
-MOVES = (0, 1, 2, 3)
-TURN_SHARE = 0.12  # of the frames: a new direction is drawn
-AVOID_SHARE = 0.7  # of the frames before an obstacle: a new direction is drawn; else the walker runs into it
-CHOP_SHARE = 0.2  # of the frames before a tree: it is felled, and grass is left
 TRIP_LENGTHS = range(8, 33)  # frames of a round trip before its way home
-
-
-class Wanderer:
-    """Walks straight on for a while, then elsewhere; now and then into an obstacle, never into lava.
-
-    Args:
-        rng (`numpy.random.Generator`): Decides the way.
-    """
-
-    def __init__(self, rng):
-        self.rng = rng
-        self.direction = int(rng.integers(len(MOVES)))
-
-    def next_action(self, world):
-        """The action to take in a `CrafterWorld` as it is now."""
-        while True:
-            if self.rng.random() < TURN_SHARE:
-                self._turn()
-            ahead = self._material_ahead(world)
-            is_obstacle = ahead not in SAFE_TO_WALK
-            if ahead in (None, "lava") or (is_obstacle and self.rng.random() < AVOID_SHARE):
-                self._turn()
-            # Only trees are acted on: grass gives a sapling by chance.
-            if world.material(place_after(world.position, world.facing)) == "tree" and self.rng.random() < CHOP_SHARE:
-                return DO
-            if self._material_ahead(world) != "lava":
-                return self.direction
-
-    def _turn(self):
-        self.direction = int(self.rng.integers(len(MOVES)))
-
-    def _material_ahead(self, world):
-        return world.material(place_after(world.position, STEPS[self.direction]))
 
 
 class OutAndBack:

@@ -91,6 +91,15 @@ def test_keys_and_buttons_make_the_next_frame(page):
     wait_for_frames(page, 3)
 
 
+def test_a_new_world_begins_from_nothing(page):
+    before = last_frame(page)
+    page.click("#new-world")
+    page.wait_for_selector("text=A new world · 0 new frames after 1 of context")
+    assert last_frame(page) != before
+    page.keyboard.press("ArrowUp")
+    wait_for_frames(page, 1)
+
+
 def test_keys_in_a_field_are_left_to_the_field(page):
     page.locator("#steps input[type=number]").focus()
     page.keyboard.press("ArrowUp")

@@ -5,11 +5,11 @@ from typing import get_args, get_type_hints
 import pytest
 
 from diffusers_far.commands.arguments import add_settings, read_settings
-from diffusers_far.evaluation.protocols import PROTOCOLS
+from diffusers_far.evaluation.protocols import PROTOCOLS, TilesProtocol
 from diffusers_far.evaluation.world_model import WorldModelProtocol
 
 
-ALL = [WorldModelProtocol, *PROTOCOLS.values()]
+ALL = [WorldModelProtocol, TilesProtocol, *PROTOCOLS.values()]
 
 
 def parse(protocol_class, *arguments: str):

@@ -20,6 +20,7 @@ from diffusers_far.evaluation.protocols import WorldModelProtocol
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
+WALKS = SCRIPT.parent / "crafter_walks"
 WHAT = ["--model", "model", "--dataset_name", "data"]
 
 
@@ -38,6 +39,12 @@ def test_the_world_model_protocol_is_the_default_and_writes_one_file(tmp_path):
         (["--guidance_scale", "nan"], "`guidance_scale` is nan"),
         (["--min_repeated_psnr", "inf"], "`min_repeated_psnr` is inf"),
         (["--short_cache", "fast"], "`short_cache` is 'fast'"),
+        (["--protocol", "tiles", "--output", str(SCRIPT)], "exists"),
+        (
+            ["--protocol", "tiles", "--num_made_frames", "-1"],
+            "`num_made_frames` is -1; it must be finite and at least 0",
+        ),
+        (["--protocol", "tiles", "--return_steps", "4", "4"], "`return_steps` is (4, 4)"),
         (["--protocol", "teco"], "--output"),
         (["--protocol", "teco", "--output", "scores.json"], "name a folder"),
         (["--protocol", "teco", "--output", "scores", "--num_trajectories", "3"], "num_trajectories"),
@@ -81,6 +88,20 @@ def test_recordings_of_ones_own_are_scored_by_one_command_without_poses_or_names
     assert {"by_view", "follows_actions", "memory"}.isdisjoint(scores)
     shown = capsys.readouterr().out
     assert "of the 67% that change:" in shown and "mirrored" not in shown and "views" not in shown
+
+
+def test_a_world_of_tiles_is_scored_by_one_command(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("crafter")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    transformer = tiny_transformer(num_actions=5, action_shift=1, patch_size=4)
+    tiny_pipeline(transformer, guidance_scale=1.3).save_pretrained(tmp_path / "far-crafter")
+    command = f"--protocol tiles --model {tmp_path}/far-crafter --dataset_name {WALKS} --num_walks 2 --return_steps"
+    command += f" --num_context_frames 2 --num_frames 2 --num_made_frames 2 --num_inference_steps 1 --output {tmp_path}/tiles.json"
+    main(parse_evaluate(command.split()))
+    scores = json.loads((tmp_path / "tiles.json").read_text())
+    assert (scores["protocol"]["num_inference_steps"], scores["protocol"]["guidance_scale"]) == (1, 1.3)
+    assert scores["known"]["wandering"]["num_walks"] == 2 and "return" not in scores and scores["date"]
+    assert "Made-up worlds of 2 frames" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_a_column_of_another_type_is_refused(trajectories):
 
 
 def test_single_frames_of_video_files_are_refused_with_the_cure(video_folder):
-    with pytest.raises(ValueError, match="`column` is 'video', which holds video files.*prepare_dataset.py"):
+    with pytest.raises(ValueError, match="`column` is 'video', which holds video files.*far prepare"):
         FrameDataset(load_split(str(video_folder), "train"))
 
 

@@ -84,7 +84,7 @@ def test_frames_to_measure_come_from_the_first_trajectories(folder, monkeypatch)
 def test_video_files_are_refused_with_the_cure(tmp_path):
     write_video(tmp_path / "clips" / "a.mp4", gray_frames(3))
     (tmp_path / "clips" / "metadata.jsonl").write_text('{"file_name": "a.mp4"}')
-    with pytest.raises(ValueError, match="which holds video files.*prepare_dataset.py"):
+    with pytest.raises(ValueError, match="which holds video files.*far prepare"):
         streamed(str(tmp_path / "clips"))
 
 

@@ -13,14 +13,14 @@ from typing import Any, get_args, get_type_hints
 from ..command_line import HeightAndWidth, HelpWithDefaults, number, whole_number
 from ..data.rows import COMBINATION_RULES
 from ..data.sources import SOURCES
-from ..evaluation.protocols import PROTOCOLS, WorldModelProtocol
+from ..evaluation.protocols import PROTOCOLS, RecordingProtocol, TilesProtocol, WorldModelProtocol
 from .app.settings import WorldLimits, checked_hosts
 
 
 MAX_FRAMES = 100_000  # the cache makes room for all of them at the start
 DEFAULT_CONTEXT_FRAMES = 32
 SPLITS = ("train", "validation", "test")
-ALL_PROTOCOLS = {"world_model": WorldModelProtocol, **PROTOCOLS}
+ALL_PROTOCOLS = {"world_model": WorldModelProtocol, "tiles": TilesProtocol, **PROTOCOLS}
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Arguments = Sequence[str] | None  # `None`: those that the process was started with
@@ -137,27 +137,30 @@ def parse_evaluate(arguments: Arguments = None, program: str | None = None) -> a
     """Measure a model by a protocol: held-out recordings of your own, or the protocols of published figures.
 
         far evaluate --model far-pong --dataset_name pong --num_walks 8 --first_context_frame 0 --output scores.json
+        far evaluate --protocol tiles --model far-crafter --dataset_name crafter --output tiles.json
         far evaluate --protocol teco --model far-dmlab --dataset_name dmlab --output dmlab-scores
         accelerate launch -m diffusers_far.commands evaluate --protocol mcvd --model far-ucf --dataset_name ucf-64 \\
             --output ucf-scores
 
-    `--protocol world_model` writes one JSON file. The others write a folder: a result for each case, so that an evaluation that
-    was interrupted goes on when the same command is given again, `scores.json`, `scores.md` and samples to look at.
-    `--protocol NAME --help` lists the settings of one.
+    The protocols `world_model` and `tiles` write one JSON file. The others write a folder: a result for each case, so that an
+    evaluation that was interrupted goes on when the same command is given again, `scores.json`, `scores.md` and samples to look
+    at. `--protocol NAME --help` lists the settings of one.
     """
     choice = OneLineParser(add_help=False)
     choice.add_argument("--protocol", choices=ALL_PROTOCOLS, default="world_model")
     protocol = choice.parse_known_args(arguments)[0].protocol
+    writes_one_file = issubclass(ALL_PROTOCOLS[protocol], RecordingProtocol)
 
     parser = OneLineParser(parse_evaluate.__doc__, prog=program, parents=[choice])
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id.")
     parser.add_argument(
         "--dataset_name",
         required=True,
-        help="Folder or Hub id: a column video; actions or label if the model takes them; pose if views are to be told apart.",
+        help="Folder or Hub id: a column video; actions or label if the model takes them; pose if views are to be told apart; "
+        "for worlds of tiles what make_crafter_dataset.py writes.",
     )
     parser.add_argument("--dataset_split", default="test")
-    if protocol == "world_model":
+    if writes_one_file:
         parser.add_argument("--output", type=Path, help="JSON file for the figures; must not exist.")
         parser.add_argument(
             "--int8", action="store_true", help="Linear layers in int8, on the CPU; see docs/speed.md."
@@ -174,9 +177,9 @@ def parse_evaluate(arguments: Arguments = None, program: str | None = None) -> a
         )
     add_settings(parser.add_argument_group(f"settings of {protocol}"), ALL_PROTOCOLS[protocol])
     args = parser.parse_args(arguments)
-    if protocol == "world_model" and args.output is not None and args.output.exists():
+    if writes_one_file and args.output is not None and args.output.exists():
         parser.error(f"--output {args.output} exists; name another file, or move it away.")
-    if protocol != "world_model" and args.output.suffix == ".json":
+    if not writes_one_file and args.output.suffix == ".json":
         parser.error(f"--output {args.output} is a file; {protocol} keeps a result for each case, name a folder.")
     try:
         args.settings = read_settings(args, ALL_PROTOCOLS[protocol])
@@ -193,7 +196,7 @@ def add_settings(parser: argparse._ActionsContainer, protocol_class: type) -> No
         kind = get_args(hints[each.name])[0] if is_list else hints[each.name]
         num_values = None
         if is_list:  # `tuple[int, ...]` is of any length, `tuple[int, int]` of two
-            num_values = "+" if Ellipsis in get_args(hints[each.name]) else len(get_args(hints[each.name]))
+            num_values = "*" if Ellipsis in get_args(hints[each.name]) else len(get_args(hints[each.name]))
         assert each.default is not MISSING, f"{each.name} of {protocol_class.__name__} has no default"
         default = each.default
         if default is None:

@@ -14,18 +14,20 @@ from accelerate import Accelerator
 from ..baselines.pipeline_video_dit import load_pipeline as load_any_pipeline
 from ..command_line import Progress, require_one_process, set_up_logging
 from ..data.loading import load_split
+from ..evaluation import tile_worlds, world_model
 from ..evaluation.networks import PACKAGE, find_packaged_weights, load_i3d, load_image_features, load_lpips
-from ..evaluation.protocols import RolloutProtocol, WorldModelProtocol
+from ..evaluation.protocols import RecordingProtocol, RolloutProtocol
 from ..evaluation.report import join_sheets, markdown_table, summarize
 from ..evaluation.results import ResultFolder, evaluation_identity
 from ..evaluation.rollouts import MetricNetworks, TrueVideos, measured_batches, run_cases
-from ..evaluation.world_model import check_dataset, format_scores, load_walks, predict_walks, score_walks
 from ..files import file_sha256, written_whole
 from .arguments import PRECISIONS
 from .inputs import load_pipeline
 
 
 logger = logging.getLogger(__name__)
+
+MEASURES = {"world_model": world_model, "tiles": tile_worlds}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -35,8 +37,8 @@ def main(args: argparse.Namespace) -> None:
         ValueError, OSError: What the user can mend.
     """
     set_up_logging(__name__)
-    if args.protocol == "world_model":
-        evaluate_world_model(args, args.settings)
+    if isinstance(args.settings, RecordingProtocol):
+        evaluate_recordings(args, args.settings)
     else:
         evaluate_rollouts(args, args.settings)
 
@@ -53,27 +55,27 @@ def describe_run() -> dict:
     }
 
 
-def evaluate_world_model(args: argparse.Namespace, protocol: WorldModelProtocol) -> None:
+def evaluate_recordings(args: argparse.Namespace, protocol: RecordingProtocol) -> None:
     """Predict held-out recordings, and print the scores or write them to a file."""
-    require_one_process("far evaluate --protocol world_model")
+    require_one_process(f"far evaluate --protocol {args.protocol}")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
+    measures = MEASURES[args.protocol]
     dataset = load_split(args.dataset_name, args.dataset_split)
     pipe = load_pipeline(args.model, load_any_pipeline, "cpu" if args.int8 else None)
     protocol = protocol.with_defaults_of(pipe)
-    check_dataset(dataset, pipe, protocol)
-    walks = load_walks(dataset, protocol)
+    measures.check_dataset(dataset, pipe, protocol)
+    walks = measures.load_walks(dataset, protocol)
     if args.int8:
         pipe.transformer.quantize_int8()
 
     start = time.perf_counter()
-    progress = Progress(protocol.num_walks, unit="recording")
-    predictions = predict_walks(pipe, walks, protocol, on_batch_end=progress.update)
+    progress = Progress(protocol.num_walks * protocol.num_parts, unit="recording")
+    scores = measures.measure_walks(pipe, walks, protocol, on_batch_end=progress.update)
     progress.close()
-    scores = score_walks(predictions, walks, protocol)
     scores |= {"seconds": time.perf_counter() - start, "int8": args.int8}
     scores |= describe_run()
-    print(format_scores(scores))
+    print(measures.format_scores(scores))
     if args.output is not None:
         with written_whole(args.output, overwrite=False) as file:
             file.write_text(json.dumps(scores, indent=2) + "\n")

@@ -270,7 +270,7 @@ def holds_video_files(features: Features, column: str) -> bool:
     if not isinstance(getattr(feature, "feature", None), Image):
         raise ValueError(
             f"`column` is {column!r}, but the dataset has {dict(features)}; name a column of type `List(Image())` or "
-            "`Video`, or prepare the dataset with prepare_dataset.py."
+            "`Video`, or prepare the dataset with `far prepare`."
         )
     return False
 

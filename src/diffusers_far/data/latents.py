@@ -207,7 +207,7 @@ class LatentDataset:
             if shard.features != shards[0].features:
                 raise ValueError(
                     f"{str(path)!r} has the columns {shard.features}, but {paths[0].name!r} has {shards[0].features}; all "
-                    "frames and actions must be alike: prepare the dataset with prepare_dataset.py and `--size`."
+                    "frames and actions must be alike: prepare the dataset with `far prepare` and `--size`."
                 )
         self._unchecked = dict(enumerate(paths))  # shards whose sums are not compared yet
         self.table = datasets.concatenate_datasets(shards)

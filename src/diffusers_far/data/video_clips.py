@@ -133,7 +133,7 @@ class VideoClips:
             if len(sizes | first) > 1:
                 raise BadExampleError(
                     f"{self.name(trajectory)} has frames of {sorted(sizes)}, but the first trajectory's are "
-                    f"{sorted(first)} (height, width); prepare the dataset with prepare_dataset.py and `--size`."
+                    f"{sorted(first)} (height, width); prepare the dataset with `far prepare` and `--size`."
                 )
 
     def _png_sizes(self, trajectory: int) -> set[tuple[int, int]]:
@@ -192,7 +192,7 @@ class EncodedDataset(VideoClips):
         if first_frame.shape[2] % unit or first_frame.shape[3] % unit:
             raise ValueError(
                 f"Frames of {first_frame.shape[2]}x{first_frame.shape[3]} cannot be encoded: the VAE needs multiples of "
-                f"{unit}; prepare the dataset with prepare_dataset.py and `--size`."
+                f"{unit}; prepare the dataset with `far prepare` and `--size`."
             )
         self.latent_shape = tuple(encode_video(vae, first_frame).shape[1:])
 
@@ -271,7 +271,7 @@ class StreamedClips:
         if tuple(clip.frames.shape[2:]) != self.frame_size:
             raise BadExampleError(
                 f"{trajectory.name} has frames of {tuple(clip.frames.shape[2:])}, but the first trajectory's are "
-                f"{self.frame_size} (height, width); prepare the dataset with prepare_dataset.py and `--size`."
+                f"{self.frame_size} (height, width); prepare the dataset with `far prepare` and `--size`."
             )
         return clip
 
@@ -291,7 +291,7 @@ class FrameDataset(torch.utils.data.Dataset):
         if holds_video_files(trajectories.features, column):
             raise ValueError(
                 f"`column` is {column!r}, which holds video files: to find one frame in such a file, many are decoded. "
-                "Turn them into images with prepare_dataset.py."
+                "Turn them into images with `far prepare`."
             )
         self.clips = VideoClips(trajectories, column, conditions=())
         self.first_frame = np.concatenate([[0], np.cumsum(self.clips.num_frames)])

@@ -69,9 +69,9 @@ class Case:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def setting(default, text: str):
-    """A field with its meaning, which the command line shows."""
-    return field(default=default, metadata={"help": text})
+def setting(default, text: str, least: float | None = None):
+    """A field with its meaning, which the command line shows, and the least that it may be; by default 1 for counts, else 0."""
+    return field(default=default, metadata={"help": text, "least": least})
 
 
 def check_ranges(protocol: object) -> None:
@@ -82,8 +82,9 @@ def check_ranges(protocol: object) -> None:
         value = getattr(protocol, each.name)
         if not isinstance(value, (int, float)):
             continue
-        is_count = each.name.startswith("num_") and each.name != "num_recent_frames"
-        least = 1 if is_count or each.name in ("frame_interval", "batch_size") else 0
+        least = each.metadata["least"]
+        if least is None:
+            least = 1 if each.name.startswith("num_") or each.name in ("frame_interval", "batch_size") else 0
         if not least <= value < math.inf:
             raise ValueError(f"`{each.name}` is {value}; it must be finite and at least {least}.")
 
@@ -252,23 +253,70 @@ class LatteProtocol(RolloutProtocol):
         return int(torch.randint(num_video_frames - self.num_frames_needed + 1, (), generator=generator))
 
 
-@dataclass(frozen=True)
-class WorldModelProtocol:
-    """Continues held-out recordings at their true actions; see the fields' help."""
+@dataclass(frozen=True, kw_only=True)
+class RecordingProtocol:
+    """What the protocols share that continue held-out recordings at their true actions; see the fields' help."""
 
     num_walks: int = setting(64, "Recordings, the first ones of the split that are long enough.")
     first_context_frame: int = setting(68, "First frame that the model is shown, from 0.")
     num_context_frames: int = setting(32, "Frames that it is shown.")
     num_frames: int = setting(8, "Frames that it then predicts.")
-    num_recent_frames: int = setting(
-        0,
-        "Above 0, the same frames are predicted from the last so many of the context alone too; what the whole context is "
-        "better by is what the model remembers.",
-    )
     # `None` is the pipeline's own; the type is that of what is given, which the command line reads.
     num_inference_steps: int = setting(None, "Denoising steps of each frame.")
     guidance_scale: float = setting(None, "Guidance.")
     short_cache: str = setting(None, "How the short window is cached: exact, rolling or a number.")
+    seed: int = setting(0, "Recording k is predicted with noise of its own, seeded with this plus k.")
+    batch_size: int = setting(16, "Recordings at once; changes the time, not the result beyond rounding.")
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.short_cache not in (None, "exact", "rolling") and not re.fullmatch("[1-9][0-9]*", self.short_cache):
+            raise ValueError(f"`short_cache` is {self.short_cache!r}; it is 'exact', 'rolling' or a number from 1.")
+
+    def with_defaults_of(self, pipe: "FARPipeline") -> "RecordingProtocol":
+        """The same with the settings that `pipe` is shipped with, where they were left open."""
+        return replace(
+            self,
+            num_inference_steps=self.num_inference_steps or pipe.default_inference_steps,
+            guidance_scale=pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            short_cache=self.short_cache or str(pipe.default_short_cache),
+        )
+
+    @property
+    def num_parts(self) -> int:
+        """How many times recordings are gone through."""
+        return 1
+
+    @property
+    def last_frame(self) -> int:
+        return self.first_context_frame + self.num_context_frames + self.num_frames
+
+    def how_frames_are_made(self) -> dict:
+        """These settings as arguments of a pipeline."""
+        is_number = self.short_cache is not None and self.short_cache.isdigit()
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "short_cache": int(self.short_cache) if is_number else self.short_cache,
+        }
+
+    def noise_of(self, walks: range) -> "list[torch.Generator]":
+        """A generator for each of the recordings, by number."""
+        import torch
+
+        return [torch.Generator().manual_seed(self.seed + walk) for walk in walks]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldModelProtocol(RecordingProtocol):
+    """How good each next frame is, whether it follows actions, and what is remembered; see the fields' help."""
+
+    num_recent_frames: int = setting(
+        0,
+        "Above 0, the same frames are predicted from the last so many of the context alone too; what the whole context is "
+        "better by is what the model remembers.",
+        least=0,
+    )
     mirrored_actions: tuple[int, int] = setting(
         None,
         "Two actions that mirror each other, to see whether the model follows actions. By default those that the pipeline "
@@ -281,13 +329,9 @@ class WorldModelProtocol:
         "A frame is unchanged where the last frame of the context, repeated, has so many dB; the others are scored by "
         "themselves as well.",
     )
-    seed: int = setting(0, "Recording k is predicted with noise of its own, seeded with this plus k.")
-    batch_size: int = setting(16, "Recordings at once; changes the time, not the result beyond rounding.")
 
     def __post_init__(self):
-        check_ranges(self)
-        if self.short_cache not in (None, "exact", "rolling") and not re.fullmatch("[1-9][0-9]*", self.short_cache):
-            raise ValueError(f"`short_cache` is {self.short_cache!r}; it is 'exact', 'rolling' or a number from 1.")
+        super().__post_init__()
         if not 0 <= self.num_recent_frames < self.num_context_frames:
             raise ValueError(
                 f"`num_recent_frames` is {self.num_recent_frames} and `num_context_frames` {self.num_context_frames}; the first "
@@ -300,9 +344,6 @@ class WorldModelProtocol:
         Raises:
             ValueError: `mirrored_actions` that are no two actions of the model.
         """
-        steps = self.num_inference_steps or pipe.default_inference_steps
-        guidance = pipe.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
-        short_cache = self.short_cache or str(pipe.default_short_cache)
         num_actions, mirrored = pipe.transformer.config.num_actions, self.mirrored_actions
         if mirrored is None:
             names = [name.lower() for name in pipe.config.action_names or []]
@@ -312,17 +353,39 @@ class WorldModelProtocol:
                 f"`mirrored_actions` is {mirrored}, but the model has {num_actions or 'no'} discrete actions; give two of "
                 "them, from 0, or leave it out."
             )
-        return replace(
-            self,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            short_cache=short_cache,
-            mirrored_actions=mirrored,
-        )
+        return replace(super().with_defaults_of(pipe), mirrored_actions=mirrored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesProtocol(RecordingProtocol):
+    """What a model knows of a world of tiles, and whether the worlds that it makes up hold; see the fields' help."""
+
+    first_context_frame: int = setting(64, "First frame that the model is shown of each recording, from 0.")
+    num_frames: int = setting(24, "Frames that it then predicts at the true actions; 0 leaves this part out.", least=0)
+    way_back_share: float = setting(
+        0.5,
+        "A way back leads to at least so many places for each of its frames, all of them places of the context; of each "
+        "recording the stretch with most places counts.",
+    )
+    num_made_frames: int = setting(256, "Frames of each made-up world; 0 leaves this part out.", least=0)
+    return_steps: tuple[int, ...] = setting(
+        (2, 4, 8, 16, 32), "Moves out, after which the model goes back as many; none leaves this part out."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.return_steps, default=1) < 1 or len(set(self.return_steps)) != len(self.return_steps):
+            raise ValueError(f"`return_steps` is {self.return_steps}; give numbers from 1, each once, or none at all.")
 
     @property
-    def last_frame(self) -> int:
-        return self.first_context_frame + self.num_context_frames + self.num_frames
+    def num_parts(self) -> int:
+        """With ways back, which not all recordings have, counted as if they had."""
+        return 2 * (self.num_frames > 0) + (self.num_made_frames > 0) + len(self.return_steps)
+
+    @property
+    def continuation(self) -> WorldModelProtocol:
+        """How the frames of a recording are predicted."""
+        return WorldModelProtocol(**{each.name: getattr(self, each.name) for each in fields(RecordingProtocol)})
 
 
 PROTOCOLS = {protocol.name: protocol for protocol in (TecoProtocol, McvdProtocol, LatteProtocol)}

@@ -8,8 +8,11 @@ tiles that come in, and those too where they were in view before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
 
 MATERIALS = (
@@ -38,6 +41,8 @@ STEPS = (
     (0, 0),
 )  # what each action adds to the player's (x, y) if nothing is in the way
 DO = ACTION_NAMES.index("do")
+OPPOSITE = tuple(STEPS.index((-x, -y)) for x, y in STEPS)  # the action that leads back
+MOVES = tuple(action for action, step in enumerate(STEPS) if step != (0, 0))
 
 COLUMNS, ROWS, TILE_SIZE = 8, 6, 8  # a tile has 8 x 8 pixels
 PLAYER = (4, 3)  # column and row; the tile there cannot be seen
@@ -48,24 +53,20 @@ IN_VIEW, BACK, BACK_EASY, NEW, NEW_EASY, NOT_SCORED = "in view", "back", "back, 
 # A tile that returns counts if it was last in view more frames ago than this.
 MIN_AGE = 16
 
+# How recorded walks wander, and those through made-up worlds.
+TURN_SHARE = 0.12  # of the frames: a new direction is drawn
+AVOID_SHARE = 0.7  # of the frames before an obstacle: a new direction is drawn; else the walker runs into it
+CHOP_SHARE = 0.2  # of the frames before a tree: it is felled, and grass is left
+
 
 def load_textures() -> np.ndarray:
-    """How each of `MATERIALS` looks: uint8 of shape `(12, 8, 8, 3)`, from the package crafter.
+    """How each of `MATERIALS` looks: uint8 of shape `(12, 8, 8, 3)`.
 
-    Raises:
-        ModuleNotFoundError: crafter is not installed; the message says how to install it.
+    Crafter's own textures at this size (MIT licence, see NOTICE), side by side in a file of this package, so that worlds
+    are read where Crafter is not installed.
     """
-    try:
-        from crafter import constants, engine
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Textures of tiles come from the package crafter, and {error.name!r} is not installed; run "
-            "`pip install crafter`.",
-            name=error.name,
-        ) from error
-    textures = engine.Textures(constants.root / "assets")
-    size = (TILE_SIZE, TILE_SIZE)
-    return np.stack([textures.get(name, size)[..., :3].swapaxes(0, 1) for name in MATERIALS])
+    with Image.open(Path(__file__).with_name("crafter_tiles.png")) as picture:
+        return np.stack(np.split(np.asarray(picture.convert("RGB")), len(MATERIALS), axis=1))
 
 
 def read_tiles(frames: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,15 +80,24 @@ def read_tiles(frames: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np
         Material numbers, int64 of shape `(F, 8, 6)`, and the mean squared difference to the nearest texture, float32 of
         the same shape: 0 where the texture is drawn exactly, large where the picture is broken.
     """
-    size = COLUMNS * TILE_SIZE
-    if frames.ndim != 4 or frames.shape[1:] != (size, size, 3):
-        raise ValueError(f"`frames` have shape {frames.shape}; give (F, {size}, {size}, 3), colours last.")
-    in_map = frames[:, : ROWS * TILE_SIZE].reshape(-1, ROWS, TILE_SIZE, COLUMNS, TILE_SIZE, 3)
-    drawn = in_map.transpose(0, 3, 1, 2, 4, 5).astype(np.float32)  # (F, 8, 6, 8, 8, 3)
+    return nearest_material(cut_tiles(frames)[:, :, :ROWS], textures)
+
+
+def nearest_material(drawn: np.ndarray, textures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the nearest texture, and the mean squared difference to it, of each tile `(..., 8, 8, 3)`."""
+    drawn = drawn.astype(np.float32)
     # One texture at a time: all at once would take 1.7 MB a frame.
     distances = [((drawn - texture.astype(np.float32)) ** 2).mean((-1, -2, -3)) for texture in textures]
     distance = np.stack(distances, -1)
     return distance.argmin(-1), distance.min(-1)
+
+
+def cut_tiles(frames: np.ndarray) -> np.ndarray:
+    """The tiles of frames, and the inventory below them: `(F, 64, 64, 3)` -> `(F, 8, 8, 8, 8, 3)`, by column and row."""
+    size = COLUMNS * TILE_SIZE
+    if frames.ndim != 4 or frames.shape[1:] != (size, size, 3):
+        raise ValueError(f"`frames` have shape {frames.shape}; give (F, {size}, {size}, 3), colours last.")
+    return frames.reshape(-1, COLUMNS, TILE_SIZE, COLUMNS, TILE_SIZE, 3).transpose(0, 3, 1, 2, 4, 5)
 
 
 def label_tiles(positions: np.ndarray, tiles: np.ndarray, actions: np.ndarray, num_context_frames: int) -> np.ndarray:
@@ -216,6 +226,88 @@ def follow_world(tiles: np.ndarray, actions: Sequence[int] | np.ndarray) -> Worl
         if hits:
             returned[t] = np.mean(hits)
     return WorldConsistency(np.array(persistence), returned, num_moved / max(num_moves, 1), came_in)
+
+
+class Wanderer:
+    """Walks straight on for a while, then elsewhere; now and then into an obstacle, never into lava.
+
+    Args:
+        rng (`numpy.random.Generator`): Decides the way.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.direction = int(rng.integers(len(MOVES)))
+
+    def next_action(self, world) -> int:
+        """The action to take in a world as it is now: a [`DrawnWorld`], or another with its attributes and `material`."""
+        if all(_ahead(world, move) == "lava" for move in MOVES):
+            return DO  # no true world has such a place
+        while True:
+            if self.rng.random() < TURN_SHARE:
+                self._turn()
+            ahead = _ahead(world, self.direction)
+            is_obstacle = ahead not in SAFE_TO_WALK
+            if ahead in (None, "lava") or (is_obstacle and self.rng.random() < AVOID_SHARE):
+                self._turn()
+            # Only trees are acted on: grass gives a sapling by chance.
+            if world.material(_sum(world.position, world.facing)) == "tree" and self.rng.random() < CHOP_SHARE:
+                return DO
+            if _ahead(world, self.direction) != "lava":
+                return self.direction
+
+    def _turn(self) -> None:
+        self.direction = int(self.rng.integers(len(MOVES)))
+
+
+class ThereAndBack:
+    """Walks some moves out over what it sees to be walkable, mostly straight on and never straight back, then the same way
+    back without looking. Where it cannot go on it stands still for a frame.
+
+    Args:
+        rng (`numpy.random.Generator`): Decides the way.
+        num_out (`int`): Moves out, and as many back.
+    """
+
+    def __init__(self, rng: np.random.Generator, num_out: int) -> None:
+        self.rng, self.num_left = rng, num_out
+        self.way_back: list[int] = []  # the first move back is the last one
+
+    def next_action(self, world) -> int:
+        """The action to take in a world as it is now, as for a [`Wanderer`]."""
+        if self.num_left == 0:
+            return self.way_back.pop()
+        self.num_left -= 1
+        came = self.way_back[-1:]
+        is_open = [move for move in MOVES if _ahead(world, move) in SAFE_TO_WALK and move not in came]
+        action = OPPOSITE[came[0]] if came else DO
+        if action not in is_open or self.rng.random() < TURN_SHARE:
+            action = int(self.rng.choice(is_open)) if is_open else DO
+        self.way_back.append(OPPOSITE[action])
+        return action
+
+
+@dataclass(frozen=True)
+class DrawnWorld:
+    """A world as far as a frame shows it, for a walker.
+
+    Args:
+        tiles (`np.ndarray` of shape `(8, 6)`): Material numbers.
+        facing (`tuple` of 2 `int`): The step to the tile before the player.
+    """
+
+    tiles: np.ndarray
+    facing: tuple[int, int]
+    position: ClassVar[tuple[int, int]] = PLAYER
+
+    def material(self, place: tuple[int, int]) -> str:
+        """Name of the material at a place in the window."""
+        return MATERIALS[self.tiles[place]]
+
+
+def _ahead(world, move: int) -> str | None:
+    """The material that a move leads to; `None` beyond the world."""
+    return world.material(_sum(world.position, STEPS[move]))
 
 
 def _sum(place: Sequence[int], step: Sequence[int]) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from .metrics import (
     scores_by_view,
     seen_before,
 )
-from .protocols import WorldModelProtocol
+from .protocols import RecordingProtocol, WorldModelProtocol
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,23 @@ def check_dataset(dataset: Dataset, pipe: FARPipeline, protocol: WorldModelProto
         ValueError: Names the column.
     """
     config = pipe.transformer.config
-    reasons = {
-        "video": "frames are compared",
-        "actions": "the model takes actions" if config.num_actions or config.action_dim else None,
-        "label": "the model takes classes" if config.num_classes else None,
-        "pose": "`num_recent_frames` asks for memory" if protocol.num_recent_frames else None,
-    }
+    require_columns(
+        dataset,
+        {
+            "video": "frames are compared",
+            "actions": "the model takes actions" if config.num_actions or config.action_dim else None,
+            "label": "the model takes classes" if config.num_classes else None,
+            "pose": "`num_recent_frames` asks for memory" if protocol.num_recent_frames else None,
+        },
+    )
+
+
+def require_columns(dataset: Dataset, reasons: dict[str, str | None]) -> None:
+    """Refuse a dataset without a column that there is a reason for.
+
+    Raises:
+        ValueError: Names the column.
+    """
     for column, reason in reasons.items():
         if reason and column not in dataset.column_names:
             raise ValueError(
@@ -77,19 +88,38 @@ def load_walks(dataset: Dataset, protocol: WorldModelProtocol) -> ClipBatch:
         ValueError: Too few walks that are long enough, frames of several sizes, or conditions that do not fit the frames.
     """
     clips = VideoClips(dataset, conditions=("actions", "pose", "label"))
-    first, last = protocol.first_context_frame, protocol.last_frame
-    rows = np.flatnonzero(clips.num_frames >= last)[: protocol.num_walks].tolist()
+    starts = dict.fromkeys(long_enough(clips, protocol), protocol.first_context_frame)
+    return cut_walks(clips, starts, protocol.last_frame - protocol.first_context_frame)
+
+
+def long_enough(clips: VideoClips, protocol: RecordingProtocol) -> list[int]:
+    """The rows of the protocol's walks.
+
+    Raises:
+        ValueError: There are too few.
+    """
+    rows = np.flatnonzero(clips.num_frames >= protocol.last_frame)[: protocol.num_walks].tolist()
     if len(rows) < protocol.num_walks:
         raise ValueError(
-            f"`num_walks` is {protocol.num_walks}, but {len(rows)} of {len(dataset)} recordings reach frame {last} (the longest "
-            f"has {max(clips.num_frames)}); lower `num_walks`, `first_context_frame`, `num_context_frames` or `num_frames`."
+            f"`num_walks` is {protocol.num_walks}, but {len(rows)} of {len(clips)} recordings reach frame "
+            f"{protocol.last_frame} (the longest has {max(clips.num_frames)}); lower `num_walks`, `first_context_frame`, "
+            "`num_context_frames` or `num_frames`."
         )
+    return rows
+
+
+def cut_walks(clips: VideoClips, starts: dict[int, int], num_frames: int) -> ClipBatch:
+    """The frames of some rows, `starts` has the first one of each, as a batch.
+
+    Raises:
+        ValueError: Frames of several sizes, or conditions that do not fit the frames.
+    """
     walks = []
-    for row in rows:
-        walks.append(clips.clip(row, first, last - first))
+    for row, start in starts.items():
+        walks.append(clips.clip(row, start, num_frames))
         if walks[-1].frames.shape != walks[0].frames.shape:
             raise ValueError(
-                f"Row {row} has frames of {tuple(walks[-1].frames.shape[-2:])} pixels and row {rows[0]} of "
+                f"Row {row} has frames of {tuple(walks[-1].frames.shape[-2:])} pixels and row {next(iter(starts))} of "
                 f"{tuple(walks[0].frames.shape[-2:])}; prepare the dataset with one size."
             )
     return ClipBatch.stack(walks)
@@ -104,9 +134,7 @@ def predict_walks(
 ) -> Predictions:
     """Continue every walk at its true actions, one frame at the mirrored action, and from the recent frames if it is asked.
     `on_batch_end` is told how many walks are done since the last time."""
-    num_context, short_cache = protocol.num_context_frames, protocol.short_cache
-    if short_cache is not None and short_cache.isdigit():
-        short_cache = int(short_cache)
+    num_context = protocol.num_context_frames
     config = pipe.transformer.config
     takes_actions = config.num_actions is not None or config.action_dim is not None
     predicted, mirrored, forgetful, reconstructed = [], [], [], []
@@ -122,10 +150,8 @@ def predict_walks(
                 actions=None if actions is None else actions[:, first_shown : num_context + num_frames],
                 class_labels=None if config.num_classes is None else labels,
                 num_frames=num_frames,
-                num_inference_steps=protocol.num_inference_steps,
-                guidance_scale=protocol.guidance_scale,
-                short_cache=short_cache,
-                generator=[torch.Generator().manual_seed(protocol.seed + start + walk) for walk in range(len(video))],
+                **protocol.how_frames_are_made(),
+                generator=protocol.noise_of(range(start, start + len(video))),
                 output_type="pt",
             ).frames
 
@@ -154,6 +180,16 @@ def predict_walks(
         mirrored=torch.cat(mirrored).to(truth) if mirrored else None,
         forgetful=torch.cat(forgetful).to(truth) if forgetful else None,
     )
+
+
+def measure_walks(
+    pipe: FARPipeline,
+    walks: ClipBatch,
+    protocol: WorldModelProtocol,
+    on_batch_end: Callable[[int], object] | None = None,
+) -> dict:
+    """Predict every walk and score it; see [`predict_walks`] and [`score_walks`]."""
+    return score_walks(predict_walks(pipe, walks, protocol, on_batch_end), walks, protocol)
 
 
 def score_walks(predictions: Predictions, walks: ClipBatch, protocol: WorldModelProtocol) -> dict:

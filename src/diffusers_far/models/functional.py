@@ -151,9 +151,10 @@ def frame_causal_block_mask(query_frames: torch.Tensor, key_frames: torch.Tensor
     )
 
 
-NUM_CHUNKS = (
-    8  # of the clean tokens: 1/16 of the square is then computed in vain, and more chunks cost more than they save
-)
+# Of the clean tokens: with 8 chunks 1/16 of the square is computed in vain, and more chunks cost more than they save. Of
+# fewer tokens than these in a chunk, calls and copies cost more than the products that are saved.
+NUM_CHUNKS = 8
+MIN_CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def frame_causal_chunks(plan: ContextPlan, mask: torch.Tensor, *, has_twins: boo
     """
     long_size, short_size = plan.tokens_per_long_frame, plan.tokens_per_short_frame
     sizes = [long_size] * plan.num_long_frames + [short_size] * plan.num_short_frames
-    chunk_size = plan.num_tokens / NUM_CHUNKS
+    chunk_size = max(plan.num_tokens / NUM_CHUNKS, MIN_CHUNK_TOKENS)
     chunks = [
         CausalChunk(start, end, start, start, None if num_frames == 1 else mask[start:end, :end])
         for start, end, num_frames in _group(sizes, chunk_size)

@@ -152,7 +152,7 @@ class StreamedFrames(StreamLoader):
             if frames[-1].shape != frames[0].shape:
                 raise BadExampleError(
                     f"{trajectory.name} has frames of {tuple(frames[-1].shape[1:])}, but those of {read[0][0].name} are "
-                    f"{tuple(frames[0].shape[1:])} (height, width); prepare the dataset with prepare_dataset.py and "
+                    f"{tuple(frames[0].shape[1:])} (height, width); prepare the dataset with `far prepare` and "
                     "`--size`."
                 )
         return torch.stack(frames)

@@ -42,6 +42,11 @@ class Start:
     note: str = ""
 
 
+def new_world(size: tuple[int, int]) -> Start:
+    """A start without frames, of a model that knows its size."""
+    return Start("A new world", np.empty((0, *size, 3), np.uint8), [])
+
+
 class RecordedWalks:
     """The recordings of a dataset that have two frames or more.
 

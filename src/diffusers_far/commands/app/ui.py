@@ -14,7 +14,7 @@ from ...data.media_files import MEDIA_SUFFIXES
 from ...evaluation.media import write_frames
 from .door import guards, keep_within
 from .settings import Settings, WorldError, WorldLimits
-from .starts import NOOP_NAMES, RecordedWalks, uploaded_start
+from .starts import NOOP_NAMES, RecordedWalks, new_world, uploaded_start
 from .view import CSS, scene_html
 from .visitors import Turns, Visitor, VisitorStore
 from .world import WorldModel
@@ -97,6 +97,12 @@ class Handlers:
             with self.turns.of(request.session_hash):
                 start = self.parts.walks.start(walk, whole(frame), whole(num_context))
                 visitor.begin(start, read_settings(settings))
+                return self.seen_by(visitor)
+
+    def begin_new(self, request: gr.Request, *settings: object) -> tuple:
+        with shown_to_the_visitor(), self.visitors.starting(request.session_hash) as visitor:
+            with self.turns.of(request.session_hash):
+                visitor.begin(new_world(self.parts.model.size), read_settings(settings))
                 return self.seen_by(visitor)
 
     def begin_uploaded(self, request: gr.Request, path: str | None, num_context: float, *settings: object) -> tuple:
@@ -221,6 +227,7 @@ def build_app(handlers: Handlers) -> gr.Blocks:
             with gr.Column(scale=2, min_width=280):
                 num_context = slider(1, parts.limits.max_context_frames, 32, step=1, label="Frames of context")
                 recorded = recorded_controls(parts.walks)
+                new = gr.Button("New world", elem_id="new-world", visible=parts.model.size is not None)
                 upload = gr.File(
                     label=f"Your own clip or image, up to {parts.limits.upload.max_bytes // 2**20} MiB",
                     file_types=list(MEDIA_SUFFIXES),
@@ -241,6 +248,7 @@ def build_app(handlers: Handlers) -> gr.Blocks:
         fork.click(handlers.fork, None, seen, **alone)
         branch.input(handlers.show, branch, seen, **alone)
         save.click(handlers.save, None, download, **alone)
+        new.click(handlers.begin_new, settings, seen, **alone)
         upload.upload(handlers.begin_uploaded, [upload, num_context, *settings], seen, **alone)
         if recorded:
             *choice, begin = recorded

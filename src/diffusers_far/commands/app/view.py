@@ -15,7 +15,7 @@ CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 .far-scene { display: flex; flex-direction: column; gap: 10px; }
 .far-scene img { image-rendering: pixelated; border-radius: 4px; display: block; }
-.far-pair { display: grid; grid-template-columns: repeat(2, minmax(0, 300px)); gap: 12px; }
+.far-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 300px)); gap: 12px; }
 .far-pair figure { margin: 0; }
 .far-pair img, .far-pair .far-blank { width: 100%; aspect-ratio: 1; object-fit: contain; }
 .far-blank { border: 1px dashed var(--border-color-primary); border-radius: 4px; display: flex; align-items: center;
@@ -51,6 +51,9 @@ def scene_html(world: World, branch: int = 0, num_branches: int = 1) -> str:
             else "The truth, after a step."
         )
         pair += f'<figure><div class="far-blank">{left}</div></figure>'
+    tile_map = world.draw_map()
+    if tile_map is not None:
+        pair += figure(tile_map, "All that the frames showed of the world", "Map of what was drawn so far")
     return (
         f'<div class="far-scene" data-new-frames="{world.num_new_frames}"><div class="far-pair">{pair}</div>'
         f"{strip_html(world)}<div class='far-status'>{escape(status(world, branch, num_branches))}</div></div>"

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...evaluation.tiles import ACTION_NAMES, COLUMNS, TILE_SIZE, load_textures
 from ...hooks.flex_rope import FlexRoPEConfig
 from ...pipelines import FARPipeline, FARSession
 from ..inputs import ActionSpace
 from .settings import Settings, WorldError, WorldLimits
 from .starts import Start
+from .tile_map import draw_map
 
 
 class WorldModel:
@@ -26,6 +28,8 @@ class WorldModel:
     Attributes:
         action_names (`list[str]`): By index; empty for a model without actions.
         default_settings ([`Settings`]): Those that the pipeline is shipped with.
+        tile_textures (`np.ndarray`, *optional*): How tiles look, where the model's world is one of tiles, as its size and
+            the names of its actions say.
 
     Raises:
         WorldError: The model's actions are continuous or it needs a class: there is no button for these.
@@ -46,6 +50,9 @@ class WorldModel:
             flex_rope_slope=self.flex_rope.slope,
             short_cache=pipe.default_short_cache,
         )
+        side = COLUMNS * TILE_SIZE
+        is_of_tiles = self.size == (side, side) and self.action_names == list(ACTION_NAMES)
+        self.tile_textures = load_textures() if is_of_tiles else None
         self._lock = threading.Lock()
 
     @property
@@ -70,7 +77,7 @@ class World:
 
     Args:
         model ([`WorldModel`]).
-        start ([`Start`]).
+        start ([`Start`]): Without frames the model makes the first one too, which is the start then.
         settings ([`Settings`]).
         limits ([`WorldLimits`]).
 
@@ -88,15 +95,18 @@ class World:
         self.limits = limits
         self.actions: list[int] = []
         self._new_frames: list[np.ndarray] = []
+        is_new = len(start.frames) == 0
         with model.taking_turns(settings.flex_rope_slope) as pipe:
             self.session: FARSession = pipe.start_session(
-                video=start.frames,
+                video=None if is_new else start.frames,
                 actions=[start.actions] if model.action_names and start.actions else None,
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
                 short_cache=settings.short_cache,
                 max_long_frames=settings.max_long_frames,
             )
+            if is_new:
+                self.start = replace(start, frames=_as_array(self.session.step()[0])[None])
 
     @property
     def num_new_frames(self) -> int:
@@ -128,6 +138,17 @@ class World:
             num_true += 1
         return self.start.true_frames[:num_true]
 
+    def draw_map(self) -> np.ndarray | None:
+        """All that the frames showed of a world of tiles, `(h, w, 3)`, uint8; `None` of another world.
+
+        The actions of a clip that a visitor brought are only assumed, so there the map begins with its last frame.
+        """
+        if self.model.tile_textures is None:
+            return None
+        first = len(self.start.frames) - 1 if self.start.true_frames is None else 0
+        actions = [*self.start.actions[first:], *self.actions]
+        return draw_map(self.frames[first:], actions, self.model.tile_textures)
+
     @property
     def recorded_action(self) -> int | None:
         """The action that was recorded at the present frame, while the walk follows the record."""
@@ -158,7 +179,7 @@ class World:
             )
         with self.model.taking_turns(self.settings.flex_rope_slope):
             image = self.session.step(action if num_actions else None)[0]
-        frame = np.asarray(image.convert("RGB"))
+        frame = _as_array(image)
         self._new_frames.append(frame)
         self.actions.append(action if num_actions else 0)
         return frame
@@ -211,3 +232,7 @@ class World:
                 num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale
             )
         self.settings = settings
+
+
+def _as_array(image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
