@@ -371,7 +371,7 @@ def test_flex_attention_equals_native_attention(long_patch_size):
 
 
 @pytest.mark.parametrize(
-    ("backend", "mask_type"), [("flex", BlockMask), ("_native_math", torch.Tensor), ("native", type(None))]
+    ("backend", "mask_type"), [("flex", BlockMask), ("_native_math", torch.Tensor), ("native", torch.Tensor)]
 )
 def test_flex_attention_gets_a_block_mask_native_attention_chunks_and_the_others_a_dense_mask(backend, mask_type):
     model = tiny_transformer(num_layers=1)
@@ -381,11 +381,19 @@ def test_flex_attention_gets_a_block_mask_native_attention_chunks_and_the_others
         patch("diffusers_far.models.transformer_far.dispatch_attention_fn", side_effect=recorded) as dispatch,
         pytest.raises(RuntimeError) as error,
     ):
-        predict(model, random_clip(model, 3))
+        predict(model, random_clip(model, 12))
     assert error.value is recorded
     mask, key = dispatch.call_args.kwargs["attn_mask"], dispatch.call_args.args[1]
     assert isinstance(mask, mask_type)
-    assert key.shape[1] == (24 if backend == "native" else 3 * 24)  # the first frame, a chunk of its own, or all
+    assert key.shape[1] == (6 * 24 if backend == "native" else 12 * 24)  # the frames of the first chunk, or all
+
+
+def test_a_batch_as_large_as_its_clips_have_tokens_is_masked_as_any_other():
+    model = tiny_transformer(patch_size=1)
+    torch.manual_seed(0)
+    latents = torch.randn(4, 2, model.config.in_channels, 1, 2)  # 4 clips of 4 tokens
+    alone = torch.cat([model(clip[None], 500).sample for clip in latents])
+    torch.testing.assert_close(model(latents, 500).sample, alone)
 
 
 # What a pass costs

@@ -201,7 +201,8 @@ class CausalChunks:
             if chunk.end <= num_missing:
                 continue
             first = max(chunk.start, num_missing)
-            mask = None if chunk.mask is None else chunk.mask[first - chunk.start :]
+            # With batch and heads: a mask of two dimensions could be taken for one of the keys of each sample.
+            mask = None if chunk.mask is None else chunk.mask[None, None, first - chunk.start :]
             queries = query[:, first - num_missing : chunk.end - num_missing]
             outputs.append(attend(queries, chunk.keys_of(key), chunk.keys_of(value), mask))
         return torch.cat(outputs, dim=1)
