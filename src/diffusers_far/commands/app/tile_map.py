@@ -41,9 +41,8 @@ def draw_map(frames: np.ndarray, actions: Sequence[int], textures: np.ndarray) -
     places = follow_player(frames, actions, textures)
     corners = places - places[-1] + REACH - PLAYER  # of each frame's window, on a canvas with the player in its midst
     side = 2 * REACH + 1
-    canvas = np.full(
-        (side + ROWS, side + COLUMNS, TILE_SIZE, TILE_SIZE, 3), NOT_SHOWN, np.uint8
-    )  # a margin for windows
+    # With a margin for windows that begin at the edge
+    canvas = np.full((side + ROWS, side + COLUMNS, TILE_SIZE, TILE_SIZE, 3), NOT_SHOWN, np.uint8)
     is_shown = np.zeros(canvas.shape[:2], bool)
     is_land = np.ones((ROWS, COLUMNS), bool)
     is_land[PLAYER[1], PLAYER[0]] = False  # the player hides the tile under it

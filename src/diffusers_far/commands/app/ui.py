@@ -93,6 +93,7 @@ class Handlers:
     def begin_recorded(
         self, request: gr.Request, walk: int, frame: float, num_context: float, *settings: object
     ) -> tuple:
+        """Start in a recording."""
         with shown_to_the_visitor(), self.visitors.starting(request.session_hash) as visitor:
             with self.turns.of(request.session_hash):
                 start = self.parts.walks.start(walk, whole(frame), whole(num_context))
@@ -100,12 +101,14 @@ class Handlers:
                 return self.seen_by(visitor)
 
     def begin_new(self, request: gr.Request, *settings: object) -> tuple:
+        """Start from nothing."""
         with shown_to_the_visitor(), self.visitors.starting(request.session_hash) as visitor:
             with self.turns.of(request.session_hash):
                 visitor.begin(new_world(self.parts.model.size), read_settings(settings))
                 return self.seen_by(visitor)
 
     def begin_uploaded(self, request: gr.Request, path: str | None, num_context: float, *settings: object) -> tuple:
+        """Start from the visitor's own clip or image."""
         with shown_to_the_visitor():
             if not path:
                 raise WorldError("Choose a clip or an image first.")
@@ -126,6 +129,7 @@ class Handlers:
                 yield self.visitors.visitor(request.session_hash)
 
     def step(self, request: gr.Request, action: int | None, *settings: object) -> tuple:
+        """Take an action, see the next frame."""
         with self.turn_of(request) as visitor:
             visitor.world.configure(read_settings(settings))
             visitor.world.step(action)
@@ -142,21 +146,25 @@ class Handlers:
             return gr.skip(), gr.skip(), False, gr.Timer(active=False)
 
     def rewind(self, request: gr.Request, num_frames: int) -> tuple:
+        """Go back so many frames, or to the start where there are fewer."""
         with self.turn_of(request) as visitor:
             visitor.world.rewind(min(num_frames, visitor.world.num_new_frames) or num_frames)
             return self.seen_by(visitor)
 
     def fork(self, request: gr.Request) -> tuple:
+        """Go on in a copy of the walk in view."""
         with self.turn_of(request) as visitor:
             visitor.fork()
             return self.seen_by(visitor)
 
     def show(self, request: gr.Request, branch: int) -> tuple:
+        """Bring another of the visitor's walks into view."""
         with self.turn_of(request) as visitor:
             visitor.show(branch)
             return self.seen_by(visitor)
 
     def save(self, request: gr.Request) -> gr.File:
+        """Write the walk in view as an mp4 to download."""
         with self.turn_of(request) as visitor:
             world = visitor.world
             frames, num_new_frames = world.frames, world.num_new_frames
@@ -174,6 +182,7 @@ class Handlers:
         return Path(tempfile.mkdtemp(dir=self.files.name))
 
     def leave(self, request: gr.Request) -> None:
+        """Drop the walks of a visitor who closed the page."""
         self.visitors.drop(request.session_hash)
 
     def seen_by(self, visitor: Visitor) -> tuple:
