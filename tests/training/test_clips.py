@@ -1,11 +1,13 @@
 """The batches of the training steps, and what the transformer is fed of them."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from tiny_models import tiny_dc
+from tiny_models import tiny_dc, tiny_separable
 
 from diffusers_far.data.clips import Clip
 from diffusers_far.data.video_clips import EncodedDataset
@@ -209,6 +211,43 @@ def test_the_latents_of_a_clip_do_not_depend_on_the_batch(videos):
 def test_worker_processes_change_nothing(videos):
     for (clips, draw), (expected, expected_draw) in zip(load_videos(videos, 2), load_videos(videos), strict=True):
         assert torch.equal(clips.latents, expected.latents) and torch.equal(draw.timestep, expected_draw.timestep)
+
+
+def separable_pass(decoder_draws: int, long_patch_size: int | None = None):
+    """A separable model without noise of its own, and the clips and draws of one pass of its training."""
+    config = {"in_channels": 2, "num_actions": 3, "action_shift": 1, "short_window": 4, "feature_noise": 0.0}
+    model = tiny_separable(**config, long_patch_size=long_patch_size, condition_dropout=0.0).train()
+    objective = TrainingObjective(teacher_forcing=True, decoder_draws=decoder_draws, condition_dropout=0.3)
+    short_window = None if long_patch_size is None else 4
+    clips, draw = make_batches(objective, num_frames=6, short_window=short_window).longest[1]
+    return model, replace(clips, latents=torch.randn(clips.latents.shape)), draw
+
+
+def gradients(model, clips, draw) -> list[torch.Tensor]:
+    model.zero_grad()
+    clip_loss(model, model.config, clips, draw).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
+def test_the_gradient_of_several_draws_is_the_mean_of_those_of_each_alone(long_patch_size):
+    model, clips, draw = separable_pass(3, long_patch_size)
+    together = gradients(model, clips, draw)
+    alone = [
+        gradients(model, clips, replace(draw, noise=draw.noise[:, each], timestep=draw.timestep[:, each]))
+        for each in range(3)
+    ]
+    for mean, *parts in zip(together, *alone, strict=True):
+        torch.testing.assert_close(mean, sum(parts) / 3, atol=1e-5, rtol=1e-4)
+
+
+def test_several_draws_take_one_pass_of_the_encoder():
+    model, clips, draw = separable_pass(3)
+    encoded, decoded = [], []
+    model.encoder.x_embedder.register_forward_hook(lambda *call: encoded.append(call[-1].shape[:2]))
+    model.decoder.x_embedder.register_forward_hook(lambda *call: decoded.append(call[-1].shape[:2]))
+    clip_loss(model, model.config, clips, draw)
+    assert encoded == [(4, 5)] and decoded == [(12, 6)]
 
 
 def test_the_longest_batches_differ_in_length_alone():

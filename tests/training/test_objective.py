@@ -94,6 +94,34 @@ def test_with_teacher_forcing_every_short_frame_is_noisy():
     assert (timestep[:, :2] == -1).all() and (timestep[:, 2:] >= 1).all()
 
 
+def test_every_decoder_draw_has_noise_and_levels_of_its_own_and_the_conditions_are_shared():
+    draw = draw_batch(TrainingObjective(teacher_forcing=True, decoder_draws=3), 5, 6)
+    assert draw.noise.shape == (5, 3, 6, *LATENT_SHAPE) and draw.timestep.shape == (5, 3, 6)
+    assert draw.timestep.unique().numel() > 60 and draw.noise.unique().numel() == draw.noise.numel()
+    assert draw.keeps_action.shape == (5, 6) and (draw.timestep >= 1).all()
+
+
+def test_a_frame_without_a_feature_is_clean_in_every_draw():
+    for learn_start, num_long_frames, num_clean in ((True, 0, 0), (False, 0, 1), (True, 2, 3), (False, 2, 3)):
+        objective = TrainingObjective(teacher_forcing=True, decoder_draws=2, learn_start=learn_start)
+        timestep = draw_batch(objective, 4, 6, num_long_frames).timestep
+        assert (timestep[..., :num_clean] == -1).all() and (timestep[..., num_clean:] >= 1).all()
+
+
+def test_the_loss_of_several_draws_is_the_mean_of_theirs():
+    latents = torch.randn(3, 6, *LATENT_SHAPE, generator=seeded(1))
+    draw = draw_batch(TrainingObjective(teacher_forcing=True, decoder_draws=2), 3, 6)
+    noise, timestep = draw.noise.transpose(0, 1), draw.timestep.transpose(0, 1)
+    velocity = torch.randn(2, 3, 4, *LATENT_SHAPE, generator=seeded(2))
+    losses = [velocity_loss(velocity[each], latents, noise[each], timestep[each]) for each in range(2)]
+    torch.testing.assert_close(velocity_loss(velocity, latents, noise, timestep), sum(losses) / 2)
+
+
+def test_decoder_draws_need_clean_context():
+    with pytest.raises(ValueError, match="`decoder_draws` is 2 and `teacher_forcing` False"):
+        TrainingObjective(decoder_draws=2)
+
+
 def test_teacher_forcing_of_a_video_dit_is_refused():
     with pytest.raises(ValueError, match="`teacher_forcing` needs frames in an order"):
         TrainingObjective("video_dit", teacher_forcing=True)

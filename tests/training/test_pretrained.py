@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_models import random_clip, tiny_pipeline, tiny_transformer
+from tiny_models import random_clip, tiny_pipeline, tiny_separable, tiny_transformer
 
 from diffusers_far.training.pretrained import pipeline_settings, with_conditions
 
@@ -21,6 +21,15 @@ def test_another_number_of_actions_renews_that_table_and_says_so(caplog):
     table, old_table = renewed.action_embedder.embedding_table.weight, before["action_embedder.embedding_table.weight"]
     assert table.shape[0] == 6 and torch.equal(table[-1], old_table[-1])
     assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+
+
+def test_both_tables_of_a_separable_model_are_renewed_and_keep_their_null_rows():
+    model = tiny_separable(num_actions=3)
+    renewed, before = with_conditions(model, num_actions=5), model.state_dict()
+    for name, tensor in renewed.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("action_embedder" not in name), name
+        if "action_embedder" in name:
+            assert tensor.shape[0] == 6 and torch.equal(tensor[-1], before[name][-1])
 
 
 def test_without_actions_the_rest_of_the_model_is_as_it_was():

@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 
 from .adapters import scaled_adapters
 from .context_plan import ContextPlan
-from .frames import FrameBatch, check_condition
+from .frames import FrameBatch, check_condition, repeat_batch
 from .kv_cache import ContextFeature, FARKVCache
 from .transformer_far import (
     CLEAN_TIMESTEP,
@@ -174,7 +174,8 @@ class SCDTransformer3DModel(FrameTransformer):
         Args:
             hidden_states, timestep, actions, action_mask, class_labels, kv_cache, update_cache, attention_kwargs,
                 return_dict, modulation: As of [`FARTransformer3DModel`]; `actions` are what each frame is fed, of which
-                the encoder reads, at each frame, that of the next one.
+                the encoder reads, at each frame, that of the next one. Without a cache there may be several draws of the
+                noisy frames, `(N, B, F, C, H, W)`, with a `timestep` of shape `(N, B, F)`: their clips are encoded once.
             clean_hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`): Without a cache: what the noisy frames were
                 made of. That of the last frame is not looked at.
             next_action (`torch.Tensor` of shape `(B,)` or `(B, action_dim)`, *optional*): In a write, of a model that takes
@@ -186,19 +187,28 @@ class SCDTransformer3DModel(FrameTransformer):
         Returns:
             [`FARTransformerOutput`] with the velocity of the short frames; zeros for one without a feature, which is the
             first short one of a model with long frames, or frame 0 without `learn_start`. With `null_feature_noise` the
-            batch is `2 * B`, noisy features first.
+            batch is `2 * B`, noisy features first. Of several draws there are as many, `(N, B, F_short, C, H, W)`.
         """
         scaled = nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs)
-        frames = FrameBatch(hidden_states, actions, action_mask)
-        timestep = self._check_call(
-            frames, timestep, class_labels, kv_cache, update_cache, clean_hidden_states, modulation
-        )
+        is_drawn = hidden_states.ndim == 6
+        if is_drawn:
+            self._check_draws(hidden_states, timestep, kv_cache, null_feature_noise)
+        draws = hidden_states if is_drawn else hidden_states[None]
+        frames = FrameBatch(draws[0], actions, action_mask)
+        timesteps = [
+            self._check_call(frames, each, class_labels, kv_cache, update_cache, clean_hidden_states, modulation)
+            for each in (timestep if is_drawn else [timestep])
+        ]
+        timestep = timesteps[0]
         self._check_separable_call(
             frames, kv_cache, update_cache, clean_hidden_states, next_action, next_action_mask, null_feature_noise
         )
         with scaled, torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
-                sample = self._predict_clip(frames, timestep, class_labels, clean_hidden_states, null_feature_noise)
+                sample = self._predict_clip(
+                    frames, draws, torch.stack(timesteps), class_labels, clean_hidden_states, null_feature_noise
+                )
+                sample = sample.unflatten(0, (len(draws), -1)) if is_drawn else sample
             elif update_cache:
                 if next_action is not None:
                     mask = None if next_action_mask is None else next_action_mask[:, None]
@@ -214,12 +224,14 @@ class SCDTransformer3DModel(FrameTransformer):
     def _predict_clip(
         self,
         frames: FrameBatch,
+        draws: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None,
         clean_latents: torch.Tensor,
         null_noise: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Velocity of the short frames of a whole clip."""
+        """Velocity of the short frames of whole clips, of whose noisy frames there are several `draws`, `(N, B, F, C, H, W)`
+        at `timestep` `(N, B, F)`, as `(N * B, F_short, C, H, W)`."""
         plan = self.context_plan(frames.num_frames, *frames.latents.shape[-2:])
         frames, timestep, class_labels = self._dropped(frames, timestep, class_labels)
         features, num_context = [], frames.num_frames - 1
@@ -227,17 +239,19 @@ class SCDTransformer3DModel(FrameTransformer):
             features.append(self._start(frames.latents))
         if num_context:
             context = replace(frames, latents=clean_latents).between(0, num_context).looking_ahead(frames.last(1))
-            clean_timestep = torch.full_like(timestep[:, :num_context], CLEAN_TIMESTEP)
+            clean_timestep = torch.full_like(timestep[0, :, :num_context], CLEAN_TIMESTEP)
             temb = self.encoder.embed(context, clean_timestep, class_labels, plan.num_long_frames)
             context_plan = plan.segment(0, num_context)
             features.append(self.encoder.run(*self.encoder.patches(context.latents, context_plan), context_plan, temb))
 
-        feature = ContextFeature.joined(features)
-        decoded = frames.last(feature.states.shape[1])
-        temb = self.decoder.embed(decoded, timestep[:, -decoded.num_frames :], class_labels)
+        feature = ContextFeature.joined(features).repeated(len(draws))
+        num_decoded = feature.states.shape[1]
+        decoded = frames.last(num_decoded).drawn(draws[:, :, -num_decoded:])
+        timestep = timestep.flatten(0, 1)[:, -num_decoded:]
+        temb = self.decoder.embed(decoded, timestep, repeat_batch(class_labels, len(draws)))
         velocity = self._decode(feature, decoded.latents, temb, None, null_noise)
         missing = velocity.new_zeros(velocity[:, :1].shape)
-        return velocity if decoded.num_frames == plan.num_short_frames else torch.cat([missing, velocity], dim=1)
+        return velocity if num_decoded == plan.num_short_frames else torch.cat([missing, velocity], dim=1)
 
     def _decode(
         self,
@@ -272,6 +286,21 @@ class SCDTransformer3DModel(FrameTransformer):
         if self.training and self.config.condition_dropout and timestep is not None:
             frames, class_labels = self.decoder.drop_conditions(frames, class_labels)
         return frames, timestep, class_labels
+
+    def _check_draws(self, draws: torch.Tensor, timestep, kv_cache, null_noise) -> None:
+        """Refuse several draws where they make no sense."""
+        shape, given = tuple(draws.shape[:3]), tuple(getattr(timestep, "shape", ()))
+        if kv_cache is not None or null_noise is not None:
+            reason = "`kv_cache`" if kv_cache is not None else "`null_feature_noise`"
+            raise ValueError(
+                f"`hidden_states` has shape {tuple(draws.shape)}, several draws of whole clips, but {reason} was given; pass "
+                "(batch, frames, channels, height, width)."
+            )
+        if given != shape:
+            raise ValueError(
+                f"`timestep` has shape {given}; with {shape[0]} draws of {shape[1]} clips of {shape[2]} frames it must be "
+                f"{shape}."
+            )
 
     def _check_separable_call(
         self, frames, kv_cache, update_cache, clean_latents, next_action, next_action_mask, null_noise

@@ -343,9 +343,11 @@ def clip_loss(
 ) -> torch.Tensor:
     """The loss of one pass. `model` is the transformer, or what wraps it for training on several devices."""
     clips = clips.in_order(draw.frame_order)
-    noisy_latents = add_noise(clips.latents, draw.noise, draw.timestep)
     conditions = fed_conditions(clips, transformer_config, draw)
     if draw.teacher_forcing:
         conditions["clean_hidden_states"] = clips.latents
-    velocity = model(noisy_latents, draw.timestep, **conditions).sample
-    return velocity_loss(velocity, clips.latents, draw.noise, draw.timestep)
+    noise, timestep = draw.noise, draw.timestep
+    if timestep.ndim == 3:  # several draws, which go in front of the batch
+        noise, timestep = noise.transpose(0, 1), timestep.transpose(0, 1)
+    velocity = model(add_noise(clips.latents, noise, timestep), timestep, **conditions).sample
+    return velocity_loss(velocity, clips.latents, noise, timestep)

@@ -3,6 +3,7 @@
 B batch, F frames (long ones first), F_short short frames, C latent channels, H/W latent height/width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -20,8 +21,9 @@ class ObjectiveDraw:
     """All that chance decides for a clip, or, stacked, for a batch of clips (then with a batch dimension in front).
 
     Args:
-        noise (`torch.Tensor` of shape `(F, C, H, W)`): x_1; zero at the long frames, which are never noisy.
-        timestep (`torch.Tensor` of shape `(F,)`): 1 to 1000; -1 marks a clean frame.
+        noise (`torch.Tensor` of shape `(F, C, H, W)`): x_1; zero at the long frames, which are never noisy. For a separable
+            model `(N, F, C, H, W)`, of N decoder draws.
+        timestep (`torch.Tensor` of shape `(F,)` or `(N, F)`): 1 to 1000; -1 marks a clean frame.
         keeps_action (`torch.Tensor` of shape `(F,)`, bool): `False`: the frame's action is dropped.
         keeps_label (`torch.Tensor` of shape `()`, bool): `False`: the clip's class is dropped.
         frame_order (`torch.Tensor` of shape `(F,)`, int64): Which frame of the trajectory's clip stands at each place.
@@ -62,6 +64,9 @@ class TrainingObjective:
         teacher_forcing (`bool`): Every short frame is noisy and attends to clean frames alone, which the transformer is
             fed beside the noisy ones (`clean_hidden_states`): all frames of a clip train what inference asks for, at
             about twice the tokens. The two ratios have no say then.
+        decoder_draws (`int`, *optional*): Of a separable model, which has teacher forcing by its nature: how often the frames
+            of a clip are noised and decoded for one pass of its encoder.
+        learn_start (`bool`): Whether a separable model makes frame 0. A frame without a feature is clean, for it has no loss.
         logit_mean (`float`), logit_std (`float`): Of the logit-normal noise levels. The paper's are 0 and 1; a mean above
             0 spends more of the training on high noise, where a frame is decided by its context.
         repeat_ratio (`float`): Share of the clips that are a stretch of themselves over and over. What comes after the first
@@ -80,6 +85,8 @@ class TrainingObjective:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     repeat_ratio: float = 0.0
+    decoder_draws: int | None = None
+    learn_start: bool = True
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
@@ -89,6 +96,11 @@ class TrainingObjective:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, from 0 to 1.")
         if self.teacher_forcing and self.name != "far":
             raise ValueError(f"`teacher_forcing` needs frames in an order, but `name` is {self.name!r}; leave it out.")
+        if self.decoder_draws is not None and not (self.decoder_draws >= 1 and self.teacher_forcing):
+            raise ValueError(
+                f"`decoder_draws` is {self.decoder_draws} and `teacher_forcing` {self.teacher_forcing}; draws are at least 1, "
+                "of a separable model, whose context is always clean."
+            )
         if not self.logit_std > 0:
             raise ValueError(f"`logit_std` is {self.logit_std}; a spread is above 0.")
 
@@ -103,11 +115,10 @@ class TrainingObjective:
             latent_shape (sequence of `int`): C, H, W.
             generator (`torch.Generator`): On the CPU, so that the draw is the same whatever device trains.
         """
-        num_short_frames = num_frames - num_long_frames
-        num_levels = 1 if self.name == "video_dit" else num_short_frames
-        timestep = draw_timesteps(num_levels, generator, self.logit_mean, self.logit_std).repeat(
-            num_short_frames // num_levels
-        )
+        num_short_frames, draws = num_frames - num_long_frames, [self.decoder_draws] if self.decoder_draws else []
+        num_levels = 1 if self.name == "video_dit" else math.prod([*draws, num_short_frames])
+        timestep = draw_timesteps(num_levels, generator, self.logit_mean, self.logit_std)
+        timestep = timestep.reshape(*draws, -1).expand(*draws, num_short_frames)
         is_clean = torch.rand(num_short_frames, generator=generator) < self.clean_context_ratio
         if self.name == "video_dit" or self.teacher_forcing:
             is_clean[:] = False
@@ -117,17 +128,19 @@ class TrainingObjective:
             num_prefix_frames = 1 + int(prefix_place * (num_short_frames - 1))
             is_clean[:num_prefix_frames] = True
             is_clean[num_prefix_frames] = False
+        if self.decoder_draws and (num_long_frames or not self.learn_start):
+            is_clean[0] = True  # no short frame comes before it, and so no feature
 
-        noise = torch.zeros(num_frames, *latent_shape)
-        noise[num_long_frames:] = torch.randn(num_short_frames, *latent_shape, generator=generator)
-        long_timestep = torch.full((num_long_frames,), CLEAN_TIMESTEP)
+        noise = torch.randn(*draws, num_short_frames, *latent_shape, generator=generator)
+        noise = torch.cat([noise.new_zeros(*draws, num_long_frames, *latent_shape), noise], dim=-4)
+        long_timestep = torch.full((*draws, num_long_frames), CLEAN_TIMESTEP)
         keeps_action = torch.rand(num_frames, generator=generator) >= self.condition_dropout
         keeps_label = torch.rand((), generator=generator) >= self.condition_dropout
         frame_order = draw_frame_order(num_frames, self.repeat_ratio, generator)
         keeps_action[1:] &= frame_order.diff() == 1  # no action leads from the end of a stretch to its start
         return ObjectiveDraw(
             noise=noise,
-            timestep=torch.cat([long_timestep, timestep.masked_fill(is_clean, CLEAN_TIMESTEP)]),
+            timestep=torch.cat([long_timestep, timestep.masked_fill(is_clean, CLEAN_TIMESTEP)], dim=-1),
             keeps_action=keeps_action,
             keeps_label=keeps_label,
             frame_order=frame_order,
@@ -180,7 +193,7 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 
     Args:
         latents (`torch.Tensor` of shape `(B, F, C, H, W)`): x_0.
-        noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_1.
+        noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_1; or, as the timesteps, of several draws, `(N, B, F, C, H, W)`.
         timestep (`torch.Tensor` of shape `(B, F)`): 1 to 1000, or -1.
     """
     time = (timestep.clamp(min=0) / NUM_TRAIN_TIMESTEPS)[..., None, None, None]
@@ -197,12 +210,14 @@ def velocity_loss(
         latents, noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_0 and x_1 of all frames.
         timestep (`torch.Tensor` of shape `(B, F)`): -1 marks the clean frames.
 
+    All but the latents may be of several draws, `(N, B, ...)`, each of which counts as clips of its own.
+
     Returns:
         `torch.Tensor` of shape `()`, float32. A clip without a noisy frame counts as 0.
     """
-    num_short_frames = velocity.shape[1]
-    target = (noise - latents)[:, -num_short_frames:].float()
-    is_noisy = timestep[:, -num_short_frames:] > 0
-    frame_losses = (velocity.float() - target).square().flatten(2).mean(dim=2)  # (B, F_short)
-    clip_losses = (frame_losses * is_noisy).sum(dim=1) / is_noisy.sum(dim=1).clamp(min=1)
+    num_short_frames = velocity.shape[-4]
+    target = (noise - latents)[..., -num_short_frames:, :, :, :].float()
+    is_noisy = timestep[..., -num_short_frames:] > 0
+    frame_losses = (velocity.float() - target).square().flatten(-3).mean(dim=-1)  # (B, F_short)
+    clip_losses = (frame_losses * is_noisy).sum(dim=-1) / is_noisy.sum(dim=-1).clamp(min=1)
     return clip_losses.mean()
