@@ -28,6 +28,7 @@ from diffusers_far.training.config import (
 
 DEFAULT_FPS = 8  # of the videos that are written, where the pipeline has none
 DEFAULT_INFERENCE_STEPS = 20  # of a new pipeline
+FLOW_MAP_STEPS = 4  # of a new pipeline of a flow map
 SAMPLE = "sample.mp4"
 
 
@@ -57,6 +58,9 @@ class TrainFARSettings(EMASettings, FARSettings):
         "as the pipeline that training starts from, else exact.",
         free=True,
     )
+    flow_map: bool = setting(
+        False, "Train a flow map, for few steps: a new one, or what training starts from is made one.", free=True
+    )
     compile: bool = setting(False, "Compile the blocks with `torch.compile`.", free=True)
 
     def check(self) -> None:
@@ -75,7 +79,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoModel
+from diffusers import AutoModel, FlowMapEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, SCDTransformer3DModel, VideoDiTPipeline
@@ -88,7 +92,7 @@ from diffusers_far.pipelines.model_card import model_card
 from diffusers_far.training.clips import clip_loss, encode_batches, open_clips, open_validation_clips
 from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
-from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
+from diffusers_far.training.pretrained import as_flow_map, is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import (
     TrainingRun,
     check_data,
@@ -160,8 +164,16 @@ def build_pipeline(
     height, width = (size * spatial_compression(vae) for size in latent_shape[1:])
     config, start = transformer.config, settings.pretrained_model_name_or_path
     options = pipeline_settings(start, config.num_actions, settings.revision)
+    default_steps = DEFAULT_INFERENCE_STEPS
+    if config.flow_map:
+        default_steps, scheduler = FLOW_MAP_STEPS, options["scheduler"]
+        if not isinstance(scheduler, FlowMapEulerDiscreteScheduler):  # of the flow model that became a flow map
+            options["scheduler"] = FlowMapEulerDiscreteScheduler(shift=scheduler.config.get("shift", 1.0))
+            options.pop("num_inference_steps", None)
+        if settings.flow_map_guidance is not None:
+            options["guidance_scale"] = 1.0  # it is in the weights
     # A new pipeline makes frames as they were measured.
-    options.setdefault("num_inference_steps", settings.num_validation_inference_steps or DEFAULT_INFERENCE_STEPS)
+    options.setdefault("num_inference_steps", settings.num_validation_inference_steps or default_steps)
     own = ("fps", "action_names", "num_inference_steps", "short_cache")
     options |= {name: getattr(settings, name) for name in own if getattr(settings, name) is not None}
     check_count("num_inference_steps", options["num_inference_steps"])
@@ -229,6 +241,7 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
     clips, held_out = open_clips(settings, settings.dataset_split, vae), open_validation_clips(settings, vae)
     num_actions = settings.num_fed_actions(clips.num_actions)
     transformer = build_transformer(settings, clips.latent_shape[0], num_actions)
+    transformer = as_flow_map(transformer) if settings.flow_map else transformer
     config = transformer.config
     check_data(clips, transformer, num_actions, held_out)
     batches = training_batches(settings, clips, config, run.accelerator)

@@ -426,3 +426,21 @@ def test_a_separable_model_is_trained_resumed_to_the_bit_and_saved_as_a_pipeline
     assert "decoder_draws=2" in (workplace / "separable" / "README.md").read_text()
     refused = train(workplace, "refused", *flags, "--clean_context_ratio", "0.3")
     assert refused.returncode != 0 and "`clean_context_ratio` is 0.3, but the context of a separable" in refused.stderr
+
+
+def test_a_trained_model_becomes_a_flow_map_whose_training_is_resumed_to_the_bit(workplace, trained):
+    start = ("--pretrained_model_name_or_path", str(trained), "--flow_map", "--teacher_forcing")
+    flags = (*start, "--clean_prefix_ratio", "0", "--flow_map_guidance", "2", "--num_inference_steps", "2")
+    for output, more in (
+        ("flow-map", ("--max_train_steps", "4")),
+        ("interrupted-flow-map", ("--max_train_steps", "2")),
+        ("interrupted-flow-map", ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")),
+    ):
+        result = train(workplace, output, *flags, *more)
+        assert result.returncode == 0, result.stderr
+    folders = [workplace / output for output in ("interrupted-flow-map", "flow-map")]
+    assert_same_checkpoints(*(folder / "checkpoint-4" for folder in folders))
+    pipe = FARPipeline.from_pretrained(folders[1])
+    assert pipe.transformer.config.flow_map and type(pipe.scheduler).__name__ == "FlowMapEulerDiscreteScheduler"
+    assert (pipe.default_inference_steps, pipe.default_guidance_scale) == (2, 1.0)
+    assert "flow_map_guidance=2.0" in (folders[1] / "README.md").read_text()

@@ -104,7 +104,8 @@ def test_every_setting_has_its_rules_in_its_field():
 def test_the_identity_of_a_run_is_its_settings_but_for_the_free_ones():
     identity = parse("--learning_rate", "0.5", "--dataset_split", "small").identity()
     assert identity["learning_rate"] == 0.5 and "dataset_split" not in identity
-    later = {"use_8bit_adam", "video_column", "streaming", "decoder_draws", "decoder_learning_rate_ratio"}
+    later = {"use_8bit_adam", "video_column", "streaming"}
+    later |= {"decoder_draws", "decoder_learning_rate_ratio", "flow_map_guidance"}
     assert identity.keys() == EARLIER_IDENTITY | later
     free = {each.name for each in fields(ScriptSettings) if each.metadata["free"]}
     assert not free & EARLIER_IDENTITY
@@ -193,6 +194,20 @@ def test_a_separable_model_is_trained_on_clean_context_with_several_draws():
         clean_context_ratio=0.0, teacher_forcing=True, decoder_draws=2, learn_start=False
     )
     assert parse("--decoder_draws", "3", "--teacher_forcing").training_objective(SEPARABLE).decoder_draws == 3
+
+
+def test_the_model_says_whether_it_is_trained_as_a_flow_map():
+    flow_map = {"flow_map": True, "num_actions": 3}
+    settings = parse("--teacher_forcing", "--flow_map_guidance", "3")
+    objective = settings.training_objective(flow_map)
+    assert objective == TrainingObjective(teacher_forcing=True, flow_map=True, flow_map_guidance=3.0)
+    assert parse().training_objective(SEPARABLE | flow_map).flow_map
+    with pytest.raises(ValueError, match="`flow_map_guidance` is 3.0, but the model has no condition"):
+        settings.training_objective({"flow_map": True})
+    with pytest.raises(ValueError, match="`flow_map_guidance` is 3.0 and `flow_map` False"):
+        settings.training_objective({"num_actions": 3})
+    with pytest.raises(ValueError, match="pass `--teacher_forcing`"):
+        parse().training_objective(flow_map)
 
 
 @pytest.mark.parametrize(

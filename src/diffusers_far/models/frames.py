@@ -165,5 +165,5 @@ def pair_with_clean(
     clean_frames = FrameBatch(clean_latents, frames.actions, frames.action_mask)
     twins = frames.last(plan.num_short_frames)
     return clean_frames.append(twins), torch.cat(
-        [torch.full_like(timestep, clean_timestep), timestep[:, plan.num_long_frames :]], dim=1
+        [torch.full_like(timestep, clean_timestep), timestep[..., plan.num_long_frames :]], dim=-1
     )

@@ -299,6 +299,9 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
         None,
         f"Of a separable model: its decoder's learning rate, in rates of its encoder; {DECODER_RATE_RATIO:g} if left out.",
     )
+    flow_map_guidance: float | None = setting(
+        None, "Of a flow map: learn the velocities that guidance of this scale gives; above 1.", least=1
+    )
 
     num_validation_clips: int = setting(64, "Clips of the held-out loss.", least=1, free=True)
     num_validation_videos: int = setting(8, "Clips that are continued; 0: none.", least=0, free=True)
@@ -343,6 +346,12 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
         from .objective import TrainingObjective
 
         is_separable = "num_decoder_layers" in transformer_config
+        conditions = [transformer_config.get(name) for name in ("num_actions", "action_dim", "num_classes")]
+        if self.flow_map_guidance is not None and conditions == [None] * 3:
+            raise ValueError(
+                f"`flow_map_guidance` is {self.flow_map_guidance}, but the model has no condition to be guided by; leave it "
+                "out."
+            )
         self._refuse_other_models_settings(is_separable)
         return TrainingObjective(
             self.objective,
@@ -355,6 +364,8 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
             self.repeat_ratio,
             (self.decoder_draws or DECODER_DRAWS) if is_separable else None,
             transformer_config.get("learn_start", True),
+            transformer_config.get("flow_map", False),
+            1.0 if self.flow_map_guidance is None else self.flow_map_guidance,
         )
 
     def _refuse_other_models_settings(self, is_separable: bool) -> None:

@@ -75,6 +75,19 @@ def with_conditions(transformer: FrameTransformer, **conditions: int | None) -> 
     return renewed
 
 
+def as_flow_map(transformer: FrameTransformer) -> FrameTransformer:
+    """The same weights as a flow map, which computes the same where a step ends at its beginning: the embedding of the end
+    starts as a copy of the beginning's. A flow map itself is returned as it is."""
+    if transformer.config.flow_map:
+        return transformer
+    flow_map = type(transformer)(**(public_config(transformer.config) | {"flow_map": True})).to(transformer.dtype)
+    weights = transformer.state_dict()
+    flow_map.load_state_dict(
+        {name: weights[name.replace("r_timestep_embedder", "timestep_embedder")] for name in flow_map.state_dict()}
+    )
+    return flow_map
+
+
 @torch.no_grad()
 def _keep_null_rows(network: FrameNetwork, renewed: FrameNetwork) -> None:
     """The last row of a table stands for "none given", which means the same in both models."""
