@@ -43,7 +43,7 @@ def test_the_wheel_is_the_package_alone_and_says_that_it_has_types(tmp_path):
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
     package = ROOT / "src" / "diffusers_far"
     modules = {f"diffusers_far/{path.relative_to(package)}" for path in package.rglob("*.py")}
-    assert set(files) == {"diffusers_far/py.typed", *modules}
+    assert set(files) == {"diffusers_far/py.typed", "diffusers_far/evaluation/crafter_tiles.png", *modules}
     for line in (
         "License-Expression: Apache-2.0",
         "Classifier: Typing :: Typed",

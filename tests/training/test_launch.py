@@ -22,6 +22,16 @@ time.sleep(60)
 """
 
 
+FAIL_WITH_A_LOADER = """
+from torch.utils.data import DataLoader
+from diffusers_far.training.launch import leave_signals_to_parent
+
+loaded = iter(DataLoader(range(10), num_workers=2, worker_init_fn=leave_signals_to_parent))
+next(loaded)
+raise ValueError("and the loader is still held")
+"""
+
+
 @pytest.fixture(autouse=True)
 def usual_signals():
     """As in a terminal: tests that are started in the background or under nohup inherit signals that are ignored."""
@@ -139,3 +149,9 @@ def test_a_run_whose_time_is_over_stops_and_is_not_interrupted():
     assert not Launch(max_hours=1.0).must_stop(Accelerator(cpu=True), 1)
     launch = Launch(max_hours=0.0)
     assert launch.must_stop(Accelerator(cpu=True), 1) and not launch.is_interrupted
+
+
+@pytest.mark.full
+def test_an_error_ends_the_processes_that_load_data_too():
+    result = subprocess.run([sys.executable, "-c", FAIL_WITH_A_LOADER], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "the loader is still held" in result.stderr

@@ -1,9 +1,11 @@
 """One launch of a training script: it has its output folder to itself, and signals end it with a checkpoint."""
 
+import atexit
 import errno
 import fcntl
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -25,6 +27,7 @@ from .config import RunSettings
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 75  # exit code, "try again later" (EX_TEMPFAIL): a signal ended the run, its checkpoint is saved
+SECONDS_TO_END = 2.0  # for processes that load data, at the exit of their parent
 LOCK_FILE = ".lock"  # in the output folder of a run that goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -197,3 +200,16 @@ def leave_signals_to_parent(worker: int) -> None:
     terminal or a cluster, would end them, and with them the run, before it is saved; they end with their parent."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """End the processes that load data, at the exit of their parent. Python ends them by SIGTERM, which they leave to their
+    parent, and waits for them: after an error that keeps hold of a loader, for ever."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    for worker in workers:
+        worker.terminate()
+    time_is_up = time.monotonic() + SECONDS_TO_END
+    for worker in workers:
+        worker.join(max(0, time_is_up - time.monotonic()))
+        worker.kill()
