@@ -202,7 +202,7 @@ def test_the_model_says_whether_it_is_trained_as_a_flow_map():
     objective = settings.training_objective(flow_map)
     assert objective == TrainingObjective(teacher_forcing=True, flow_map=True, flow_map_guidance=3.0)
     assert parse().training_objective(SEPARABLE | flow_map).flow_map
-    with pytest.raises(ValueError, match="`flow_map_guidance` is 3.0, but the model has no condition"):
+    with pytest.raises(ValueError, match="`flow_map_guidance` is 3.0, but no condition guides this model"):
         settings.training_objective({"flow_map": True})
     with pytest.raises(ValueError, match="`flow_map_guidance` is 3.0 and `flow_map` False"):
         settings.training_objective({"num_actions": 3})

@@ -349,8 +349,7 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
         conditions = [transformer_config.get(name) for name in ("num_actions", "action_dim", "num_classes")]
         if self.flow_map_guidance is not None and conditions == [None] * 3:
             raise ValueError(
-                f"`flow_map_guidance` is {self.flow_map_guidance}, but the model has no condition to be guided by; leave it "
-                "out."
+                f"`flow_map_guidance` is {self.flow_map_guidance}, but no condition guides this model; leave it out."
             )
         self._refuse_other_models_settings(is_separable)
         return TrainingObjective(
