@@ -1,4 +1,4 @@
-"""Train a FAR transformer: next-frame prediction with flow matching, on cached latents or on a dataset as it is.
+"""Train a FAR transformer, or a separable one: next-frame prediction with flow matching, on cached latents or on a dataset as it is.
 
     accelerate launch examples/train_far.py --latents_dir latents --vae vae-maze \
         --transformer_config examples/configs/far_maze.json --num_frames 40 --output_dir far-maze --use_ema
@@ -20,6 +20,7 @@ from diffusers_far.training.config import (
     FARSettings,
     build_optimizer,
     parse_settings,
+    rates_by_part,
     read_config,
     setting,
 )
@@ -27,6 +28,7 @@ from diffusers_far.training.config import (
 
 DEFAULT_FPS = 8  # of the videos that are written, where the pipeline has none
 DEFAULT_INFERENCE_STEPS = 20  # of a new pipeline
+FLOW_MAP_STEPS = 4  # of a new pipeline of a flow map
 SAMPLE = "sample.mp4"
 
 
@@ -35,7 +37,12 @@ class TrainFARSettings(EMASettings, FARSettings):
     """Of this script, beside what the trainings of a FAR transformer share."""
 
     vae: str = setting(help="Folder or Hub id of the VAE; of latents, the one that made them.", free=True)
-    transformer_config: str | None = setting(None, f"JSON file, or one of {', '.join(PRESETS)}.", free=True)
+    transformer_config: str | None = setting(
+        None,
+        f"JSON file with the model's arguments, or one of {', '.join(PRESETS)}. Its `_class_name` may be "
+        "SCDTransformer3DModel, a separable model; without it, it is FARTransformer3DModel.",
+        free=True,
+    )
     fps: float | None = setting(None, "Frames per second of the clips; goes into the pipeline.", free=True)
     action_names: list[str] | None = setting(None, "Names of the actions; go into the pipeline.", free=True)
     num_inference_steps: int | None = setting(
@@ -50,6 +57,9 @@ class TrainFARSettings(EMASettings, FARSettings):
         "How a call caches that does not say: exact, rolling or a number of frames; goes into the pipeline. If left out, "
         "as the pipeline that training starts from, else exact.",
         free=True,
+    )
+    flow_map: bool = setting(
+        False, "Train a flow map, for few steps: a new one, or what training starts from is made one.", free=True
     )
     compile: bool = setting(False, "Compile the blocks with `torch.compile`.", free=True)
 
@@ -69,21 +79,21 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoModel
+from diffusers import AutoModel, FlowMapEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 
-from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
+from diffusers_far import FARPipeline, FARTransformer3DModel, SCDTransformer3DModel, VideoDiTPipeline
 from diffusers_far.checks import check_count
 from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.models.codec import spatial_compression
+from diffusers_far.models.identity import public_config
 from diffusers_far.models.kv_cache import CacheOptions
 from diffusers_far.pipelines.model_card import model_card
 from diffusers_far.training.clips import clip_loss, encode_batches, open_clips, open_validation_clips
 from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
-from diffusers_far.training.pretrained import is_pipeline, pipeline_settings, with_conditions
+from diffusers_far.training.pretrained import as_flow_map, is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import (
-    SEPARABLE,
     TrainingRun,
     check_data,
     describe_tokens,
@@ -97,23 +107,34 @@ from diffusers_far.training.validation import Measurement, describe_metrics, mea
 
 logger = get_logger(__name__)
 
+Transformer = FARTransformer3DModel | SCDTransformer3DModel
 
-def build_transformer(settings: TrainFARSettings, in_channels: int, num_actions: int | None) -> FARTransformer3DModel:
+
+def transformer_class(config: dict, source: str) -> type[Transformer]:
+    """The class that a config names; FAR's where it names none.
+
+    Args:
+        config (`dict`): Of a transformer.
+        source (`str`): The argument that gave it, and its value.
+
+    Raises:
+        ValueError: It is none that this script trains.
+    """
+    classes = {each.__name__: each for each in (FARTransformer3DModel, SCDTransformer3DModel)}
+    name = config.get("_class_name", FARTransformer3DModel.__name__)
+    if name not in classes:
+        raise ValueError(f"{source} has the `_class_name` {name!r}; this script trains {' and '.join(classes)}.")
+    return classes[name]
+
+
+def build_transformer(settings: TrainFARSettings, in_channels: int, num_actions: int | None) -> Transformer:
     """The model to train, new or pretrained; what the config leaves open is taken from the data."""
     if settings.pretrained_model_name_or_path is not None:
-        subfolder = "transformer" if is_pipeline(settings.pretrained_model_name_or_path) else None
-        config = FARTransformer3DModel.load_config(
-            settings.pretrained_model_name_or_path, subfolder=subfolder, revision=settings.revision
-        )
-        if config.get("_class_name") == "SCDTransformer3DModel":
-            name = f"`--pretrained_model_name_or_path` {settings.pretrained_model_name_or_path!r}"
-            raise ValueError(SEPARABLE.format(name))
-        transformer = FARTransformer3DModel.from_pretrained(
-            settings.pretrained_model_name_or_path,
-            subfolder=subfolder,
-            revision=settings.revision,
-            torch_dtype=torch.float32,
-        )
+        start = settings.pretrained_model_name_or_path
+        place = {"subfolder": "transformer" if is_pipeline(start) else None, "revision": settings.revision}
+        config = FARTransformer3DModel.load_config(start, **place)
+        its_class = transformer_class(config, f"`--pretrained_model_name_or_path` {start!r}")
+        transformer = its_class.from_pretrained(start, torch_dtype=torch.float32, **place)
         if num_actions is not None and num_actions > (transformer.config.num_actions or 0):
             return with_conditions(transformer, num_actions=num_actions, action_dim=None)
         return transformer
@@ -125,24 +146,34 @@ def build_transformer(settings: TrainFARSettings, in_channels: int, num_actions:
         config = preset_config(settings.transformer_config, action_shift=1, num_actions=num_actions)
     else:
         config = read_config("transformer_config", settings.transformer_config)
-    config = {"in_channels": in_channels} | config
-    if settings.objective == "video_dit":
+    source = f"`--transformer_config` {settings.transformer_config!r}"
+    its_class = transformer_class(config, source)
+    config = {"in_channels": in_channels} | public_config(config)
+    if settings.objective == "video_dit" and its_class is FARTransformer3DModel:
         config |= {"frame_causal": False, "long_patch_size": None}
     try:
-        return FARTransformer3DModel(**config)
+        return its_class(**config)
     except TypeError as error:
-        raise ValueError(f"`--transformer_config` {settings.transformer_config!r} does not fit: {error}.") from error
+        raise ValueError(f"{source} does not fit: {error}.") from error
 
 
 def build_pipeline(
-    settings: TrainFARSettings, transformer: FARTransformer3DModel, vae: torch.nn.Module, latent_shape: tuple[int, ...]
+    settings: TrainFARSettings, transformer: Transformer, vae: torch.nn.Module, latent_shape: tuple[int, ...]
 ) -> FARPipeline:
     """The pipeline of the objective, with the settings of the one that training starts from."""
     height, width = (size * spatial_compression(vae) for size in latent_shape[1:])
     config, start = transformer.config, settings.pretrained_model_name_or_path
     options = pipeline_settings(start, config.num_actions, settings.revision)
+    default_steps = DEFAULT_INFERENCE_STEPS
+    if config.flow_map:
+        default_steps, scheduler = FLOW_MAP_STEPS, options["scheduler"]
+        if not isinstance(scheduler, FlowMapEulerDiscreteScheduler):  # of the flow model that became a flow map
+            options["scheduler"] = FlowMapEulerDiscreteScheduler(shift=scheduler.config.get("shift", 1.0))
+            options.pop("num_inference_steps", None)
+        if settings.flow_map_guidance is not None:
+            options["guidance_scale"] = 1.0  # it is in the weights
     # A new pipeline makes frames as they were measured.
-    options.setdefault("num_inference_steps", settings.num_validation_inference_steps or DEFAULT_INFERENCE_STEPS)
+    options.setdefault("num_inference_steps", settings.num_validation_inference_steps or default_steps)
     own = ("fps", "action_names", "num_inference_steps", "short_cache")
     options |= {name: getattr(settings, name) for name in own if getattr(settings, name) is not None}
     check_count("num_inference_steps", options["num_inference_steps"])
@@ -210,6 +241,7 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
     clips, held_out = open_clips(settings, settings.dataset_split, vae), open_validation_clips(settings, vae)
     num_actions = settings.num_fed_actions(clips.num_actions)
     transformer = build_transformer(settings, clips.latent_shape[0], num_actions)
+    transformer = as_flow_map(transformer) if settings.flow_map else transformer
     config = transformer.config
     check_data(clips, transformer, num_actions, held_out)
     batches = training_batches(settings, clips, config, run.accelerator)
@@ -223,8 +255,8 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
 
     # 2. Optimizer, and the run that is resumed
     ema = EMAModel(transformer.parameters(), decay=settings.ema_decay, foreach=True) if settings.use_ema else None
-    run.prepare(transformer, build_optimizer(settings, transformer.parameters()), ema)
-    model_config = {name: value for name, value in config.items() if not name.startswith("_")}
+    run.prepare(transformer, build_optimizer(settings, rates_by_part(settings, transformer)), ema)
+    model_config = public_config(config)
     run.start("train_far", dataset=clips.dataset_fingerprint, vae=clips.vae_hash, transformer=model_config)
     logger.info(
         f"{transformer.num_parameters() / 1e6:.2f} M parameters; {batches.description}; from step {run.first_step}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffusers_far.command_line import set_up_logging
-from diffusers_far.training.config import FARSettings, build_optimizer, parse_settings, setting
+from diffusers_far.training.config import FARSettings, build_optimizer, parse_settings, rates_by_part, setting
 
 
 DEFAULT_FPS = 8  # of the sample video, where the pipeline has none
@@ -139,7 +139,7 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
         transformer.enable_gradient_checkpointing()
 
     # 3. Optimizer, and the run that is resumed
-    run.prepare(transformer, build_optimizer(settings, parameters))
+    run.prepare(transformer, build_optimizer(settings, rates_by_part(settings, transformer)))
     run.start(
         "train_far_lora",
         dataset=clips.dataset_fingerprint,

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import tiny_dc
 from video_files import write_video
 
-from diffusers_far import FARPipeline, FARTransformer3DModel, VideoDiTPipeline
+from diffusers_far import FARPipeline, FARTransformer3DModel, SCDTransformer3DModel, VideoDiTPipeline
 from diffusers_far.data.latents import LatentSource, write_shard
 from diffusers_far.models.identity import vae_hash
 
@@ -405,3 +405,42 @@ def test_from_a_dataset_on_the_hub_to_a_model_on_the_hub(workplace, tmp_path):
         assert "torch.Size([1, 2, 3, 16, 16])" in run_python(generate, hub)
     assert {"model_index.json", "README.md"} <= files.keys()
     assert not [name for name in files if name.startswith(("checkpoint-", "logs"))]
+
+
+def test_a_separable_model_is_trained_resumed_to_the_bit_and_saved_as_a_pipeline(workplace):
+    config = {name: value for name, value in TRANSFORMER.items() if name != "num_layers"}
+    config |= {"_class_name": "SCDTransformer3DModel", "num_encoder_layers": 1, "num_decoder_layers": 1}
+    (workplace / "separable.json").write_text(json.dumps(config))
+    flags = ("--transformer_config", str(workplace / "separable.json"), "--clean_prefix_ratio", "0")
+    for output, more in (
+        ("separable", ("--max_train_steps", "4")),
+        ("interrupted", ("--max_train_steps", "2")),
+        ("interrupted", ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")),
+    ):
+        result = train(workplace, output, *flags, *more)
+        assert result.returncode == 0, result.stderr
+    assert_same_checkpoints(*(workplace / output / "checkpoint-4" for output in ("interrupted", "separable")))
+    pipe = FARPipeline.from_pretrained(workplace / "separable")
+    assert type(pipe.transformer) is SCDTransformer3DModel
+    assert pipe.transformer.config.condition_dropout == 0.1 and pipe.transformer.config.trained_frames == 8
+    assert "decoder_draws=2" in (workplace / "separable" / "README.md").read_text()
+    refused = train(workplace, "refused", *flags, "--clean_context_ratio", "0.3")
+    assert refused.returncode != 0 and "`clean_context_ratio` is 0.3, but the context of a separable" in refused.stderr
+
+
+def test_a_trained_model_becomes_a_flow_map_whose_training_is_resumed_to_the_bit(workplace, trained):
+    start = ("--pretrained_model_name_or_path", str(trained), "--flow_map", "--teacher_forcing")
+    flags = (*start, "--clean_prefix_ratio", "0", "--flow_map_guidance", "2", "--num_inference_steps", "2")
+    for output, more in (
+        ("flow-map", ("--max_train_steps", "4")),
+        ("interrupted-flow-map", ("--max_train_steps", "2")),
+        ("interrupted-flow-map", ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")),
+    ):
+        result = train(workplace, output, *flags, *more)
+        assert result.returncode == 0, result.stderr
+    folders = [workplace / output for output in ("interrupted-flow-map", "flow-map")]
+    assert_same_checkpoints(*(folder / "checkpoint-4" for folder in folders))
+    pipe = FARPipeline.from_pretrained(folders[1])
+    assert pipe.transformer.config.flow_map and type(pipe.scheduler).__name__ == "FlowMapEulerDiscreteScheduler"
+    assert (pipe.default_inference_steps, pipe.default_guidance_scale) == (2, 1.0)
+    assert "flow_map_guidance=2.0" in (folders[1] / "README.md").read_text()

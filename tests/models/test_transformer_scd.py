@@ -197,6 +197,20 @@ def test_a_noisy_feature_makes_the_null_half_and_leaves_the_other_as_it_is():
     assert torch.allclose(whole, torch.cat([null, sample]), atol=1e-4)
 
 
+@base_and_long
+def test_several_draws_equal_calls_of_their_own(long_patch_size):
+    model = tiny_separable(long_patch_size=long_patch_size, num_actions=3, num_classes=2)
+    clips = [random_clip(model, 5, seed=seed) for seed in range(3)]
+    first = clips[0]
+    draws, levels = (torch.stack([getattr(clip, name) for clip in clips]) for name in ("latents", "timestep"))
+    together = predict(model, replace(first, latents=draws, timestep=levels), clean_hidden_states=first.latents / 2)
+    for sample, clip in zip(together, clips, strict=True):
+        alone = predict(
+            model, replace(first, latents=clip.latents, timestep=clip.timestep), clean_hidden_states=first.latents / 2
+        )
+        assert torch.allclose(sample, alone, atol=1e-5)
+
+
 def test_training_drops_conditions_once_for_both_parts_and_puts_noise_on_the_feature():
     model = tiny_separable(num_actions=3, feature_noise=0.5, condition_dropout=0.4).train()
     clip, masks = random_clip(model, 5), []
@@ -307,6 +321,13 @@ def test_calls_that_make_no_sense_are_refused():
         predict(model, clip, next_action=clip.actions[:, 0])
     with pytest.raises(ValueError, match="`next_action` has shape"):
         model(frame.latents, -1, actions=frame.actions, kv_cache=cache, update_cache=True, next_action=clip.actions)
+    draws = replace(clip, latents=torch.stack([clip.latents] * 3))
+    with pytest.raises(
+        ValueError, match=r"`timestep` has shape \(2, 4\); with 3 draws of 2 clips of 4 frames it must"
+    ):
+        predict(model, draws, clean_hidden_states=clip.latents)
+    with pytest.raises(ValueError, match="several draws of whole clips, but `kv_cache` was given"):
+        predict(model, draws, kv_cache=cache, clean_hidden_states=None)
     with pytest.raises(ValueError, match="`null_feature_noise` has shape"):
         predict(model, clip, null_feature_noise=torch.randn(2, 24, 32))
     with pytest.raises(ValueError, match="`learn_start=False`"):

@@ -1,16 +1,21 @@
 """The batches of the training steps, and what the transformer is fed of them."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from tiny_models import tiny_dc
+from tiny_models import tiny_dc, tiny_separable, tiny_transformer
 
 from diffusers_far.data.clips import Clip
 from diffusers_far.data.video_clips import EncodedDataset
 from diffusers_far.models.transformer_far import FARTransformer3DModel
 from diffusers_far.training.clips import TrainingBatches, clip_loss, encode_batches, fed_conditions
+from diffusers_far.training.config import FARSettings, rates_by_part
+from diffusers_far.training.lora import add_lora, lora_targets
 from diffusers_far.training.objective import TrainingObjective
 
 
@@ -211,8 +216,125 @@ def test_worker_processes_change_nothing(videos):
         assert torch.equal(clips.latents, expected.latents) and torch.equal(draw.timestep, expected_draw.timestep)
 
 
+def separable_pass(decoder_draws: int, long_patch_size: int | None = None):
+    """A separable model without noise of its own, and the clips and draws of one pass of its training."""
+    config = {"in_channels": 2, "num_actions": 3, "action_shift": 1, "short_window": 4, "feature_noise": 0.0}
+    model = tiny_separable(**config, long_patch_size=long_patch_size, condition_dropout=0.0).train()
+    objective = TrainingObjective(teacher_forcing=True, decoder_draws=decoder_draws, condition_dropout=0.3)
+    short_window = None if long_patch_size is None else 4
+    clips, draw = make_batches(objective, num_frames=6, short_window=short_window).longest[1]
+    return model, replace(clips, latents=torch.randn(clips.latents.shape)), draw
+
+
+def gradients(model, clips, draw) -> list[torch.Tensor]:
+    model.zero_grad()
+    clip_loss(model, model.config, clips, draw).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("long_patch_size", [None, 2], ids=["base", "long"])
+def test_the_gradient_of_several_draws_is_the_mean_of_those_of_each_alone(long_patch_size):
+    model, clips, draw = separable_pass(3, long_patch_size)
+    together = gradients(model, clips, draw)
+    alone = [
+        gradients(model, clips, replace(draw, noise=draw.noise[:, each], timestep=draw.timestep[:, each]))
+        for each in range(3)
+    ]
+    for mean, *parts in zip(together, *alone, strict=True):
+        torch.testing.assert_close(mean, sum(parts) / 3, atol=1e-5, rtol=1e-4)
+
+
+def test_several_draws_take_one_pass_of_the_encoder():
+    model, clips, draw = separable_pass(3)
+    encoded, decoded = [], []
+    model.encoder.x_embedder.register_forward_hook(lambda *call: encoded.append(call[-1].shape[:2]))
+    model.decoder.x_embedder.register_forward_hook(lambda *call: decoded.append(call[-1].shape[:2]))
+    clip_loss(model, model.config, clips, draw)
+    assert encoded == [(4, 5)] and decoded == [(12, 6)]
+
+
 def test_the_longest_batches_differ_in_length_alone():
     batches = make_batches()
     assert {batches.longest[step][0].latents.shape[1] for step in range(20)} == {12}
     assert torch.equal(batches.longest[3][0].labels, batches[3][0].labels)
     assert batches.clip_length(3) < 12
+
+
+def test_an_adapter_of_a_separable_model_learns_in_both_parts():
+    model, clips, draw = separable_pass(2)
+    trained = add_lora(model, rank=2, alpha=2.0, dropout=0.0, targets=lora_targets(model, ["attention"]))
+    settings = FARSettings(output_dir="run", latents_dir="latents", learning_rate=0.5)
+    encoder, decoder = rates_by_part(settings, model)
+    assert decoder["lr"] == 1.0 and len(encoder["params"]) + len(decoder["params"]) == len(trained)
+    clip_loss(model, model.config, clips, draw).backward()
+    assert all(any(parameter.grad.any() for parameter in group["params"]) for group in (encoder, decoder))
+
+
+def flow_map_pass(is_separable: bool, guidance_scale: float = 1.0, **config):
+    """A flow map that is trained, and the clips and draws of one pass."""
+    make, draws = (tiny_separable, 2) if is_separable else (tiny_transformer, None)
+    model = make(in_channels=2, num_actions=3, action_shift=1, condition_dropout=0.0, flow_map=True, **config).train()
+    objective = TrainingObjective(
+        teacher_forcing=True, decoder_draws=draws, flow_map=True, flow_map_guidance=guidance_scale
+    )
+    clips, draw = make_batches(objective, num_frames=6, short_window=None)[1]
+    return model, replace(clips, latents=torch.randn(clips.latents.shape)), draw
+
+
+far_and_separable = pytest.mark.parametrize("is_separable", [False, True], ids=["FAR", "separable"])
+
+
+@far_and_separable
+def test_the_loss_of_a_flow_map_reaches_both_times_and_is_the_same_again(is_separable):
+    model, clips, draw = flow_map_pass(is_separable, guidance_scale=2.0)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(clip_loss(model, model.config, clips, draw))
+    assert losses[0] == losses[1] > 0
+    losses[0].backward()
+    embedders = {name: weight for name, weight in model.named_parameters() if "timestep_embedder" in name}
+    assert any(".r_" in f".{name}" for name in embedders)
+    assert all(weight.grad.any() for name, weight in embedders.items())
+
+
+@pytest.mark.parametrize("guidance_scale, num_passes", [(1.0, 3), (2.0, 4)])
+def test_all_passes_of_a_step_draw_the_same_noise_on_features_and_one_has_a_gradient(guidance_scale, num_passes):
+    model, clips, draw = flow_map_pass(True, guidance_scale, feature_noise=0.5)
+    features, has_gradient = [], []
+    model.decoder.x_embedder.register_forward_hook(lambda *call: has_gradient.append(call[-1].requires_grad))
+    encode = model.encoder.output
+    model.encoder.output = lambda *arguments: features.append(encode(*arguments)) or features[-1]
+    clip_loss(model, model.config, clips, draw)
+    assert has_gradient == [False] * (num_passes - 1) + [True]
+    masked = [each.states for each in features[num_passes - 3 :]]  # those that are fed the conditions
+    assert all(torch.equal(each, masked[0]) for each in masked)
+
+
+def test_a_flow_map_learns_the_velocities_that_guidance_gives():
+    """Without conditions this model says 0.5 everywhere; with them what guidance makes of that and the true velocity."""
+    model, clips, draw = flow_map_pass(False, guidance_scale=3.0)
+    draw = replace(draw, r_timestep=draw.timestep)
+    velocity = draw.noise - clips.in_order(draw.frame_order).latents
+
+    def says(latents, timestep, action_mask, **others):
+        null = torch.full_like(latents, 0.5)
+        return SimpleNamespace(sample=null + 3.0 * (velocity - null) if action_mask.any() else null)
+
+    assert clip_loss(says, model.config, clips, draw) < 1e-10
+    assert clip_loss(says, model.config, clips, replace(draw, guidance_scale=2.0)) > 0.1
+
+
+@far_and_separable
+def test_a_flow_map_learns_to_take_one_step_to_a_single_point(is_separable):
+    """All clips are zeros, whatever is added to them: from any noise the one step to 0 is the noise itself."""
+    model, clips, draw = flow_map_pass(is_separable)
+    clips = replace(clips, latents=torch.zeros_like(clips.latents))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(clip_loss(model, model.config, clips, draw))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2

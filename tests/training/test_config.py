@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_separable, tiny_transformer
 
 from diffusers_far.data.rows import COMBINATION_RULES
 from diffusers_far.training.config import (
@@ -16,6 +17,7 @@ from diffusers_far.training.config import (
     FrameSettings,
     build_optimizer,
     parse_settings,
+    rates_by_part,
     read_config,
     setting,
 )
@@ -102,7 +104,9 @@ def test_every_setting_has_its_rules_in_its_field():
 def test_the_identity_of_a_run_is_its_settings_but_for_the_free_ones():
     identity = parse("--learning_rate", "0.5", "--dataset_split", "small").identity()
     assert identity["learning_rate"] == 0.5 and "dataset_split" not in identity
-    assert identity.keys() == EARLIER_IDENTITY | {"use_8bit_adam", "video_column", "streaming"}
+    later = {"use_8bit_adam", "video_column", "streaming"}
+    later |= {"decoder_draws", "decoder_learning_rate_ratio", "flow_map_guidance"}
+    assert identity.keys() == EARLIER_IDENTITY | later
     free = {each.name for each in fields(ScriptSettings) if each.metadata["free"]}
     assert not free & EARLIER_IDENTITY
 
@@ -180,6 +184,57 @@ def test_every_flag_of_the_objective_reaches_it():
     assert objective == TrainingObjective("far", 0.2, 0.3, True, 0.4, 0.5, 0.6)
     with pytest.raises(ValueError, match="`teacher_forcing` needs frames in an order"):
         parse("--teacher_forcing", "--objective", "video_dit").training_objective()
+
+
+SEPARABLE = {"num_decoder_layers": 4, "learn_start": False}
+
+
+def test_a_separable_model_is_trained_on_clean_context_with_several_draws():
+    assert parse().training_objective(SEPARABLE) == TrainingObjective(
+        clean_context_ratio=0.0, teacher_forcing=True, decoder_draws=2, learn_start=False
+    )
+    assert parse("--decoder_draws", "3", "--teacher_forcing").training_objective(SEPARABLE).decoder_draws == 3
+
+
+def test_the_model_says_whether_it_is_trained_as_a_flow_map():
+    flow_map = {"flow_map": True, "num_actions": 3}
+    settings = parse("--teacher_forcing", "--flow_map_guidance", "3")
+    objective = settings.training_objective(flow_map)
+    assert objective == TrainingObjective(teacher_forcing=True, flow_map=True, flow_map_guidance=3.0)
+    assert parse().training_objective(SEPARABLE | flow_map).flow_map
+    with pytest.raises(ValueError, match="`flow_map_guidance` is 3.0, but no condition guides this model"):
+        settings.training_objective({"flow_map": True})
+    with pytest.raises(ValueError, match="`flow_map_guidance` is 3.0 and `flow_map` False"):
+        settings.training_objective({"num_actions": 3})
+    with pytest.raises(ValueError, match="pass `--teacher_forcing`"):
+        parse().training_objective(flow_map)
+
+
+@pytest.mark.parametrize(
+    "flag, value, config",
+    [
+        ("clean_context_ratio", 0.2, SEPARABLE),
+        ("clean_prefix_ratio", 0.5, SEPARABLE),
+        ("objective", "video_dit", SEPARABLE),
+        ("decoder_draws", 2, {}),
+        ("decoder_learning_rate_ratio", 1.0, {}),
+    ],
+)
+def test_what_has_no_meaning_for_the_model_is_refused(flag, value, config):
+    with pytest.raises(ValueError, match=f"`{flag}` is {value!r}, but .*; leave it out"):
+        parse(f"--{flag}={value}").training_objective(config)
+
+
+@pytest.mark.parametrize("flags, ratio", [((), 2.0), (("--decoder_learning_rate_ratio", "0.5"), 0.5)])
+def test_the_decoder_learns_at_a_rate_of_its_own(flags, ratio):
+    model, settings = tiny_separable(), parse("--learning_rate", "0.5", *flags)
+    encoder, decoder = build_optimizer(settings, rates_by_part(settings, model)).param_groups
+    assert (encoder["lr"], decoder["lr"]) == (0.5, 0.5 * ratio)
+    assert {*map(id, decoder["params"])} == {*map(id, model.decoder.parameters())}
+    assert len(encoder["params"]) + len(decoder["params"]) == len([*model.parameters()])
+    model.encoder.requires_grad_(False)
+    assert [len(group["params"]) for group in rates_by_part(settings, model)][0] == 1  # the start of frame 0
+    assert rates_by_part(settings, tiny_transformer())[0].shape  # one rate: the parameters as they are
 
 
 @pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("radam", torch.optim.RAdam)])

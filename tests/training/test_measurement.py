@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from tiny_models import tiny_pipeline, tiny_transformer
+from tiny_models import tiny_pipeline, tiny_separable, tiny_transformer
 
 from diffusers_far.data.clips import Clip
 from diffusers_far.data.rows import BadExampleError
@@ -42,9 +42,9 @@ def arguments(**overrides) -> FARSettings:
     return FARSettings(output_dir="run", latents_dir="latents", **{**defaults, **overrides})
 
 
-@pytest.fixture
-def pipe():
-    return tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1))
+@pytest.fixture(params=[tiny_transformer, tiny_separable], ids=["FAR", "separable"])
+def pipe(request):
+    return tiny_pipeline(request.param(num_actions=3, action_shift=1))
 
 
 def test_a_measurement_has_losses_psnr_and_the_videos_and_comes_out_the_same_again(pipe):

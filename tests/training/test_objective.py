@@ -1,5 +1,7 @@
 """The draws of the training objective and its loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,10 @@ from diffusers_far.training.objective import (
     TrainingObjective,
     add_noise,
     draw_num_long_frames,
+    draw_steps,
     draw_timesteps,
+    flow_map_loss,
+    flow_map_target,
     velocity_loss,
 )
 
@@ -92,6 +97,34 @@ def test_with_teacher_forcing_every_short_frame_is_noisy():
     objective = TrainingObjective(teacher_forcing=True, clean_context_ratio=0.5, clean_prefix_ratio=0.5)
     timestep = draw_batch(objective, 50, 6, num_long_frames=2).timestep
     assert (timestep[:, :2] == -1).all() and (timestep[:, 2:] >= 1).all()
+
+
+def test_every_decoder_draw_has_noise_and_levels_of_its_own_and_the_conditions_are_shared():
+    draw = draw_batch(TrainingObjective(teacher_forcing=True, decoder_draws=3), 5, 6)
+    assert draw.noise.shape == (5, 3, 6, *LATENT_SHAPE) and draw.timestep.shape == (5, 3, 6)
+    assert draw.timestep.unique().numel() > 60 and draw.noise.unique().numel() == draw.noise.numel()
+    assert draw.keeps_action.shape == (5, 6) and (draw.timestep >= 1).all()
+
+
+def test_a_frame_without_a_feature_is_clean_in_every_draw():
+    for learn_start, num_long_frames, num_clean in ((True, 0, 0), (False, 0, 1), (True, 2, 3), (False, 2, 3)):
+        objective = TrainingObjective(teacher_forcing=True, decoder_draws=2, learn_start=learn_start)
+        timestep = draw_batch(objective, 4, 6, num_long_frames).timestep
+        assert (timestep[..., :num_clean] == -1).all() and (timestep[..., num_clean:] >= 1).all()
+
+
+def test_the_loss_of_several_draws_is_the_mean_of_theirs():
+    latents = torch.randn(3, 6, *LATENT_SHAPE, generator=seeded(1))
+    draw = draw_batch(TrainingObjective(teacher_forcing=True, decoder_draws=2), 3, 6)
+    noise, timestep = draw.noise.transpose(0, 1), draw.timestep.transpose(0, 1)
+    velocity = torch.randn(2, 3, 4, *LATENT_SHAPE, generator=seeded(2))
+    losses = [velocity_loss(velocity[each], latents, noise[each], timestep[each]) for each in range(2)]
+    torch.testing.assert_close(velocity_loss(velocity, latents, noise, timestep), sum(losses) / 2)
+
+
+def test_decoder_draws_need_clean_context():
+    with pytest.raises(ValueError, match="`decoder_draws` is 2 and `teacher_forcing` False"):
+        TrainingObjective(decoder_draws=2)
 
 
 def test_teacher_forcing_of_a_video_dit_is_refused():
@@ -203,3 +236,73 @@ def test_shares_outside_0_to_1_are_refused(name):
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="`name` is 'gan'"):
         TrainingObjective("gan")
+
+
+FLOW_MAP = TrainingObjective(teacher_forcing=True, flow_map=True)
+
+
+def test_half_of_the_steps_end_where_they_begin_and_a_quarter_at_0():
+    start, end = draw_steps((5000, 8), seeded())
+    assert start.min() >= 5 and start.max() <= 995 and end.min() >= 0 and (end <= start).all()
+    assert (end == start).float().mean() == 0.5 and (end == 0).float().mean() == 0.25
+    assert ((end == start)[:, 1:] | (end == start)[:, :-1]).all()
+    assert abs(start.mean() - 2000 / 3) < 5  # the larger of two uniforms
+    assert abs(end[(end > 0) & (end < start)].mean() - 1000 / 3) < 10  # the smaller
+
+
+@pytest.mark.parametrize("decoder_draws", [None, 2])
+def test_clean_and_long_frames_have_no_step(decoder_draws):
+    objective = replace(FLOW_MAP, decoder_draws=decoder_draws, flow_map_guidance=2.0)
+    draw = draw_batch(objective, 3, 6, num_long_frames=2)
+    assert draw.r_timestep.shape == draw.timestep.shape and draw.guidance_scale == 2.0
+    assert ((draw.timestep == -1) == (draw.r_timestep == -1)).all()
+    assert (draw.timestep == -1).sum(dim=-1).unique().tolist() == [3 if decoder_draws else 2]
+    moved = draw.to("meta")
+    assert moved.r_timestep.device.type == moved.noise.device.type == "meta"
+
+
+def test_the_target_of_a_known_field_is_its_mean_velocity():
+    """Of `dx/dt = x cos(4t)`, whose paths are `x(r) = x(t) exp((sin 4r - sin 4t) / 4)`."""
+
+    def mean_velocity(latents, timestep, r_timestep):
+        t, r = ((each.clamp(min=0) / 1000)[..., None, None, None] for each in (timestep, r_timestep))
+        share = 1 - torch.exp((torch.sin(4 * r) - torch.sin(4 * t)) / 4)
+        return latents * torch.where(t == r, torch.cos(4 * t), share / (t - r).where(t != r, 1))
+
+    draw, latents = draw_batch(FLOW_MAP, 4, 8), torch.randn(4, 8, *LATENT_SHAPE, generator=seeded(1))
+    time = (draw.timestep / 1000)[..., None, None, None]
+    way = (latents, latents * torch.cos(4 * time), draw.timestep, draw.r_timestep)
+    expected = mean_velocity(latents, draw.timestep, draw.r_timestep)
+    # Where r = t the target is v; a difference that crosses r must not change it.
+    target = flow_map_target(mean_velocity, *way)
+    torch.testing.assert_close(target, expected, atol=2e-4, rtol=1e-3)
+    is_flow = draw.r_timestep == draw.timestep
+    assert torch.equal(target[is_flow], way[1][is_flow])
+
+
+def test_the_error_of_a_step_is_as_large_as_the_mean_of_plain_flow_beside_it_and_keeps_its_direction():
+    timestep = torch.tensor([[500.0, 500.0, 500.0, -1.0]]).repeat(2, 1)
+    end = torch.tensor([[500.0, 500.0, 100.0, -1.0], [100.0, 100.0, 100.0, -1.0]])
+    target, weight = torch.zeros(2, 4, *LATENT_SHAPE), 0.5 * 0.5**0.5
+    velocity = (
+        torch.tensor([1.0, 3.0, 7.0, 100.0])[None, :, None, None, None].expand_as(target).clone().requires_grad_()
+    )
+    loss = flow_map_loss(velocity, target, timestep, end)
+    # The second clip has no plain flow, and is left as it is.
+    assert loss.item() == pytest.approx(weight * ((1 + 9 + 5) / 3 + (1 + 9 + 49) / 3) / 2)
+    loss.backward()
+    assert not velocity.grad[:, 3].any() and (velocity.grad[:, :3] > 0).all()
+    assert torch.allclose(velocity.grad[0, 2] / velocity.grad[1, 2], torch.tensor(5 / 49))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"flow_map": True}, "`teacher_forcing` is False, but the frames of a flow map"),
+        ({"flow_map": True, "teacher_forcing": True, "logit_mean": 1.0}, "`logit_mean` is 1.0 .*leave them out"),
+        ({"flow_map_guidance": 2.0}, "`flow_map_guidance` is 2.0 and `flow_map` False"),
+    ],
+)
+def test_flow_maps_that_contradict_themselves_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingObjective(**settings)

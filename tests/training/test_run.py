@@ -13,8 +13,10 @@ from diffusers.training_utils import EMAModel
 from tiny_models import tiny_pipeline, tiny_separable, tiny_transformer
 
 from benchmarks.studies.scripts import load_script
+from diffusers_far import SCDTransformer3DModel
 from diffusers_far.data.clips import Clip, ClipBatch
 from diffusers_far.data.rows import BadExampleError
+from diffusers_far.models.identity import settings_hash
 from diffusers_far.training import clips as training_clips
 from diffusers_far.training import run
 from diffusers_far.training.checkpoints import save_checkpoint
@@ -284,13 +286,23 @@ def test_data_that_does_not_fit_the_model_is_refused(model, latents, message):
         check_data(latents, tiny_transformer(**model), num_fed_actions=5)
 
 
-def test_a_separable_model_is_refused_however_it_comes(tmp_path):
-    separable = tiny_separable(num_actions=3)
-    with pytest.raises(ValueError, match="^The transformer is an SCDTransformer3DModel"):
-        check_data(Latents(), separable, None, Latents())
-    separable.save_pretrained(tmp_path)
-    given = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path), revision=None)
-    with pytest.raises(ValueError, match="`--pretrained_model_name_or_path` '.*' is an SCDTransformer3DModel"):
+def test_a_separable_model_comes_from_a_config_or_from_its_weights(tmp_path):
+    build = load_script("train_far").build_transformer
+    given = SimpleNamespace(pretrained_model_name_or_path=None, revision=None, objective="far")
+    source = tiny_separable(num_actions=3)
+    source.save_pretrained(tmp_path)
+    given.transformer_config = str(tmp_path / "config.json")
+    new = build(given, in_channels=4, num_actions=3)
+    assert type(new) is SCDTransformer3DModel and settings_hash(new.config) == settings_hash(source.config)
+    given.pretrained_model_name_or_path = str(tmp_path)
+    weights = build(given, in_channels=4, num_actions=3).state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in source.state_dict().items())
+
+
+def test_a_class_that_no_script_trains_is_refused_with_where_it_stands(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    given = SimpleNamespace(pretrained_model_name_or_path=None, transformer_config=str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match="^`--transformer_config` '.*' has the `_class_name` 'WanTransformer3DModel'"):
         load_script("train_far").build_transformer(given, in_channels=4, num_actions=3)
 
 
@@ -381,6 +393,16 @@ def test_a_trajectory_that_is_not_finite_is_named_before_the_weights_change(make
     with pytest.raises(RuntimeError, match="data are not finite: NaN or infinite values in trajectory 2"):
         trained.step(outcome)
     assert torch.equal(transformer.x_embedder.weight, weights)
+
+
+def test_a_dry_run_of_a_separable_model_counts_the_tokens_of_both_parts(make_run):
+    model = tiny_separable(num_actions=3)
+    trained = make_run(model, num_frames=3, gradient_accumulation_steps=1, decoder_draws=3)
+    batches = training_batches(trained.settings, FaultyLatents(), model.config, trained.accelerator)
+    tokens = describe_tokens(model, batches)
+    assert "of them long; the decoder sees" in tokens and "twins" not in tokens
+    (own, decoded) = (int(re.search(pattern, tokens)[1]) for pattern in (r"^(\d+)", r"sees (\d+)"))
+    assert decoded == 3 * 2 * own
 
 
 def test_epochs_of_clips_become_steps(make_run):

@@ -82,6 +82,11 @@ class FrameBatch:
 
         return FrameBatch(repeat(self.latents), repeat(self.actions), repeat(self.action_mask))
 
+    def drawn(self, latents: torch.Tensor) -> "FrameBatch":
+        """Several draws of these frames, `(N, B, F, C, H, W)`, one after the other in the batch."""
+        conditions = (repeat_batch(tensor, len(latents)) for tensor in (self.actions, self.action_mask))
+        return FrameBatch(latents.flatten(0, 1), *conditions)
+
     def between(self, start: int, end: int) -> "FrameBatch":
         """The frames from `start` up to and without `end`, as views."""
         tensors = (self.latents, self.actions, self.action_mask)
@@ -100,6 +105,11 @@ class FrameBatch:
         if self.action_mask is not None:
             return self.action_mask
         return torch.ones(self.latents.shape[:2], dtype=torch.bool, device=self.latents.device)
+
+
+def repeat_batch(tensor: torch.Tensor | None, num_times: int) -> torch.Tensor | None:
+    """A batch that follows itself: `(B, ...)` as `(num_times * B, ...)`."""
+    return None if tensor is None else tensor.expand(num_times, *tensor.shape).flatten(0, 1)
 
 
 def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:
@@ -155,5 +165,5 @@ def pair_with_clean(
     clean_frames = FrameBatch(clean_latents, frames.actions, frames.action_mask)
     twins = frames.last(plan.num_short_frames)
     return clean_frames.append(twins), torch.cat(
-        [torch.full_like(timestep, clean_timestep), timestep[:, plan.num_long_frames :]], dim=1
+        [torch.full_like(timestep, clean_timestep), timestep[..., plan.num_long_frames :]], dim=-1
     )

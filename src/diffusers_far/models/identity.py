@@ -48,9 +48,15 @@ def vae_hash(vae: torch.nn.Module) -> str:
     return model_identity(vae, rounded_to=torch.float16)
 
 
+# Arguments of models that earlier versions did not know, with what they mean where they are left out.
+LATER_ARGUMENTS = {"flow_map": False}
+
+
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what diffusers notes for itself, such as where it came from."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    """A config without what diffusers notes for itself, such as where it came from, and as an earlier version wrote it where
+    that knew the model."""
+    later = LATER_ARGUMENTS.items()
+    return {name: value for name, value in config.items() if not name.startswith("_") and (name, value) not in later}
 
 
 _JSON = {"sort_keys": True, "default": str}

@@ -13,7 +13,7 @@ import torch
 
 from ..checks import check_count, is_whole_number
 from .context_plan import ContextPlan
-from .frames import FrameBatch
+from .frames import FrameBatch, repeat_batch
 from .functional import apply_rotary_embedding, rotary_embedding
 
 
@@ -168,6 +168,10 @@ class ContextFeature:
     def joined(cls, features: list["ContextFeature"]) -> "ContextFeature":
         """Features of frames that follow each other."""
         return cls(*(torch.cat(each, dim=1) for each in zip(*((each.states, each.gain) for each in features))))
+
+    def repeated(self, num_times: int) -> "ContextFeature":
+        """For a batch that follows itself."""
+        return ContextFeature(repeat_batch(self.states, num_times), repeat_batch(self.gain, num_times))
 
 
 class FARKVCache:

@@ -446,6 +446,7 @@ class FARTransformerBlock(nn.Module):
 
 CLEAN_TIMESTEP = -1.0  # outside the schedule: a finished frame
 LONG_TIMESTEP = -2.0  # a long frame, which is always clean
+END_SHARE = 0.25  # of a flow map's time embedding: that of where the step ends
 
 # Rows of a modulation that are computed at once. With more, a step has enough rows of its own to make the reading of weights
 # worth it, and what is kept would be large: 12 layers of width 768 keep 56 MB of 256 rows in float32.
@@ -506,6 +507,8 @@ class FrameNetwork(nn.Module):
         # 2. Time and conditions
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)
         self.timestep_embedder = TimestepEmbedding(256, self.inner_dim)
+        if config.flow_map and out_channels is not None:  # it denoises
+            self.r_timestep_embedder = TimestepEmbedding(256, self.inner_dim)
         if config.num_actions is not None or config.action_dim is not None:
             self.action_embedder = FARActionEmbedding(self.inner_dim, config.num_actions, config.action_dim)
         if config.num_classes is not None:
@@ -547,12 +550,16 @@ class FrameNetwork(nn.Module):
     def embed(
         self, frames: FrameBatch, timestep: torch.Tensor, class_labels: torch.Tensor | None, num_long_frames: int = 0
     ) -> torch.Tensor:
-        """The sum of time, action and class embedding of each frame, `(B, F, dim)`."""
+        """The sum of time, action and class embedding of each frame, `(B, F, dim)`. `timestep` is `(B, F)`, or, where a step of
+        a flow map ends elsewhere, `(2, B, F)`: its start and its end."""
         is_long = torch.arange(frames.num_frames, device=timestep.device) < num_long_frames
         timestep = timestep.masked_fill(is_long, LONG_TIMESTEP)
         # Sinusoids in float32 whatever the dtype: bfloat16 rounds timesteps above 256.
-        time_proj = self.time_proj(timestep.flatten()).to(frames.latents.dtype)
-        temb = self.timestep_embedder(time_proj).unflatten(0, timestep.shape)
+        time_proj = self.time_proj(timestep.flatten()).to(frames.latents.dtype).unflatten(0, timestep.shape)
+        start, end = time_proj if timestep.ndim == 3 else (time_proj, time_proj)
+        temb = self.timestep_embedder(start)
+        if hasattr(self, "r_timestep_embedder"):
+            temb = temb.lerp(self.r_timestep_embedder(end), END_SHARE)
 
         if self.training and self.drops_conditions and self.config.condition_dropout:
             frames, class_labels = self.drop_conditions(frames, class_labels)
@@ -789,6 +796,7 @@ class FrameTransformer(
         timesteps: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        r_timesteps: torch.Tensor | None = None,
     ) -> list[FrameModulation] | None:
         """What time and conditions do to one noisy frame, for all of its denoising steps at once.
 
@@ -799,6 +807,7 @@ class FrameTransformer(
             frame (`FrameBatch`): The noisy frame; only its conditions count.
             timesteps (`torch.Tensor` of shape `(S,)`): Of the steps, 0 to 1000.
             class_labels (`torch.Tensor` of shape `(B,)`, *optional*), attention_kwargs (`dict`, *optional*): As of a call.
+            r_timesteps (`torch.Tensor` of shape `(S,)`, *optional*): Of a flow map: where the steps end.
 
         Returns:
             S of them, for `forward`; `None` where each block has to compute its own, because it is compiled or offloaded
@@ -811,6 +820,8 @@ class FrameTransformer(
         frame.check_conditions(self, class_labels)
         with nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs):
             timestep = timesteps.float().expand(batch_size, num_steps)
+            if r_timesteps is not None:
+                timestep = torch.stack([timestep, r_timesteps.float().expand_as(timestep)])
             return network.modulations(network.embed(frame.repeated(num_steps), timestep, class_labels))
 
     def _write(
@@ -831,17 +842,17 @@ class FrameTransformer(
             patches = network.patches(encoded.latents, plan)
             kv_cache.keep_feature(network.run(*patches, plan, temb, kv_cache, cache_pass, num_read_frames=num_read))
 
-    def _timestep_per_frame(self, timestep: torch.Tensor | float | None, frames: FrameBatch) -> torch.Tensor:
-        """`timestep` as `(B, F)`, float32."""
+    def _timestep_per_frame(self, timestep: Any, frames: FrameBatch, name: str = "timestep") -> torch.Tensor:
+        """The timestep that the argument `name` gave as `(B, F)`, float32."""
         batch_size, num_frames = frames.latents.shape[:2]
         if timestep is None:
-            raise ValueError("`timestep` is None; pass a number, or one for each clip or frame.")
+            raise ValueError(f"`{name}` is None; pass a number, or one for each clip or frame.")
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=frames.latents.device)
         if timestep.ndim == 1 and timestep.shape[0] in (1, batch_size):
             timestep = timestep[:, None]
         if timestep.ndim == 1 or timestep.ndim > 2:
             raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)} but the batch is {batch_size} clips of {num_frames} "
+                f"`{name}` has shape {tuple(timestep.shape)} but the batch is {batch_size} clips of {num_frames} "
                 f"frames; pass one number, ({batch_size},) or ({batch_size}, {num_frames})."
             )
         return timestep.expand(batch_size, num_frames)
@@ -855,8 +866,10 @@ class FrameTransformer(
         update_cache: bool,
         clean_latents: torch.Tensor | None,
         modulation: FrameModulation | None,
+        r_timestep: torch.Tensor | float | None,
     ) -> torch.Tensor | None:
-        """Refuse what this model cannot be fed; by shapes, so nothing waits. Returns `timestep` as `(B, F)`."""
+        """Refuse what this model cannot be fed; by shapes, so nothing waits. Returns `timestep` as `(B, F)`, or `(2, B, F)` with
+        where the steps end."""
         channels = frames.latents.shape[2]
         if channels != self.config.in_channels:
             raise ValueError(
@@ -871,11 +884,20 @@ class FrameTransformer(
             self._check_clean(clean_latents, frames, kv_cache)
         if modulation is not None:
             is_noisy = kv_cache is not None and not update_cache
-            self._check_modulation(modulation, frames, timestep, class_labels, is_noisy=is_noisy)
+            self._check_modulation(modulation, frames, timestep, r_timestep, class_labels, is_noisy=is_noisy)
             return None
         timestep = self._timestep_per_frame(timestep, frames)
         frames.check_conditions(self, class_labels)
-        return timestep
+        return timestep if r_timestep is None else self._with_end(timestep, r_timestep, frames)
+
+    def _with_end(self, timestep: torch.Tensor, r_timestep: torch.Tensor | float, frames: FrameBatch) -> torch.Tensor:
+        """Where the step of each frame begins and where it ends, `(2, B, F)`; a clean frame stays where it is."""
+        if not self.config.flow_map:
+            raise ValueError(
+                "`r_timestep` was given, but this model has `flow_map=False` and knows no other end; leave it out."
+            )
+        end = self._timestep_per_frame(r_timestep, frames, "r_timestep")
+        return torch.stack([timestep, torch.where(timestep < 0, timestep, end)])
 
     def _check_clean(self, clean_latents: torch.Tensor, frames: FrameBatch, kv_cache: FARKVCache | None) -> None:
         if kv_cache is not None or not self.config.frame_causal:
@@ -884,11 +906,11 @@ class FrameTransformer(
         check_condition("clean_hidden_states", clean_latents, True, tuple(frames.latents.shape))
 
     def _check_modulation(
-        self, modulation: FrameModulation, frames: FrameBatch, timestep, class_labels, *, is_noisy: bool
+        self, modulation: FrameModulation, frames: FrameBatch, timestep, r_timestep, class_labels, *, is_noisy: bool
     ) -> None:
         if not is_noisy:
             raise ValueError("`modulation` was given, but it is for one noisy frame and its `kv_cache`; leave it out.")
-        given = {"timestep": timestep, "class_labels": class_labels}
+        given = {"timestep": timestep, "r_timestep": r_timestep, "class_labels": class_labels}
         given |= {"actions": frames.actions, "action_mask": frames.action_mask}
         for name, value in given.items():
             if value is not None:
@@ -928,8 +950,10 @@ class FARTransformer3DModel(FrameTransformer, FrameNetwork):
             null in training.
         frame_causal (`bool`, defaults to `True`): `False` lets every frame see every other one (video diffusion).
         trained_frames (`int`, *optional*): The longest clip seen in training; written by the training scripts.
+        flow_map (`bool`, defaults to `False`): The model is told where a step ends too, and returns the mean velocity of the
+            way there, so that few steps, or one, are enough.
 
-    Source: FAR, arXiv:2503.19325.
+    Source: FAR, arXiv:2503.19325; flow maps, AnyFlow, arXiv:2605.13724.
     """
 
     @register_to_config
@@ -953,6 +977,7 @@ class FARTransformer3DModel(FrameTransformer, FrameNetwork):
         condition_dropout: float = 0.1,
         frame_causal: bool = True,
         trained_frames: int | None = None,
+        flow_map: bool = False,
     ):
         super().__init__()
         check_config(self.config)
@@ -981,6 +1006,7 @@ class FARTransformer3DModel(FrameTransformer, FrameNetwork):
         return_dict: bool = True,
         clean_hidden_states: torch.Tensor | None = None,
         modulation: FrameModulation | None = None,
+        r_timestep: torch.Tensor | float | int | None = None,
     ) -> FARTransformerOutput | tuple[torch.Tensor | None]:
         """Predict velocities, of a whole clip or of one frame against a cache; or write clean frames to the cache.
 
@@ -1000,6 +1026,9 @@ class FARTransformer3DModel(FrameTransformer, FrameNetwork):
                 of the noisy ones, as at inference, and so a clip trains every length of clean context at once.
             modulation (`FrameModulation`, *optional*): For a noisy frame and its `kv_cache`: this step's, from
                 [`frame_modulations`]. It knows time and conditions, which are left out then.
+            r_timestep (`torch.Tensor` of shape `(B, F)` or `(B,)`, or a number, *optional*): Of a flow map: where the step
+                ends, at most `timestep`; `None`, and always for clean frames: at `timestep`, as a flow model. The output is the
+                mean velocity of the way, `x_r = x_t - (t - r) u`.
 
         Returns:
             [`FARTransformerOutput`] with the velocity of the short frames, `(B, min(F, short_window), C, H, W)`, or of
@@ -1008,7 +1037,7 @@ class FARTransformer3DModel(FrameTransformer, FrameNetwork):
         scaled = nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs)
         frames = FrameBatch(hidden_states, actions, action_mask)
         timestep = self._check_call(
-            frames, timestep, class_labels, kv_cache, update_cache, clean_hidden_states, modulation
+            frames, timestep, class_labels, kv_cache, update_cache, clean_hidden_states, modulation, r_timestep
         )
         with scaled, torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
@@ -1047,6 +1076,8 @@ def initialize_weights(model: FrameTransformer) -> None:
     for module in model.modules():
         if isinstance(module, FARAdaLayerNorm):
             nn.init.zeros_(module.linear.weight)
+        elif hasattr(module, "r_timestep_embedder"):
+            module.r_timestep_embedder.load_state_dict(module.timestep_embedder.state_dict())
     nn.init.zeros_(model.denoising_network.proj_out.weight)
 
 
@@ -1105,6 +1136,11 @@ def check_config(config) -> None:
         raise ValueError(f"`condition_dropout` is {config.condition_dropout}; it is a share, at least 0 and below 1.")
     if not isinstance(config.frame_causal, bool):
         raise ValueError(f"`frame_causal` is {config.frame_causal!r}; it is `True` or `False`.")
+    if not isinstance(config.flow_map, bool) or (config.flow_map and not config.frame_causal):
+        raise ValueError(
+            f"`flow_map` is {config.flow_map!r} and `frame_causal` {config.frame_causal}; it is `False`, or, of a model that "
+            "makes frame after frame, `True`."
+        )
     width = config.num_attention_heads * config.attention_head_dim
     if not 1 <= width * config.mlp_ratio < 2**40:
         raise ValueError(

@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 
 from .adapters import scaled_adapters
 from .context_plan import ContextPlan
-from .frames import FrameBatch, check_condition
+from .frames import FrameBatch, check_condition, repeat_batch
 from .kv_cache import ContextFeature, FARKVCache
 from .transformer_far import (
     CLEAN_TIMESTEP,
@@ -83,7 +83,7 @@ class SCDTransformer3DModel(FrameTransformer):
         frame_causal (`bool`, defaults to `True`): Always `True`.
         in_channels, out_channels, num_attention_heads, attention_head_dim, mlp_ratio, patch_size, long_patch_size,
             axes_dims_rope, rope_theta, num_actions, action_dim, action_shift, num_classes, condition_dropout,
-            trained_frames: As of [`FARTransformer3DModel`]; long frames are the encoder's.
+            trained_frames, flow_map: As of [`FARTransformer3DModel`]; long frames are the encoder's, steps the decoder's.
 
     Source: separable causal diffusion, arXiv:2602.10095.
     """
@@ -114,6 +114,7 @@ class SCDTransformer3DModel(FrameTransformer):
         trained_frames: int | None = None,
         feature_noise: float = 0.05,
         learn_start: bool = True,
+        flow_map: bool = False,
     ):
         super().__init__()
         check_config(self.config)
@@ -167,14 +168,17 @@ class SCDTransformer3DModel(FrameTransformer):
         next_action: torch.Tensor | None = None,
         next_action_mask: torch.Tensor | None = None,
         null_feature_noise: torch.Tensor | None = None,
+        r_timestep: torch.Tensor | float | int | None = None,
     ) -> FARTransformerOutput | tuple[torch.Tensor | None]:
         """As [`FARTransformer3DModel`], but a whole clip needs its clean frames, which the encoder reads, and a write needs
         the action of the frame to come.
 
         Args:
             hidden_states, timestep, actions, action_mask, class_labels, kv_cache, update_cache, attention_kwargs,
-                return_dict, modulation: As of [`FARTransformer3DModel`]; `actions` are what each frame is fed, of which
-                the encoder reads, at each frame, that of the next one.
+                return_dict, modulation, r_timestep: As of [`FARTransformer3DModel`]; `actions` are what each frame is
+                fed, of which the encoder reads, at each frame, that of the next one. Without a cache there may be several
+                draws of the noisy frames, `(N, B, F, C, H, W)`, with timesteps of shape `(N, B, F)`: their clips are encoded
+                once.
             clean_hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`): Without a cache: what the noisy frames were
                 made of. That of the last frame is not looked at.
             next_action (`torch.Tensor` of shape `(B,)` or `(B, action_dim)`, *optional*): In a write, of a model that takes
@@ -186,19 +190,35 @@ class SCDTransformer3DModel(FrameTransformer):
         Returns:
             [`FARTransformerOutput`] with the velocity of the short frames; zeros for one without a feature, which is the
             first short one of a model with long frames, or frame 0 without `learn_start`. With `null_feature_noise` the
-            batch is `2 * B`, noisy features first.
+            batch is `2 * B`, noisy features first. Of several draws there are as many, `(N, B, F_short, C, H, W)`.
         """
         scaled = nullcontext() if attention_kwargs is None else scaled_adapters(self, attention_kwargs)
-        frames = FrameBatch(hidden_states, actions, action_mask)
-        timestep = self._check_call(
-            frames, timestep, class_labels, kv_cache, update_cache, clean_hidden_states, modulation
-        )
+        is_drawn = hidden_states.ndim == 6
+        if is_drawn:
+            self._check_draws(hidden_states, timestep, r_timestep, kv_cache, null_feature_noise)
+        draws = hidden_states if is_drawn else hidden_states[None]
+        frames = FrameBatch(draws[0], actions, action_mask)
+        starts = timestep if is_drawn else [timestep]
+        ends = r_timestep if is_drawn and r_timestep is not None else [r_timestep] * len(starts)
+        timesteps = [
+            self._check_call(frames, start, class_labels, kv_cache, update_cache, clean_hidden_states, modulation, end)
+            for start, end in zip(starts, ends)
+        ]
+        timestep = timesteps[0]
         self._check_separable_call(
             frames, kv_cache, update_cache, clean_hidden_states, next_action, next_action_mask, null_feature_noise
         )
         with scaled, torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
             if kv_cache is None:
-                sample = self._predict_clip(frames, timestep, class_labels, clean_hidden_states, null_feature_noise)
+                sample = self._predict_clip(
+                    frames,
+                    draws,
+                    torch.stack(timesteps, dim=-3),
+                    class_labels,
+                    clean_hidden_states,
+                    null_feature_noise,
+                )
+                sample = sample.unflatten(0, (len(draws), -1)) if is_drawn else sample
             elif update_cache:
                 if next_action is not None:
                     mask = None if next_action_mask is None else next_action_mask[:, None]
@@ -214,12 +234,14 @@ class SCDTransformer3DModel(FrameTransformer):
     def _predict_clip(
         self,
         frames: FrameBatch,
+        draws: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None,
         clean_latents: torch.Tensor,
         null_noise: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Velocity of the short frames of a whole clip."""
+        """Velocity of the short frames of whole clips, of whose noisy frames there are several `draws`, `(N, B, F, C, H, W)`
+        at `timestep` `([2,] N, B, F)`, as `(N * B, F_short, C, H, W)`."""
         plan = self.context_plan(frames.num_frames, *frames.latents.shape[-2:])
         frames, timestep, class_labels = self._dropped(frames, timestep, class_labels)
         features, num_context = [], frames.num_frames - 1
@@ -227,17 +249,19 @@ class SCDTransformer3DModel(FrameTransformer):
             features.append(self._start(frames.latents))
         if num_context:
             context = replace(frames, latents=clean_latents).between(0, num_context).looking_ahead(frames.last(1))
-            clean_timestep = torch.full_like(timestep[:, :num_context], CLEAN_TIMESTEP)
+            clean_timestep = timestep.new_full((len(clean_latents), num_context), CLEAN_TIMESTEP)
             temb = self.encoder.embed(context, clean_timestep, class_labels, plan.num_long_frames)
             context_plan = plan.segment(0, num_context)
             features.append(self.encoder.run(*self.encoder.patches(context.latents, context_plan), context_plan, temb))
 
-        feature = ContextFeature.joined(features)
-        decoded = frames.last(feature.states.shape[1])
-        temb = self.decoder.embed(decoded, timestep[:, -decoded.num_frames :], class_labels)
+        feature = ContextFeature.joined(features).repeated(len(draws))
+        num_decoded = feature.states.shape[1]
+        decoded = frames.last(num_decoded).drawn(draws[:, :, -num_decoded:])
+        timestep = timestep.flatten(-3, -2)[..., -num_decoded:]
+        temb = self.decoder.embed(decoded, timestep, repeat_batch(class_labels, len(draws)))
         velocity = self._decode(feature, decoded.latents, temb, None, null_noise)
         missing = velocity.new_zeros(velocity[:, :1].shape)
-        return velocity if decoded.num_frames == plan.num_short_frames else torch.cat([missing, velocity], dim=1)
+        return velocity if num_decoded == plan.num_short_frames else torch.cat([missing, velocity], dim=1)
 
     def _decode(
         self,
@@ -272,6 +296,23 @@ class SCDTransformer3DModel(FrameTransformer):
         if self.training and self.config.condition_dropout and timestep is not None:
             frames, class_labels = self.decoder.drop_conditions(frames, class_labels)
         return frames, timestep, class_labels
+
+    def _check_draws(self, draws: torch.Tensor, timestep, r_timestep, kv_cache, null_noise) -> None:
+        """Refuse several draws where they make no sense."""
+        shape = tuple(draws.shape[:3])
+        if kv_cache is not None or null_noise is not None:
+            reason = "`kv_cache`" if kv_cache is not None else "`null_feature_noise`"
+            raise ValueError(
+                f"`hidden_states` has shape {tuple(draws.shape)}, several draws of whole clips, but {reason} was given; pass "
+                "(batch, frames, channels, height, width)."
+            )
+        for name, value in {"timestep": timestep, "r_timestep": r_timestep}.items():
+            given = tuple(getattr(value, "shape", ()))
+            if given != shape and (name == "timestep" or value is not None):
+                raise ValueError(
+                    f"`{name}` has shape {given}; with {shape[0]} draws of {shape[1]} clips of {shape[2]} frames it must be "
+                    f"{shape}."
+                )
 
     def _check_separable_call(
         self, frames, kv_cache, update_cache, clean_latents, next_action, next_action_mask, null_noise

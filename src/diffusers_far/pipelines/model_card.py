@@ -113,6 +113,7 @@ def model_card(
         "Conditions": describe_conditions(config, pipe.config.action_names),
         "FlexRoPE": describe_flex_rope(pipe.config.flex_rope),
         "Scheduler": f"`{type(pipe.scheduler).__name__}`",
+        "Flow map": "makes a frame in any number of steps, such as 1, 2, 4 or 50" if config.flow_map else None,
         "By default": describe_defaults(pipe),
     }
     training = {"Longest clip": f"{config.trained_frames} frames" if config.trained_frames else "not recorded"}

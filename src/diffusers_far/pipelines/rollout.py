@@ -330,12 +330,14 @@ class Rollout:
         """
         timesteps = self._set_timesteps(num_inference_steps)
         fed = self._model_inputs(frame)  # but for the latents the same at every step
-        modulations, null_feature = self._modulations(fed, timesteps), self._null_feature(generator)
+        ends = self._step_ends(timesteps)
+        modulations, null_feature = self._modulations(fed, timesteps, ends), self._null_feature(generator)
         latents = frame.latents.float()
         for step_index, (timestep, modulation) in enumerate(zip(timesteps, modulations)):
             fed = replace(fed, latents=self._model_latents(latents))
+            told = {} if ends is None or modulation is not None else {"r_timestep": ends[step_index]}
             with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=len(timesteps)):
-                velocity = self._velocity(fed, timestep, modulation, null_feature).float()
+                velocity = self._velocity(fed, timestep, modulation, null_feature | told).float()
             if self.is_guided or null_feature:
                 null_velocity, velocity = velocity.chunk(2)
                 if self.config.guidance_scale > 1:
@@ -345,12 +347,19 @@ class Rollout:
                 latents = on_step_end(step_index, timestep, latents)
         return latents
 
-    def _modulations(self, fed: FrameBatch, timesteps: torch.Tensor) -> list[FrameModulation] | list[None]:
+    def _step_ends(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """Where each step ends, for a flow map whose scheduler goes there at once; with another it is the flow model that it is
+        too, and told nothing."""
+        if self.transformer.config.flow_map and "r_timestep" in inspect.signature(self.scheduler.step).parameters:
+            return torch.cat([timesteps[1:], timesteps.new_zeros(1)])
+        return None
+
+    def _modulations(self, fed: FrameBatch, timesteps: torch.Tensor, ends: torch.Tensor | None) -> list:
         """Of each step, where the blocks need not compute their own."""
         if self.kv_cache is None:
             return [None] * len(timesteps)
         labels, attention_kwargs = self._model_labels(), self.config.attention_kwargs
-        known = self.transformer.frame_modulations(fed, timesteps, labels, attention_kwargs)
+        known = self.transformer.frame_modulations(fed, timesteps, labels, attention_kwargs, ends)
         return known or [None] * len(timesteps)
 
     def _null_feature(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, torch.Tensor]:
@@ -362,20 +371,21 @@ class Rollout:
         return {"null_feature_noise": noise.to(self.transformer.dtype)}
 
     def _velocity(
-        self, noisy: FrameBatch, timestep: torch.Tensor, modulation: FrameModulation | None, null_feature: dict
+        self, noisy: FrameBatch, timestep: torch.Tensor, modulation: FrameModulation | None, told: dict
     ) -> torch.Tensor:
-        """Velocity of the one noisy frame at a step, `(B, 1, C, H, W)`; of the null half first, where there is one."""
+        """Velocity of the one noisy frame at a step, `(B, 1, C, H, W)`; of the null half first, where there is one. What else
+        the model is told of the step is `told`."""
         if modulation is not None:
-            return self._predict(FrameBatch(noisy.latents), modulation=modulation, **null_feature)
+            return self._predict(FrameBatch(noisy.latents), modulation=modulation, **told)
         if self.kv_cache is not None or (self.frames is None and not self.transformer.is_separable):
-            return self._predict(noisy, timestep, class_labels=self._model_labels(), **null_feature)
+            return self._predict(noisy, timestep, class_labels=self._model_labels(), **told)
         context = self.frames or noisy.between(0, 0)
         batch_size, num_clean = context.latents.shape[:2]
         timesteps = torch.full((batch_size, num_clean + 1), CLEAN_TIMESTEP, device=self.device)
         timesteps[:, -1] = timestep
         frames, labels = context.append(noisy), self._model_labels()
         clean = {"clean_hidden_states": frames.latents} if self.transformer.is_separable else {}
-        return self._predict(frames, timesteps, class_labels=labels, **clean, **null_feature)[:, -1:]
+        return self._predict(frames, timesteps, class_labels=labels, **clean, **told)[:, -1:]
 
     def _predict(
         self, frames: FrameBatch, timestep: torch.Tensor | float | None = None, **arguments

@@ -24,7 +24,15 @@ from ..data.video_clips import EncodedDataset, StreamedClips
 from ..models.frames import shift_actions
 from .config import FARSettings
 from .launch import leave_signals_to_parent
-from .objective import ObjectiveDraw, TrainingObjective, add_noise, draw_num_long_frames, velocity_loss
+from .objective import (
+    ObjectiveDraw,
+    TrainingObjective,
+    add_noise,
+    draw_num_long_frames,
+    flow_map_loss,
+    flow_map_target,
+    velocity_loss,
+)
 
 
 class ClipDataset(Protocol):
@@ -335,6 +343,16 @@ def fed_conditions(clips: ClipBatch, transformer_config, draw: ObjectiveDraw | N
     return conditions
 
 
+def null_conditions(conditions: dict[str, torch.Tensor], transformer_config) -> dict[str, torch.Tensor]:
+    """Those of `fed_conditions` that stand for none."""
+    nothing = {}
+    if "action_mask" in conditions:
+        nothing["action_mask"] = torch.zeros_like(conditions["action_mask"])
+    if "class_labels" in conditions:
+        nothing["class_labels"] = torch.full_like(conditions["class_labels"], transformer_config.num_classes)
+    return nothing
+
+
 def clip_loss(
     model: torch.nn.Module,
     transformer_config,
@@ -343,9 +361,46 @@ def clip_loss(
 ) -> torch.Tensor:
     """The loss of one pass. `model` is the transformer, or what wraps it for training on several devices."""
     clips = clips.in_order(draw.frame_order)
-    noisy_latents = add_noise(clips.latents, draw.noise, draw.timestep)
     conditions = fed_conditions(clips, transformer_config, draw)
     if draw.teacher_forcing:
         conditions["clean_hidden_states"] = clips.latents
-    velocity = model(noisy_latents, draw.timestep, **conditions).sample
-    return velocity_loss(velocity, clips.latents, draw.noise, draw.timestep)
+    noise, timestep = draw.noise, draw.timestep
+    if timestep.ndim == 3:  # several draws, which go in front of the batch
+        noise, timestep = noise.transpose(0, 1), timestep.transpose(0, 1)
+    noisy = add_noise(clips.latents, noise, timestep)
+    if draw.r_timestep is not None:
+        end = draw.r_timestep if timestep.ndim == 2 else draw.r_timestep.transpose(0, 1)
+        way = (noisy, noise - clips.latents, timestep, end)
+        return _flow_map_loss(model, transformer_config, conditions, draw.guidance_scale, *way)
+    velocity = model(noisy, timestep, **conditions).sample
+    return velocity_loss(velocity, clips.latents, noise, timestep)
+
+
+def _flow_map_loss(
+    model: torch.nn.Module,
+    transformer_config,
+    conditions: dict[str, torch.Tensor],
+    guidance_scale: float,
+    noisy: torch.Tensor,
+    velocity: torch.Tensor,
+    timestep: torch.Tensor,
+    r_timestep: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of noisy latents on their way along `velocity`, with two passes without gradient, three with guidance. What the
+    network draws itself, such as the noise on features, is the same in all of them, or their difference would be noise."""
+
+    def predict(latents: torch.Tensor, start: torch.Tensor, end: torch.Tensor, **changed) -> torch.Tensor:
+        return model(latents, start, r_timestep=end, **conditions | changed).sample
+
+    @torch.no_grad()
+    def predict_first(*arguments, **changed) -> torch.Tensor:
+        with torch.random.fork_rng([noisy.device] if noisy.device.type == "cuda" else []):
+            return predict(*arguments, **changed)
+
+    if guidance_scale != 1:
+        null = predict_first(noisy, timestep, timestep, **null_conditions(conditions, transformer_config)).float()
+        num_short_frames = null.shape[-4]
+        guided = null + guidance_scale * (velocity[..., -num_short_frames:, :, :, :] - null)
+        velocity = torch.cat([velocity[..., :-num_short_frames, :, :, :], guided], dim=-4)
+    target = flow_map_target(predict_first, noisy, velocity, timestep, r_timestep)
+    return flow_map_loss(predict(noisy, timestep, r_timestep), target, timestep, r_timestep)

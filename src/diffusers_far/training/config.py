@@ -10,9 +10,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # a script reads its settings before it imports what takes se
 
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "radam": "RAdam"}  # and their classes in `torch.optim`
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+# Of separable models; those of their paper.
+DECODER_DRAWS = 2
+DECODER_RATE_RATIO = 2.0
 # What `setting` says of a field that argparse does not know.
 RULES = ("least", "free", "of_stream", "rule")
 
@@ -288,6 +292,16 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
     logit_mean: float = setting(0.0, "Of the noise levels; above 0: more noise.", least=-math.inf)
     logit_std: float = setting(1.0)
     repeat_ratio: float = setting(0.0, "Share of clips that repeat a stretch of theirs.")
+    decoder_draws: int | None = setting(
+        None, f"Of a separable model: noise draws for one pass of its encoder; {DECODER_DRAWS} if left out.", least=1
+    )
+    decoder_learning_rate_ratio: float | None = setting(
+        None,
+        f"Of a separable model: its decoder's learning rate, in rates of its encoder; {DECODER_RATE_RATIO:g} if left out.",
+    )
+    flow_map_guidance: float | None = setting(
+        None, "Of a flow map: learn the velocities that guidance of this scale gives; above 1.", least=1
+    )
 
     num_validation_clips: int = setting(64, "Clips of the held-out loss.", least=1, free=True)
     num_validation_videos: int = setting(8, "Clips that are continued; 0: none.", least=0, free=True)
@@ -323,24 +337,47 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
         joined."""
         return self.num_actions**self.frame_interval if self.combine_actions == "joint" else num_actions
 
-    def training_objective(self) -> "TrainingObjective":
-        """The objective that was asked for.
+    def training_objective(self, transformer_config: Mapping[str, Any] = MappingProxyType({})) -> "TrainingObjective":
+        """The objective that was asked for, of the transformer with this config; of a FAR if it is left out.
 
         Raises:
-            ValueError: A share is not between 0 and 1, or the settings contradict each other.
+            ValueError: A share is not between 0 and 1, the settings contradict each other, or one is of another kind of model.
         """
         from .objective import TrainingObjective
 
+        is_separable = "num_decoder_layers" in transformer_config
+        conditions = [transformer_config.get(name) for name in ("num_actions", "action_dim", "num_classes")]
+        if self.flow_map_guidance is not None and conditions == [None] * 3:
+            raise ValueError(
+                f"`flow_map_guidance` is {self.flow_map_guidance}, but no condition guides this model; leave it out."
+            )
+        self._refuse_other_models_settings(is_separable)
         return TrainingObjective(
             self.objective,
-            self.clean_context_ratio,
+            0.0 if is_separable else self.clean_context_ratio,
             self.clean_prefix_ratio,
-            self.teacher_forcing,
+            self.teacher_forcing or is_separable,
             self.condition_dropout,
             self.logit_mean,
             self.logit_std,
             self.repeat_ratio,
+            (self.decoder_draws or DECODER_DRAWS) if is_separable else None,
+            transformer_config.get("learn_start", True),
+            transformer_config.get("flow_map", False),
+            1.0 if self.flow_map_guidance is None else self.flow_map_guidance,
         )
+
+    def _refuse_other_models_settings(self, is_separable: bool) -> None:
+        """Refuse what was given, as far as one can see, but has no meaning for the model."""
+        reason = "only a separable model has a decoder"
+        names = ["decoder_draws", "decoder_learning_rate_ratio"]
+        if is_separable:
+            reason = "the context of a separable model is always clean, and its frames are noisy one by one"
+            names = ["objective", "clean_context_ratio", "clean_prefix_ratio"]
+        defaults = self.defaults()
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but {reason}; leave it out.")
 
 
 Settings = TypeVar("Settings", bound=RunSettings)
@@ -415,10 +452,25 @@ def read_config(name: str, path: str) -> dict[str, Any]:
     return config
 
 
+def rates_by_part(settings: FARSettings, transformer: "torch.nn.Module") -> list:
+    """The parameters of a transformer that are trained; of a separable one in groups, its decoder's with a rate of their
+    own."""
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    if not transformer.is_separable:
+        return trained
+    of_decoder = {id(parameter) for parameter in transformer.decoder.parameters()}
+    ratio = settings.decoder_learning_rate_ratio
+    rate = settings.learning_rate * (DECODER_RATE_RATIO if ratio is None else ratio)
+    groups = [{"params": []}, {"params": [], "lr": rate}]
+    for parameter in trained:
+        groups[id(parameter) in of_decoder]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
 def build_optimizer(
-    settings: OptimizerSettings, parameters: Iterable["torch.nn.Parameter"]
+    settings: OptimizerSettings, parameters: Iterable["torch.nn.Parameter"] | list[dict]
 ) -> "torch.optim.Optimizer":
-    """The optimizer that was asked for, over `parameters`."""
+    """The optimizer that was asked for, over `parameters`, or groups of them."""
     import torch
 
     if settings.use_8bit_adam:

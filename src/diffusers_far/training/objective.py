@@ -3,7 +3,8 @@
 B batch, F frames (long ones first), F_short short frames, C latent channels, H/W latent height/width.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -13,6 +14,7 @@ from ..models.transformer_far import CLEAN_TIMESTEP
 
 NUM_TRAIN_TIMESTEPS = 1000
 OBJECTIVES = ("far", "video_dit")
+DERIVATIVE_STEP = 5.0  # in timesteps, of the central differences of a flow map
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,15 @@ class ObjectiveDraw:
     """All that chance decides for a clip, or, stacked, for a batch of clips (then with a batch dimension in front).
 
     Args:
-        noise (`torch.Tensor` of shape `(F, C, H, W)`): x_1; zero at the long frames, which are never noisy.
-        timestep (`torch.Tensor` of shape `(F,)`): 1 to 1000; -1 marks a clean frame.
+        noise (`torch.Tensor` of shape `(F, C, H, W)`): x_1; zero at the long frames, which are never noisy. For a separable
+            model `(N, F, C, H, W)`, of N decoder draws.
+        timestep (`torch.Tensor` of shape `(F,)` or `(N, F)`): 1 to 1000; -1 marks a clean frame.
         keeps_action (`torch.Tensor` of shape `(F,)`, bool): `False`: the frame's action is dropped.
         keeps_label (`torch.Tensor` of shape `()`, bool): `False`: the clip's class is dropped.
         frame_order (`torch.Tensor` of shape `(F,)`, int64): Which frame of the trajectory's clip stands at each place.
-        teacher_forcing (`bool`): The objective's; the same for all clips of a batch.
+        r_timestep (`torch.Tensor`, as `timestep`, *optional*): Of a flow map: where the step ends, 0 to `timestep`; -1 for a
+            clean frame.
+        teacher_forcing (`bool`), guidance_scale (`float`): The objective's; the same for all clips of a batch.
     """
 
     noise: torch.Tensor
@@ -33,19 +38,23 @@ class ObjectiveDraw:
     keeps_action: torch.Tensor
     keeps_label: torch.Tensor
     frame_order: torch.Tensor
+    r_timestep: torch.Tensor | None = None
     teacher_forcing: bool = False
+    guidance_scale: float = 1.0
 
     @classmethod
     def stack(cls, draws: Sequence["ObjectiveDraw"]) -> "ObjectiveDraw":
-        stacked = {name: torch.stack([getattr(draw, name) for draw in draws]) for name in cls._tensor_names()}
-        return cls(**stacked, teacher_forcing=draws[0].teacher_forcing)
+        first = draws[0]
+        return replace(
+            first, **{name: torch.stack([getattr(draw, name) for draw in draws]) for name in first._tensors()}
+        )
 
     def to(self, device: torch.device | str) -> "ObjectiveDraw":
-        return replace(self, **{name: getattr(self, name).to(device) for name in self._tensor_names()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
-    @classmethod
-    def _tensor_names(cls) -> list[str]:
-        return [field.name for field in fields(cls) if field.name != "teacher_forcing"]
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,13 @@ class TrainingObjective:
         teacher_forcing (`bool`): Every short frame is noisy and attends to clean frames alone, which the transformer is
             fed beside the noisy ones (`clean_hidden_states`): all frames of a clip train what inference asks for, at
             about twice the tokens. The two ratios have no say then.
+        decoder_draws (`int`, *optional*): Of a separable model, which has teacher forcing by its nature: how often the frames
+            of a clip are noised and decoded for one pass of its encoder.
+        learn_start (`bool`): Whether a separable model makes frame 0. A frame without a feature is clean, for it has no loss.
+        flow_map (`bool`): The mean velocity of a step from t to r is learned, see `draw_steps` and `flow_map_loss`. All context
+            is clean, as with teacher forcing.
+        flow_map_guidance (`float`): Of a flow map: it learns the velocities that guidance of this scale would give, 1 for
+            none, and needs none then. What guides is the model itself under null conditions.
         logit_mean (`float`), logit_std (`float`): Of the logit-normal noise levels. The paper's are 0 and 1; a mean above
             0 spends more of the training on high noise, where a frame is decided by its context.
         repeat_ratio (`float`): Share of the clips that are a stretch of themselves over and over. What comes after the first
@@ -69,7 +85,8 @@ class TrainingObjective:
         condition_dropout (`float`): Share of the actions (per frame) and labels (per clip) that become null. It is drawn
             here, not by the model, so that a clip's draw does not depend on the batch it is in.
 
-    Source: FAR, arXiv:2503.19325; teacher forcing, ACDiT, arXiv:2412.07720; the clean prefix and the repetition are ours.
+    Source: FAR, arXiv:2503.19325; teacher forcing, ACDiT, arXiv:2412.07720; separable models, arXiv:2602.10095; flow maps,
+    AnyFlow, arXiv:2605.13724; the clean prefix and the repetition are ours.
     """
 
     name: str = "far"
@@ -80,6 +97,10 @@ class TrainingObjective:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     repeat_ratio: float = 0.0
+    decoder_draws: int | None = None
+    learn_start: bool = True
+    flow_map: bool = False
+    flow_map_guidance: float = 1.0
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
@@ -89,6 +110,26 @@ class TrainingObjective:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is a share, from 0 to 1.")
         if self.teacher_forcing and self.name != "far":
             raise ValueError(f"`teacher_forcing` needs frames in an order, but `name` is {self.name!r}; leave it out.")
+        if self.decoder_draws is not None and not (self.decoder_draws >= 1 and self.teacher_forcing):
+            raise ValueError(
+                f"`decoder_draws` is {self.decoder_draws} and `teacher_forcing` {self.teacher_forcing}; draws are at least 1, "
+                "of a separable model, whose context is always clean."
+            )
+        if self.flow_map and not self.teacher_forcing:
+            raise ValueError(
+                "`teacher_forcing` is False, but the frames of a flow map are trained one by one, after clean frames; pass "
+                "`--teacher_forcing`."
+            )
+        if self.flow_map and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError(
+                f"`logit_mean` is {self.logit_mean} and `logit_std` {self.logit_std}, but the steps of a flow map begin and "
+                "end at uniform levels; leave them out."
+            )
+        if self.flow_map_guidance != 1 and not (self.flow_map and self.flow_map_guidance > 1):
+            raise ValueError(
+                f"`flow_map_guidance` is {self.flow_map_guidance} and `flow_map` {self.flow_map}; guidance is put into flow "
+                "maps alone, at a scale above 1."
+            )
         if not self.logit_std > 0:
             raise ValueError(f"`logit_std` is {self.logit_std}; a spread is above 0.")
 
@@ -103,11 +144,14 @@ class TrainingObjective:
             latent_shape (sequence of `int`): C, H, W.
             generator (`torch.Generator`): On the CPU, so that the draw is the same whatever device trains.
         """
-        num_short_frames = num_frames - num_long_frames
-        num_levels = 1 if self.name == "video_dit" else num_short_frames
-        timestep = draw_timesteps(num_levels, generator, self.logit_mean, self.logit_std).repeat(
-            num_short_frames // num_levels
-        )
+        num_short_frames, draws = num_frames - num_long_frames, [self.decoder_draws] if self.decoder_draws else []
+        num_levels = 1 if self.name == "video_dit" else math.prod([*draws, num_short_frames])
+        ends = []
+        if self.flow_map:
+            timestep, *ends = draw_steps((*draws, num_short_frames), generator)
+        else:
+            timestep = draw_timesteps(num_levels, generator, self.logit_mean, self.logit_std)
+            timestep = timestep.reshape(*draws, -1).expand(*draws, num_short_frames)
         is_clean = torch.rand(num_short_frames, generator=generator) < self.clean_context_ratio
         if self.name == "video_dit" or self.teacher_forcing:
             is_clean[:] = False
@@ -117,21 +161,29 @@ class TrainingObjective:
             num_prefix_frames = 1 + int(prefix_place * (num_short_frames - 1))
             is_clean[:num_prefix_frames] = True
             is_clean[num_prefix_frames] = False
+        if self.decoder_draws and (num_long_frames or not self.learn_start):
+            is_clean[0] = True  # no short frame comes before it, and so no feature
 
-        noise = torch.zeros(num_frames, *latent_shape)
-        noise[num_long_frames:] = torch.randn(num_short_frames, *latent_shape, generator=generator)
-        long_timestep = torch.full((num_long_frames,), CLEAN_TIMESTEP)
+        noise = torch.randn(*draws, num_short_frames, *latent_shape, generator=generator)
+        noise = torch.cat([noise.new_zeros(*draws, num_long_frames, *latent_shape), noise], dim=-4)
+        long_timestep = torch.full((*draws, num_long_frames), CLEAN_TIMESTEP)
+        timestep, *ends = (
+            torch.cat([long_timestep, each.masked_fill(is_clean, CLEAN_TIMESTEP)], dim=-1)
+            for each in (timestep, *ends)
+        )
         keeps_action = torch.rand(num_frames, generator=generator) >= self.condition_dropout
         keeps_label = torch.rand((), generator=generator) >= self.condition_dropout
         frame_order = draw_frame_order(num_frames, self.repeat_ratio, generator)
         keeps_action[1:] &= frame_order.diff() == 1  # no action leads from the end of a stretch to its start
         return ObjectiveDraw(
             noise=noise,
-            timestep=torch.cat([long_timestep, timestep.masked_fill(is_clean, CLEAN_TIMESTEP)]),
+            timestep=timestep,
+            r_timestep=ends[0] if ends else None,
             keeps_action=keeps_action,
             keeps_label=keeps_label,
             frame_order=frame_order,
             teacher_forcing=self.teacher_forcing,
+            guidance_scale=self.flow_map_guidance,
         )
 
 
@@ -164,6 +216,26 @@ def draw_timesteps(
     return (time * NUM_TRAIN_TIMESTEPS).ceil().clamp(1, NUM_TRAIN_TIMESTEPS)
 
 
+def draw_steps(shape: Sequence[int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the steps of a flow map begin and end: at the larger and the smaller of two uniform levels, for a quarter of the
+    frames; for another quarter at 0 in the end; for half of them where they begin, which is plain flow matching. Of two
+    frames in a row one is of the latter kind.
+
+    Args:
+        shape (sequence of `int`): The frames of a clip last.
+        generator (`torch.Generator`): On the CPU.
+
+    Returns:
+        Timesteps of this shape, float32: where a step begins, from 5 to 995, so that its neighbours are timesteps too; and
+        where it ends, from 0 to that.
+    """
+    levels = torch.rand(2, *shape, generator=generator) * NUM_TRAIN_TIMESTEPS
+    start = levels.amax(dim=0).clamp(DERIVATIVE_STEP, NUM_TRAIN_TIMESTEPS - DERIVATIVE_STEP)
+    end = torch.minimum(levels.amin(dim=0), start)
+    kind = (torch.arange(shape[-1]) + torch.randint(4, (*shape[:-1], 1), generator=generator)) % 4
+    return start, torch.where(kind % 2 == 0, start, end.masked_fill(kind == 1, 0))
+
+
 def draw_num_long_frames(num_frames: int, short_window: int, generator: torch.Generator) -> int:
     """How many long frames precede the short window in a step: uniform, from none to all that the clip has room for.
 
@@ -180,7 +252,7 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 
     Args:
         latents (`torch.Tensor` of shape `(B, F, C, H, W)`): x_0.
-        noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_1.
+        noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_1; or, as the timesteps, of several draws, `(N, B, F, C, H, W)`.
         timestep (`torch.Tensor` of shape `(B, F)`): 1 to 1000, or -1.
     """
     time = (timestep.clamp(min=0) / NUM_TRAIN_TIMESTEPS)[..., None, None, None]
@@ -197,12 +269,72 @@ def velocity_loss(
         latents, noise (`torch.Tensor` of shape `(B, F, C, H, W)`): x_0 and x_1 of all frames.
         timestep (`torch.Tensor` of shape `(B, F)`): -1 marks the clean frames.
 
+    All but the latents may be of several draws, `(N, B, ...)`, each of which counts as clips of its own.
+
     Returns:
         `torch.Tensor` of shape `()`, float32. A clip without a noisy frame counts as 0.
     """
-    num_short_frames = velocity.shape[1]
-    target = (noise - latents)[:, -num_short_frames:].float()
-    is_noisy = timestep[:, -num_short_frames:] > 0
-    frame_losses = (velocity.float() - target).square().flatten(2).mean(dim=2)  # (B, F_short)
-    clip_losses = (frame_losses * is_noisy).sum(dim=1) / is_noisy.sum(dim=1).clamp(min=1)
-    return clip_losses.mean()
+    frame_losses = _squared_errors(velocity, noise - latents)
+    return _mean_of_marked(frame_losses, timestep[..., -frame_losses.shape[-1] :] > 0).mean()
+
+
+def _squared_errors(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of each short frame, `(B, F_short)`, float32; `target` is of all frames."""
+    target = target[..., -velocity.shape[-4] :, :, :, :].float()
+    return (velocity.float() - target).square().flatten(-3).mean(dim=-1)
+
+
+def _mean_of_marked(frame_losses: torch.Tensor, is_marked: torch.Tensor) -> torch.Tensor:
+    """In each clip, `(B,)`; 0 where there are none."""
+    return (frame_losses * is_marked).sum(dim=-1) / is_marked.sum(dim=-1).clamp(min=1)
+
+
+@torch.no_grad()
+def flow_map_target(
+    predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    noisy: torch.Tensor,
+    velocity: torch.Tensor,
+    timestep: torch.Tensor,
+    r_timestep: torch.Tensor,
+) -> torch.Tensor:
+    """What the mean velocity u of a step from t to r must be: `v - (t - r) du/dt`, by a central difference of `predict` along
+    the path.
+
+    Args:
+        predict (callable): u of noisy latents, `timestep` and `r_timestep`, of the short frames.
+        noisy, velocity (`torch.Tensor` of shape `(B, F, C, H, W)`): x_t and v.
+        timestep, r_timestep (`torch.Tensor` of shape `(B, F)`): t and r; -1 marks a clean frame, which stays where it is.
+
+    Returns:
+        `torch.Tensor` of shape `(B, F_short, C, H, W)`, float32.
+    """
+    step = torch.where(timestep > 0, DERIVATIVE_STEP, 0.0)
+    way = (step / NUM_TRAIN_TIMESTEPS)[..., None, None, None] * velocity
+    difference = predict(noisy + way, timestep + step, r_timestep) - predict(noisy - way, timestep - step, r_timestep)
+    num_short_frames = difference.shape[-4]
+    span = (timestep - r_timestep)[..., -num_short_frames:, None, None, None]
+    return velocity[..., -num_short_frames:, :, :, :].float() - span * difference.float() / (2 * DERIVATIVE_STEP)
+
+
+def flow_map_loss(
+    velocity: torch.Tensor, target: torch.Tensor, timestep: torch.Tensor, r_timestep: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of the mean velocity, weighted by `t sqrt(1 - t)`. The error of a frame with r < t is scaled, without
+    gradient, to the mean error of those of its clip with r = t, where there are any: it is as large as the mean of what is
+    learned beside it, whatever the length of its step.
+
+    Args:
+        velocity, target (`torch.Tensor` of shape `(B, F_short, C, H, W)`): What the transformer returns, and `flow_map_target`.
+        timestep, r_timestep (`torch.Tensor` of shape `(B, F)`): t and r; -1 marks a clean frame.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32; each clip counts the same.
+    """
+    frame_losses = _squared_errors(velocity, target)
+    timestep, r_timestep = (each[..., -frame_losses.shape[-1] :] for each in (timestep, r_timestep))
+    is_noisy, is_flow = timestep > 0, (timestep > 0) & (r_timestep == timestep)
+    flow_loss = _mean_of_marked(frame_losses, is_flow)[..., None]
+    is_scaled = is_noisy & ~is_flow & is_flow.any(dim=-1, keepdim=True)
+    scale = torch.where(is_scaled, flow_loss / frame_losses.clamp(min=1e-8), 1.0).detach()
+    time = timestep.clamp(min=0) / NUM_TRAIN_TIMESTEPS
+    return _mean_of_marked(frame_losses * scale * time * (1 - time).sqrt(), is_noisy).mean()

@@ -7,13 +7,14 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from ..models.transformer_far import FARTransformer3DModel
+from ..models.identity import public_config
+from ..models.transformer_far import FrameNetwork, FrameTransformer
 
 
 logger = logging.getLogger(__name__)
 
 CONDITIONS = ("num_actions", "action_dim", "num_classes")
-CONDITION_EMBEDDERS = ("action_embedder.", "label_embedder.")
+CONDITION_EMBEDDERS = {"action_embedder", "label_embedder"}
 INHERITED_SETTINGS = ("fps", "num_inference_steps", "guidance_scale", "short_cache")
 
 
@@ -43,11 +44,11 @@ def pipeline_settings(name_or_path: str | None, num_actions: int | None, revisio
     return settings
 
 
-def with_conditions(transformer: FARTransformer3DModel, **conditions: int | None) -> FARTransformer3DModel:
+def with_conditions(transformer: FrameTransformer, **conditions: int | None) -> FrameTransformer:
     """The same weights under other conditions; the embeddings of conditions that change are made anew, and it is said.
 
     Args:
-        transformer ([`FARTransformer3DModel`]): Stays as it is.
+        transformer ([`FARTransformer3DModel`] or [`SCDTransformer3DModel`]): Stays as it is.
         conditions: `num_actions`, `action_dim` or `num_classes` of the new model.
 
     Returns:
@@ -59,26 +60,40 @@ def with_conditions(transformer: FARTransformer3DModel, **conditions: int | None
     changed = {name: value for name, value in conditions.items() if transformer.config[name] != value}
     if not changed:
         return transformer
-    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-    renewed = FARTransformer3DModel(**(config | changed)).to(transformer.dtype)
+    renewed = type(transformer)(**(public_config(transformer.config) | changed)).to(transformer.dtype)
     weights, fresh = transformer.state_dict(), renewed.state_dict()
     is_renewed = {
-        name: name.startswith(CONDITION_EMBEDDERS) and (name not in weights or weights[name].shape != tensor.shape)
+        name: CONDITION_EMBEDDERS & set(name.split("."))
+        and (name not in weights or weights[name].shape != tensor.shape)
         for name, tensor in fresh.items()
     }
     renewed.load_state_dict({name: fresh[name] if is_renewed[name] else weights[name] for name in fresh})
-    _keep_null_rows(transformer, renewed)
+    _keep_null_rows(transformer.context_network, renewed.context_network)
+    _keep_null_rows(transformer.denoising_network, renewed.denoising_network)
     for name, value in changed.items():
         logger.warning(f"`{name}` was {transformer.config[name]} and is {value}: its embedding starts anew.")
     return renewed
 
 
+def as_flow_map(transformer: FrameTransformer) -> FrameTransformer:
+    """The same weights as a flow map, which computes the same where a step ends at its beginning: the embedding of the end
+    starts as a copy of the beginning's. A flow map itself is returned as it is."""
+    if transformer.config.flow_map:
+        return transformer
+    flow_map = type(transformer)(**(public_config(transformer.config) | {"flow_map": True})).to(transformer.dtype)
+    weights = transformer.state_dict()
+    flow_map.load_state_dict(
+        {name: weights[name.replace("r_timestep_embedder", "timestep_embedder")] for name in flow_map.state_dict()}
+    )
+    return flow_map
+
+
 @torch.no_grad()
-def _keep_null_rows(transformer: FARTransformer3DModel, renewed: FARTransformer3DModel) -> None:
+def _keep_null_rows(network: FrameNetwork, renewed: FrameNetwork) -> None:
     """The last row of a table stands for "none given", which means the same in both models."""
     for name in ("action_embedder.embedding_table", "label_embedder"):
         try:
-            old, new = transformer.get_submodule(name), renewed.get_submodule(name)
+            old, new = network.get_submodule(name), renewed.get_submodule(name)
         except AttributeError:
             continue
         new.weight[-1] = old.weight[-1]

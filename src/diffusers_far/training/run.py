@@ -537,13 +537,6 @@ def disable_cudnn_attention(transformer_config) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# Why a transformer, which comes first, cannot be trained.
-SEPARABLE = (
-    "{} is an SCDTransformer3DModel, whose encoder and decoder have no training objective here yet; train a "
-    "FARTransformer3DModel."
-)
-
-
 def check_data(
     latents: LatentDataset | EncodedDataset | StreamedClips,
     transformer: torch.nn.Module,
@@ -555,7 +548,7 @@ def check_data(
 
     Args:
         latents (`LatentDataset`, `EncodedDataset` or `StreamedClips`): To train on.
-        transformer ([`FARTransformer3DModel`]): To be trained.
+        transformer ([`FARTransformer3DModel`] or [`SCDTransformer3DModel`]): To be trained.
         num_fed_actions (`int`, *optional*): Discrete actions that it will be fed, see `FARSettings.num_fed_actions`.
         validation_latents (`LatentDataset` or `EncodedDataset`, *optional*): Held out.
 
@@ -564,8 +557,6 @@ def check_data(
             transformer takes, or have others.
         BadExampleError: A row does not fit, see [`VideoClips.check_rows`]; the message names it.
     """
-    if transformer.is_separable:
-        raise ValueError(SEPARABLE.format("The transformer"))
     if validation_latents is not None:
         try:
             check_data(validation_latents, transformer, None)
@@ -610,7 +601,7 @@ def training_batches(
     """This process's batches of the whole run, of the longest clips alone in a dry run; checkpoints of `accelerator` hold
     the place in a stream. `num_train_epochs` becomes a number of steps."""
     is_long = transformer_config.long_patch_size is not None
-    objective = settings.training_objective()
+    objective = settings.training_objective(transformer_config)
     sizes = {
         "num_frames": settings.num_frames,
         "short_window": transformer_config.short_window if is_long else None,
@@ -655,6 +646,9 @@ def describe_tokens(transformer: torch.nn.Module, batches: StepBatches) -> str:
     """How many tokens a clip of the longest length has, to be read."""
     plan = transformer.context_plan(batches.num_frames, *batches.latent_shape[1:])
     tokens = f"{plan.num_tokens} tokens per clip of {batches.num_frames} frames, {plan.num_long_tokens} of them long"
-    if batches.objective.teacher_forcing:
+    if transformer.is_separable:
+        num_decoded = 2 * batches.objective.decoder_draws * plan.num_short_tokens
+        tokens += f"; the decoder sees {num_decoded}, each noisy frame beside its feature"
+    elif batches.objective.teacher_forcing:
         tokens += f"; {plan.num_tokens + plan.num_short_tokens} with the noisy twins of teacher forcing"
     return tokens

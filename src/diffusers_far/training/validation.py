@@ -76,6 +76,8 @@ def held_out_losses(transformer, clips: ClipBatch, *, batch_size: int) -> dict[i
         [torch.randn(clips.latents.shape[1:], generator=step_generator(0, 1, number)) for number in range(num_clips)]
     ).to(clips.latents)
     conditions = fed_conditions(clips, transformer.config)
+    if transformer.is_separable:
+        conditions["clean_hidden_states"] = clips.latents
     losses = {}
     for level in NOISE_LEVELS:
         timestep = torch.full((num_clips, num_frames), -1.0, device=noise.device)
