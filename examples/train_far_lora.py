@@ -157,11 +157,10 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
         with run.evaluated(pipeline) as is_main, run.accelerator.autocast():
             if not is_main:
                 return None
-            # Without the adapter it is what it was before the first step, whether the run is resumed or not.
-            adapted = pipeline.transformer
-            adapted.enable_adapters() if step else adapted.disable_adapters()
+            if step == 0:  # without the adapter it is what it was then, whether the run is resumed or not
+                pipeline.transformer.disable_adapters()
             measurement = measure(settings, pipeline, held_out)
-            adapted.enable_adapters()
+            pipeline.transformer.enable_adapters()
         run.log_validation(measurement.metrics, step, f"\n{describe_metrics(measurement.metrics)}")
         return measurement
 

@@ -185,6 +185,12 @@ def losses_of(folder: Path) -> torch.Tensor:
     return torch.tensor([rows[step] for step in sorted(rows)])
 
 
+def tables_of(folder: Path) -> list[str]:
+    """The rows of all tables of held-out figures."""
+    rows = ("  noise level ", "  loss ", "  predicted frame ", "  PSNR, dB: model ", "    repeating the last frame ")
+    return [line for line in log_of(folder).splitlines() if line.startswith(rows)]
+
+
 def assert_same_state(folder: Path, expected: Path, **tolerance) -> None:
     """The last checkpoints hold the same weights, averages and optimizer's figures, in the same files."""
     last, wanted = (list_checkpoints(path)[-1] for path in (folder, expected))
@@ -208,8 +214,8 @@ def test_shards_train_and_average_as_whole_models_and_as_one_process(finish, sha
         torch.testing.assert_close(losses_of(sharded), losses_of(expected), rtol=1e-6, atol=0)
         assert_same_state(sharded, expected, **TOLERANCE)
     assert "2 processes on cpu, the model in shards (FSDP 2), mixed precision no, global batch 8" in log_of(sharded)
-    measured = [log_of(folder).split("held out:")[1:] for folder in (sharded, whole)]
-    assert len(measured[0]) == 3 and len(measured[0]) == len(measured[1])
+    measured = [tables_of(folder) for folder in (sharded, whole, alone)]
+    assert len(measured[0]) == 3 * 5 and measured[0] == measured[1] == measured[2]
 
 
 def test_the_pipeline_of_shards_is_whole_and_has_the_averaged_weights(sharded):
@@ -254,12 +260,12 @@ def test_a_run_goes_on_with_another_number_of_processes_in_shards_or_not(
     assert_same_state(folder, sharded, **TOLERANCE)
 
 
-def test_half_precision_is_that_of_whole_models_and_timesteps_stay_exact(finish):
+def test_half_precision_is_that_of_whole_models(finish):
     folders = [
         finish(f"half-{is_sharded}", is_sharded=is_sharded, mixed_precision="bf16") for is_sharded in (True, False)
     ]
     losses = [losses_of(folder) for folder in folders]
-    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
 
 
 def test_an_adapter_learns_in_shards_what_it_learns_beside_a_whole_model(finish):

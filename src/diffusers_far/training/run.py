@@ -476,6 +476,10 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     settings.check()
     if accelerator.is_fsdp2:
         check_sharding(settings, accelerator)
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        logger.warning(
+            "The launch asks for FSDP 2, but Accelerate cuts no model here: it shards over several GPUs only."
+        )
     # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
     accelerator.gradient_accumulation_steps = 1
     logger.info(describe_launch(settings, accelerator))
@@ -489,19 +493,17 @@ def check_sharding(settings: RunSettings, accelerator: Accelerator) -> None:
         ValueError: Says what, and what to do instead.
     """
     plugin = accelerator.state.fsdp_plugin
-    refused = {
-        "this script; train_far.py and train_far_lora.py": not isinstance(settings, FARSettings),
-        "`--mixed_precision fp16`; bf16": settings.mixed_precision == "fp16",
-        "`--use_8bit_adam`; the optimizer without it": getattr(settings, "use_8bit_adam", False),
-        "`fsdp_activation_checkpointing`; `--gradient_checkpointing`": plugin.activation_checkpointing,
-        "`fsdp_offload_params`; more processes": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-    }
-    for name, is_asked in refused.items():
+    refused = [
+        (not isinstance(settings, FARSettings), "this script", "launch it with multi_gpu.yaml"),
+        (settings.mixed_precision == "fp16", "`--mixed_precision fp16`", "give bf16"),
+        (getattr(settings, "use_8bit_adam", False), "`--use_8bit_adam`", "leave it out"),
+        (getattr(settings, "compile", False), "`--compile`", "leave it out"),
+        (plugin.activation_checkpointing, "`fsdp_activation_checkpointing`", "give `--gradient_checkpointing`"),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "`fsdp_offload_params`", "take more processes"),
+    ]
+    for is_asked, what, instead in refused:
         if is_asked:
-            what, instead = name.split("; ")
-            raise ValueError(
-                f"The launch asks for FSDP 2, which does not go with {what}; {instead} can be used with it."
-            )
+            raise ValueError(f"The launch asks for FSDP 2, with which {what} was never tried; {instead}.")
 
 
 def tracker_names(report_to: str) -> list[str]:

@@ -45,6 +45,25 @@ def cut(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
+class ShardedWeights:
+    """A model in shards, for those who load whole weights.
+
+    Args:
+        network (`nn.Module`): In shards.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}  # Safetensors asks which of its weights are the same tensor, and cannot ask shards: none
+
+    def load_state_dict(self, weights: dict[str, torch.Tensor], strict: bool = True) -> Any:
+        own = self.network.state_dict()
+        cut_weights = {name: cut(whole, own[name]) if name in own else whole for name, whole in weights.items()}
+        return self.network.load_state_dict(cut_weights, strict)
+
+
 class ShardedAverage:
     """An `EMAModel` of the parts that this process holds, as checkpoints know it: whole.
 
@@ -103,7 +122,6 @@ class Shards:
         # Nothing is done in place with what they return.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self.average = None if ema is None else ShardedAverage(ema, list(self.network.parameters()))
-        self.network.register_load_state_dict_pre_hook(self._cut_weights)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
@@ -121,12 +139,6 @@ class Shards:
         copy.load_state_dict(weights, assign=True)
         return copy.to(self.accelerator.device).eval()
 
-    @staticmethod
-    def _cut_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], *_) -> None:
-        for name, own in network.state_dict().items():
-            if name in weights and weights[name].shape == own.shape:
-                weights[name] = cut(weights[name], own)
-
     def _save(self, models: list, weights: list, folder: str) -> None:
         is_main = self.accelerator.is_main_process
         weights.append(gathered(self.network.state_dict(), is_main))
@@ -135,7 +147,7 @@ class Shards:
             torch.save(state, Path(folder) / OPTIMIZER_FILE)
 
     def _load(self, models: list, folder: str) -> None:
-        models.append(self.network)
+        models.append(ShardedWeights(self.network))
         state = torch.load(Path(folder) / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         for number, figures in state["state"].items():
