@@ -112,8 +112,8 @@ class Shards:
         self.accelerator = accelerator
         self._outline = deepcopy(network).to("meta") if accelerator.is_main_process else None
         if accelerator.mixed_precision == "bf16":
-            # Autocast rounds the inputs of single layers. Rounded before them all, timesteps would be 4 apart; and gradients
-            # of many processes are added exactly.
+            # Autocast rounds the inputs of single layers. Rounded before them all, timesteps above 512 would be 4 apart. Gradients
+            # of many processes are added in float32.
             accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
