@@ -98,7 +98,6 @@ from diffusers_far.training.run import (
     check_data,
     describe_tokens,
     disable_cudnn_attention,
-    evaluated,
     training_batches,
     training_facts,
 )
@@ -266,11 +265,12 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
     pipeline = build_pipeline(settings, transformer, vae, clips.latent_shape)
 
     def measure_held_out() -> Measurement | None:
-        if held_out is None or not run.is_main:
+        if held_out is None:
             return None
-        with evaluated(transformer, ema), run.accelerator.autocast():
-            measurement = measure(settings, pipeline, held_out)
-        log_measurement(run, pipeline, measurement, run.finished)
+        with run.evaluated(pipeline) as is_main, run.accelerator.autocast():
+            measurement = measure(settings, pipeline, held_out) if is_main else None
+        if measurement is not None:
+            log_measurement(run, pipeline, measurement, run.finished)
         return measurement
 
     # 4. Train
@@ -294,11 +294,12 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
         measurement = measure_held_out()
         if measurement is not None:
             run.require_finite_metrics(measurement.metrics, run.finished)
-        transformer.register_to_config(condition_dropout=settings.condition_dropout)
         facts = training_facts(run, batches.objective)
         facts["EMA"] = str(settings.ema_decay) if settings.use_ema else "none"
-        with evaluated(transformer, ema):
-            save_result(run, pipeline, facts, measurement)
+        with run.evaluated(pipeline) as is_main:
+            if is_main:
+                pipeline.transformer.register_to_config(condition_dropout=settings.condition_dropout)
+                save_result(run, pipeline, facts, measurement)
     run.accelerator.end_training()
 
 

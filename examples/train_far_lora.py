@@ -72,7 +72,6 @@ from diffusers_far.training.run import (
     check_data,
     describe_tokens,
     disable_cudnn_attention,
-    evaluated,
     training_batches,
     training_facts,
 )
@@ -108,7 +107,6 @@ def save_result(
 def main(settings: TrainLoRASettings, launch: Launch) -> None:
     set_up_logging(__name__)
     run = TrainingRun(settings, launch)
-    checkpoint_trained_only(run.accelerator)
 
     # 1. The pipeline and the data
     pipeline = FARPipeline.from_pretrained(
@@ -140,6 +138,7 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
 
     # 3. Optimizer, and the run that is resumed
     run.prepare(transformer, build_optimizer(settings, rates_by_part(settings, transformer)))
+    checkpoint_trained_only(run.accelerator, transformer)
     run.start(
         "train_far_lora",
         dataset=clips.dataset_fingerprint,
@@ -153,19 +152,22 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
     )
 
     def measure_held_out(step: int) -> Measurement | None:
-        if held_out is None or not run.is_main or settings.dry_run:
+        if held_out is None or settings.dry_run:
             return None
-        with evaluated(transformer), run.accelerator.autocast():
+        with run.evaluated(pipeline) as is_main, run.accelerator.autocast():
+            if not is_main:
+                return None
+            if step == 0:  # without the adapter it is what it was then, whether the run is resumed or not
+                pipeline.transformer.disable_adapters()
             measurement = measure(settings, pipeline, held_out)
+            pipeline.transformer.enable_adapters()
         run.log_validation(measurement.metrics, step, f"\n{describe_metrics(measurement.metrics)}")
         return measurement
 
-    # 4. Without the adapter the transformer is what it was before the first step, whether the run is resumed or not
-    transformer.disable_adapters()
+    # 4. What the pipeline is worth without the adapter
     before = measure_held_out(step=0)
     if before is not None:
         run.require_finite_metrics(before.metrics, 0)
-    transformer.enable_adapters()
 
     # 5. Train
     loaded = encode_batches(run.load(batches), vae)
@@ -193,7 +195,9 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
             "Base model": f"weights {base_model[:16]} (SHA-256)",
             "Adapter": f"{sizes}, {', '.join(targets)}",
         }
-        save_result(run, pipeline, facts, before, after)
+        with run.evaluated(pipeline) as is_main:
+            if is_main:
+                save_result(run, pipeline, facts, before, after)
     run.accelerator.end_training()
 
 

@@ -157,7 +157,7 @@ def main(settings: TrainTokenSettings, launch: Launch) -> None:
         return
 
     # 4. Save
-    if run.finish():
+    if run.finish() and run.is_main:
         run.require_finite_metrics(measure_held_out(), run.finished)
         with evaluated(token_ar, ema), saved_whole(run.output_dir) as folder:
             token_ar.save_pretrained(folder)

@@ -242,7 +242,7 @@ def main(settings: TrainVAESettings, launch: Launch) -> None:
         return
 
     # 5. Save
-    if run.finish():
+    if run.finish() and run.is_main:
         run.require_finite_metrics(validate(), run.finished)
         ema.copy_to(vae.parameters())
         sample = Subset(train_frames.sample, evenly_spaced(len(train_frames.sample), 2048))

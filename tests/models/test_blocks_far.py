@@ -22,7 +22,9 @@ def test_modulation_is_per_frame_and_broadcasts_over_its_tokens():
     norm = randomize(FARAdaLayerNorm(DIM, num_chunks=3))
     temb = embeddings(5)
     expected = (torch.nn.functional.silu(temb) @ norm.linear.weight.T + norm.linear.bias).split(DIM, dim=-1)
-    chunks = norm.chunks(temb)
+    states = torch.randn(2, 5, 4, DIM)
+    normed, *chunks = norm(states, temb)
+    torch.testing.assert_close(normed, normalized(states), atol=1e-5, rtol=1e-5)
     assert [chunk.shape for chunk in chunks] == [(2, 5, 1, DIM)] * 3
     for chunk, wanted in zip(chunks, expected):
         torch.testing.assert_close(chunk[:, :, 0], wanted)
@@ -40,7 +42,7 @@ def test_a_block_is_its_formula(num_long_frames):
     rotary_emb = rotary_embedding(torch.randint(0, 9, (num_tokens, 3)), (4, 2, 2))
 
     def modulated(norm, states, temb):
-        shift, scale, gate = norm.chunks(temb)
+        _, shift, scale, gate = norm(states, temb)
         return normalized(states) * (1 + scale) + shift, gate
 
     attn_input, gate = modulated(block.norm1, states, temb)

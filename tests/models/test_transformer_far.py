@@ -299,6 +299,14 @@ def names_of_last_long_queries(model) -> set[str]:
     return {f"{last}.add_q_proj.weight", f"{last}.add_q_proj.bias", f"{last}.norm_added_q.weight"}
 
 
+def test_what_nobody_reads_is_not_trained_in_a_new_model_or_a_loaded_one(tmp_path):
+    model = tiny_transformer(long_patch_size=2)
+    model.save_pretrained(tmp_path)
+    for each in (model, FARTransformer3DModel.from_pretrained(tmp_path)):
+        frozen = {name for name, parameter in each.named_parameters() if not parameter.requires_grad}
+        assert frozen == names_of_last_long_queries(each)
+
+
 def test_a_call_with_a_cache_carries_no_gradient():
     model = tiny_transformer()
     clip = random_clip(model, 3)

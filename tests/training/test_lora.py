@@ -76,9 +76,9 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_to_the_bit(tmp_path):
     def start():
         accelerator = Accelerator(cpu=True)
         accelerator.free_memory()
-        checkpoint_trained_only(accelerator)
         transformer, parameters = adapted()
         model, optimizer = accelerator.prepare(transformer, torch.optim.Adam(parameters, 0.1))
+        checkpoint_trained_only(accelerator, transformer)
         return accelerator, model, parameters, optimizer
 
     accelerator, model, parameters, optimizer = start()
@@ -99,8 +99,7 @@ def test_a_checkpoint_of_other_layers_is_refused_and_the_difference_named(tmp_pa
     for targets in (["to_q"], ["to_v"]):
         accelerator = Accelerator(cpu=True)
         accelerator.free_memory()
-        checkpoint_trained_only(accelerator)
-        accelerator.prepare(adapted(targets)[0])
+        checkpoint_trained_only(accelerator, accelerator.prepare(adapted(targets)[0]))
         if targets == ["to_q"]:
             save_checkpoint(accelerator, tmp_path, 1, {}, None)
     with pytest.raises(ValueError, match="to_q.*`--target_modules`"):

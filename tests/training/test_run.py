@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from tiny_models import tiny_pipeline, tiny_separable, tiny_transformer
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from benchmarks.studies.scripts import load_script
 from diffusers_far import SCDTransformer3DModel
@@ -30,6 +31,7 @@ from diffusers_far.training.run import (
     TrainingRun,
     build_accelerator,
     check_data,
+    check_sharding,
     describe_launch,
     describe_tokens,
     disable_cudnn_attention,
@@ -117,6 +119,41 @@ def test_a_launch_that_cuts_the_model_in_pieces_is_refused_by_name(launched, var
         launched({variable: "true"})
 
 
+def test_a_launch_with_fsdp_2_is_taken_and_says_where_nothing_is_cut(launched, caplog):
+    accelerator, _ = launched({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    assert not accelerator.is_fsdp2 and "asks for FSDP 2, but Accelerate cuts no model here" in caplog.text
+
+
+SHARDING = {"activation_checkpointing": False, "cpu_offload": OffloadPolicy()}
+
+
+@pytest.mark.parametrize(
+    "settings, plugin, message",
+    [
+        ({"mixed_precision": "fp16"}, {}, "`--mixed_precision fp16` was never tried; give bf16"),
+        ({"use_8bit_adam": True}, {}, "`--use_8bit_adam` was never tried"),
+        ({"compile": True}, {}, "`--compile` was never tried"),
+        ({}, {"activation_checkpointing": True}, "`fsdp_activation_checkpointing`.*`--gradient_checkpointing`"),
+        ({}, {"cpu_offload": CPUOffloadPolicy()}, "`fsdp_offload_params`"),
+    ],
+)
+def test_what_was_never_tried_in_shards_is_refused_by_name(tmp_path, settings, plugin, message):
+    given = settings_of(tmp_path, mixed_precision="bf16")
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING | plugin)))
+    check_sharding(given, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING))))
+    for name, value in settings.items():
+        setattr(given, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_sharding(given, accelerator)
+
+
+def test_scripts_that_were_never_tried_in_shards_refuse_them(tmp_path):
+    settings = FrameSettings(dataset_name="frames", output_dir=str(tmp_path))
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING)))
+    with pytest.raises(ValueError, match="this script was never tried; launch it with multi_gpu.yaml"):
+        check_sharding(settings, accelerator)
+
+
 def test_a_precision_of_the_launcher_that_scripts_do_not_know_is_refused(launched, monkeypatch):
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp8")
     with pytest.raises(ValueError, match="launcher's `mixed_precision` is 'fp8'.*no, fp16, bf16"):
@@ -134,7 +171,7 @@ def test_the_start_of_a_run_says_in_one_line_what_was_launched(launched, caplog,
     with caplog.at_level("INFO"):
         launched(gradient_accumulation_steps=2)
     assert "1 process on cpu, mixed precision no, global batch 8 = 1 x 4 x 2" in caplog.messages[-1]
-    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), is_fsdp2=False)
     settings = settings_of(tmp_path, gradient_accumulation_steps=2, mixed_precision="bf16")
     assert describe_launch(settings, two).startswith(
         "2 processes on cpu, mixed precision bf16, global batch 16 = 2 x 4 x 2"

@@ -356,10 +356,13 @@ class FARAdaLayerNorm(nn.Module):
         """Shift, scale and so on of each frame, `(B, F, dim)` -> `(B, F, num_chunks * dim)`."""
         return self.linear(nn.functional.silu(temb))
 
-    def chunks(self, temb: torch.Tensor | None, modulation: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """`num_chunks` times `(B, F, 1, dim)`: of the `modulation` where it is known already, else of the embedding."""
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor | None, modulation: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """The normed states, `(B, F, T, dim)`, and `num_chunks` times `(B, F, 1, dim)`: of the `modulation` where it is known
+        already, else of the embedding. What is done with them is the caller's."""
         modulation = self.modulation(temb) if modulation is None else modulation
-        return modulation[:, :, None].chunk(self.num_chunks, dim=-1)
+        return self.norm(hidden_states), *modulation[:, :, None].chunk(self.num_chunks, dim=-1)
 
 
 class FARTransformerBlock(nn.Module):
@@ -436,12 +439,12 @@ class FARTransformerBlock(nn.Module):
         return hidden_states, self._feed_forward(long_hidden_states + long_attn_output, long_temb)
 
     def _modulated_norm1(self, hidden_states, temb, modulation=None) -> tuple[torch.Tensor, torch.Tensor]:
-        shift, scale, gate = self.norm1.chunks(temb, modulation)
-        return (self.norm1.norm(hidden_states) * (1 + scale) + shift).flatten(1, 2), gate
+        normed_states, shift, scale, gate = self.norm1(hidden_states, temb, modulation)
+        return (normed_states * (1 + scale) + shift).flatten(1, 2), gate
 
     def _feed_forward(self, hidden_states, temb, modulation=None) -> torch.Tensor:
-        shift, scale, gate = self.norm2.chunks(temb, modulation)
-        return hidden_states + gate * self.mlp(self.norm2.norm(hidden_states) * (1 + scale) + shift)
+        normed_states, shift, scale, gate = self.norm2(hidden_states, temb, modulation)
+        return hidden_states + gate * self.mlp(normed_states * (1 + scale) + shift)
 
 
 CLEAN_TIMESTEP = -1.0  # outside the schedule: a finished frame
@@ -529,6 +532,10 @@ class FrameNetwork(nn.Module):
             )
             for layer in range(num_layers)
         )
+        if has_long_frames:  # nor does anybody read what they see there, so what only asks for it is not trained
+            last_attention = self.transformer_blocks[-1].attn
+            last_attention.add_q_proj.requires_grad_(False)
+            last_attention.norm_added_q.requires_grad_(False)
 
         # 5. Output
         self.norm_out = FARAdaLayerNorm(self.inner_dim, num_chunks=2)
@@ -640,8 +647,9 @@ class FrameNetwork(nn.Module):
         # 3. Output, of the twins where there are any
         short_states = short_states[:, -(num_read_frames or plan.num_short_frames) :]
         temb = None if temb is None else temb[:, -short_states.shape[1] :]
-        scale, shift = self.norm_out.chunks(temb, None if modulation is None else modulation.output)
-        return self.output(self.norm_out.norm(short_states), scale, shift, plan)
+        # Called as a module, like the blocks: where the weights are in shards, each unit is gathered when it is called.
+        outputs = self.norm_out(short_states, temb, None if modulation is None else modulation.output)
+        return self.output(*outputs, plan)
 
     def output(self, states, scale, shift, plan: ContextPlan) -> torch.Tensor:
         """What comes of normed states, `(B, F, T, dim)`, and the modulation of the last norm: velocity."""

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from ..files import UNFINISHED, file_sha256, flush_to_disk, free_space, written_whole
 from ..models.loading import name_some
 from .launch import LOCK_FILE
+from .shards import gathered
 
 
 logger = logging.getLogger(__name__)
@@ -131,9 +132,10 @@ def checkpoint_states(accelerator: Accelerator, **states: Any) -> None:
     states = {name: state for name, state in states.items() if state is not None}
 
     def save(models: list, weights: list, folder: str) -> None:
-        if accelerator.is_main_process:
-            for name, state in states.items():
-                _write_state(Path(folder) / f"{name}.safetensors", state.state_dict())
+        for name, state in states.items():
+            values = gathered(state.state_dict(), accelerator.is_main_process)
+            if accelerator.is_main_process:
+                _write_state(Path(folder) / f"{name}.safetensors", values)
 
     def load(models: list, folder: str) -> None:
         for index, (name, state) in enumerate(states.items()):

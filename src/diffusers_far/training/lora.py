@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ..models.loading import name_some
 from ..pipelines.model_card import card_metadata, usage_example
+from .shards import cut, gathered
 
 
 LAYER_GROUPS = {
@@ -102,25 +103,25 @@ def add_lora(
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def checkpoint_trained_only(accelerator: Accelerator) -> None:
-    """Let checkpoints hold the weights that are trained and no others: the frozen ones come from where they came from."""
+def checkpoint_trained_only(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Let checkpoints hold the weights of `model` that are trained and no others: the frozen ones come from where they came
+    from. Call it after `accelerator` got the model."""
 
-    def trained_parameters(models: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-        (model,) = models
-        named = accelerator.unwrap_model(model).named_parameters()
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
+    def trained_parameters() -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def save(models: list[torch.nn.Module], weights: list, folder: str) -> None:
         weights.clear()  # what Accelerate would write
+        tensors = {name: parameter.detach() for name, parameter in trained_parameters().items()}
+        tensors = gathered(tensors, accelerator.is_main_process)
         if accelerator.is_main_process:
-            tensors = {name: parameter.detach() for name, parameter in trained_parameters(models).items()}
             save_file(tensors, Path(folder) / TRAINED_WEIGHTS)
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
         path = Path(folder) / TRAINED_WEIGHTS
         if not path.is_file():
             raise ValueError(f"it holds no {path.name!r}, so it is of no adapter's run")
-        parameters, saved = trained_parameters(models), load_file(path)
+        parameters, saved = trained_parameters(), load_file(path)
         models.clear()  # what Accelerate would load
         shapes, saved_shapes = (
             {(name, *tensor.shape) for name, tensor in part.items()} for part in (parameters, saved)
@@ -133,7 +134,7 @@ def checkpoint_trained_only(accelerator: Accelerator) -> None:
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
+                parameter.copy_(cut(saved[name], parameter))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

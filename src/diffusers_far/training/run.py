@@ -21,11 +21,14 @@ from accelerate.utils import (
     LoggerType,
     ProjectConfiguration,
     gather_object,
+    get_int_from_env,
     parse_flag_from_env,
     set_seed,
 )
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..command_line import Progress
 from ..data.clips import ClipBatch
@@ -38,6 +41,7 @@ from .config import FARSettings, RunSettings
 from .hub import open_repo, push_folder
 from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
+from .shards import Shards, gathered, own_part
 from .streaming import StreamedBatches
 
 
@@ -46,7 +50,7 @@ logger = get_logger(__name__)
 PRECISIONS = ("no", "fp16", "bf16")
 # By these a process knows that its launcher was told to cut models in pieces.
 SHARDING_VARIABLES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_FSDP": "FSDP 1",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
@@ -86,7 +90,8 @@ class TrainingRun:
                 break
             run.save_checkpoint_if_due()
         if run.finish():
-            ...  # save the result
+            with run.evaluated(pipeline) as is_main:
+                ...  # the main process measures and saves the result
 
     Args:
         settings ([`RunSettings`]): Of the script. What they leave to the launcher is filled in.
@@ -96,6 +101,7 @@ class TrainingRun:
         accelerator (`Accelerator`): Of the run.
         model (`nn.Module`): To be called in training, after `prepare`.
         ema (`EMAModel`, *optional*): The averaged weights.
+        shards ([`Shards`], *optional*): Of a model that is in shards.
         first_step (`int`), finished (`int`): Steps that were done before this launch, and that are done by now.
         repo_id (`str`, *optional*): Where the result is uploaded, on the main process.
 
@@ -111,7 +117,7 @@ class TrainingRun:
             self.checkpoint = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
         self.accelerator = build_accelerator(settings)
         set_seed(settings.seed)
-        self.ema, self.repo_id = None, None
+        self.ema, self.shards, self.repo_id = None, None, None
         self.first_step = self.finished = 0
         self._num_frames, self._training_seconds = 0, 0.0
 
@@ -150,8 +156,12 @@ class TrainingRun:
             num_training_steps=settings.max_train_steps,
         )
         self.network, self.ema = model, ema
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         own = {"lr_scheduler": self.lr_scheduler, "ema": ema}
+        if self.accelerator.is_fsdp2:
+            self.shards = Shards(self.accelerator, model, optimizer, ema)
+            self.model, self.optimizer, own["ema"] = self.shards.network, self.shards.optimizer, self.shards.average
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         checkpoint_states(self.accelerator, **{name: own[name] for name in order}, **states)
 
     def start(self, project: str, **facts: Any) -> None:
@@ -228,7 +238,9 @@ class TrainingRun:
             batches.append(clips)
             is_last = number == num_passes - 1
             with nullcontext() if is_last else accelerator.no_sync(self.model):
-                loss = loss_of_pass(clips, draw) / num_passes
+                # A whole model has been told its precision; shards have not.
+                with nullcontext() if self.shards is None else accelerator.autocast():
+                    loss = loss_of_pass(clips, draw) / num_passes
                 accelerator.backward(loss)
             step_loss += loss.detach()
             num_frames += clips.latents.shape[0] * clips.latents.shape[1]
@@ -249,7 +261,8 @@ class TrainingRun:
 
     def update_weights(self, outcome: StepOutcome) -> None:
         """The first half of `step`."""
-        self.gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.gradient_norm = gathered(gradient_norm)
         self.require_finite(outcome.loss, self.gradient_norm, outcome.faulty_clips)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -258,7 +271,7 @@ class TrainingRun:
     def average_weights(self) -> None:
         """The second half of `step`."""
         if self.ema is not None:
-            self.ema.step(self.network.parameters())
+            self.ema.step([own_part(parameter) for parameter in self.network.parameters()])
 
     def require_finite(
         self, loss: float, gradient_norm: torch.Tensor | float, faulty_clips: Sequence[str] = ()
@@ -332,11 +345,31 @@ class TrainingRun:
             self._save_checkpoint()
 
     def finish(self) -> bool:
-        """Save the last checkpoint. Says whether this process saves the result now: not if a signal ended the loop."""
+        """Save the last checkpoint. Says whether the result is saved now: not if a signal ended the loop."""
         self.progress.close()
         if self.finished > self.first_step:
             self._save_checkpoint()
-        return self.is_main and not self.launch.is_interrupted
+        return not self.launch.is_interrupted
+
+    @contextmanager
+    def evaluated(self, pipeline: DiffusionPipeline) -> Iterator[bool]:
+        """Inside, the pipeline's transformer is what is measured and saved, on the process that does so: the network in
+        `eval` mode, with its averaged weights where there are any; of one in shards a whole copy. Every process calls this.
+        Gives whether this is the process.
+
+        Args:
+            pipeline (`DiffusionPipeline`): Its transformer is the network.
+        """
+        if self.shards is None:
+            with evaluated(self.network, self.ema) if self.is_main else nullcontext():
+                yield self.is_main
+            return
+        copy = self.shards.whole_copy()
+        pipeline.register_modules(transformer=self.network if copy is None else copy)
+        try:
+            yield self.is_main
+        finally:
+            pipeline.register_modules(transformer=self.network)
 
     def _save_checkpoint(self) -> None:
         limit = self.settings.checkpoints_total_limit
@@ -407,11 +440,12 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     Raises:
         ValueError: A tracker is unknown or not installed, or the launcher was told what the scripts cannot do.
     """
+    is_fsdp2 = get_int_from_env(["FSDP_VERSION"], 1) == 2
     for variable, name in SHARDING_VARIABLES.items():
-        if parse_flag_from_env(variable):
+        if parse_flag_from_env(variable) and not (name == "FSDP 1" and is_fsdp2):
             raise ValueError(
-                f"The launch asks for {name} (`{variable}`), but the training scripts need a whole model on every device; "
-                "launch with examples/configs/accelerate/multi_gpu.yaml or one_gpu.yaml."
+                f"The launch asks for {name} (`{variable}`), but the training scripts know whole models and FSDP 2; launch "
+                "with examples/configs/accelerate/fsdp.yaml, multi_gpu.yaml or one_gpu.yaml."
             )
     output_dir = Path(settings.output_dir)
     accelerator = Accelerator(
@@ -440,10 +474,36 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     elif settings.gradient_accumulation_steps is None:
         settings.gradient_accumulation_steps = launched_steps
     settings.check()
+    if accelerator.is_fsdp2:
+        check_sharding(settings, accelerator)
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        logger.warning(
+            "The launch asks for FSDP 2, but Accelerate cuts no model here: it shards over several GPUs only."
+        )
     # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
     accelerator.gradient_accumulation_steps = 1
     logger.info(describe_launch(settings, accelerator))
     return accelerator
+
+
+def check_sharding(settings: RunSettings, accelerator: Accelerator) -> None:
+    """Refuse what was never tried with a model in shards.
+
+    Raises:
+        ValueError: Says what, and what to do instead.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    refused = [
+        (not isinstance(settings, FARSettings), "this script", "launch it with multi_gpu.yaml"),
+        (settings.mixed_precision == "fp16", "`--mixed_precision fp16`", "give bf16"),
+        (getattr(settings, "use_8bit_adam", False), "`--use_8bit_adam`", "leave it out"),
+        (getattr(settings, "compile", False), "`--compile`", "leave it out"),
+        (plugin.activation_checkpointing, "`fsdp_activation_checkpointing`", "give `--gradient_checkpointing`"),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "`fsdp_offload_params`", "take more processes"),
+    ]
+    for is_asked, what, instead in refused:
+        if is_asked:
+            raise ValueError(f"The launch asks for FSDP 2, with which {what} was never tried; {instead}.")
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -476,7 +536,8 @@ def describe_launch(settings: RunSettings, accelerator: Accelerator) -> str:
     if device == "cuda":
         device += f" ({torch.cuda.get_device_name(accelerator.device)})"
     return (
-        f"{num_processes} process{'es' if num_processes > 1 else ''} on {device}, mixed precision {settings.mixed_precision}, "
+        f"{num_processes} process{'es' if num_processes > 1 else ''} on {device}"
+        f"{', the model in shards (FSDP 2)' if accelerator.is_fsdp2 else ''}, mixed precision {settings.mixed_precision}, "
         f"global batch {num_processes * settings.train_batch_size * num_accumulated} = {num_processes} x "
         f"{settings.train_batch_size} x {num_accumulated} (processes, batch of each, accumulated)"
     )

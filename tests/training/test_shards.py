@@ -1,0 +1,53 @@
+"""What is cut and made whole again, of one process; `tests/examples/test_shards.py` trains with two."""
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from diffusers_far.training.shards import ShardedAverage, cut, gathered, own_part
+
+
+@pytest.fixture
+def shard():
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])
+    destroy_process_group()
+
+
+def test_what_is_gathered_and_cut_again_is_the_same_and_the_rest_stays_as_it_is(shard):
+    whole = torch.randn(3, 2)
+    state = {"weights": [shard(whole), whole], "betas": (0.9, 0.99), "step": 3}
+    found = gathered(state)
+    assert torch.equal(found["weights"][0], whole) and not isinstance(found["weights"][0], DTensor)
+    assert found["weights"][1] is whole and found["betas"] == (0.9, 0.99) and found["step"] == 3
+    again = cut(whole, shard(torch.zeros(3, 2)))
+    assert isinstance(again, DTensor) and torch.equal(own_part(again), whole)
+    assert cut(whole, whole) is whole and own_part(whole) is whole
+
+
+def test_a_process_that_keeps_nothing_gets_no_whole_tensor(shard):
+    assert gathered({"weight": shard(torch.ones(2)), "step": 3}, is_kept=False) == {"weight": None, "step": 3}
+
+
+def test_averages_of_parts_are_saved_and_loaded_whole(shard):
+    parameters = [torch.nn.Parameter(shard(torch.arange(6.0).view(3, 2))), torch.nn.Parameter(shard(torch.ones(2)))]
+    expected = EMAModel([own_part(parameter).detach().requires_grad_() for parameter in parameters], decay=0.5)
+    ema = EMAModel([], decay=0.5, foreach=True)
+    average = ShardedAverage(ema, parameters)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += 1
+        parts = [own_part(parameter) for parameter in parameters]
+        ema.step(parts)
+        expected.step([part.detach().requires_grad_() for part in parts])
+    state = gathered(average.state_dict())
+    torch.testing.assert_close(state["shadow_params"], expected.shadow_params)
+    loaded = ShardedAverage(EMAModel([], decay=0.1), parameters)
+    loaded.load_state_dict(state)
+    assert loaded.ema.decay == 0.5 and loaded.ema.optimization_step == 3
+    assert all(map(torch.equal, loaded.ema.shadow_params, expected.shadow_params))
