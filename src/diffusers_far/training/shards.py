@@ -75,7 +75,8 @@ def held_bytes(
 
     names = {f"{prefix}{name}" for name in network._no_split_modules for prefix in ("", "FSDP")}
     blocks = [gathered_bytes(module) for module in network.modules() if type(module).__name__ in names]
-    parts = sum(-(-len(each) // num_processes) * each[0].nbytes if each.ndim else each.nbytes for each in held)
+    num_rows = [(len(each) if each.ndim else 1, each.nbytes) for each in held]
+    parts = sum(-(-number // num_processes) * (num_bytes // number) for number, num_bytes in num_rows)
     return parts + gathered_bytes(network) - sum(blocks) + max(blocks)
 
 
