@@ -4,9 +4,11 @@ Accelerate shards on accelerators only. Here its state says that it does so on t
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import launched
@@ -26,6 +28,7 @@ from diffusers_far.data.latents import LatentSource, write_shard
 from diffusers_far.models.identity import vae_hash
 from diffusers_far.training.checkpoints import list_checkpoints
 from diffusers_far.training.run import TrainingRun
+from diffusers_far.training.shards import held_bytes, own_part
 
 
 pytestmark = pytest.mark.full
@@ -104,6 +107,8 @@ def train(name: str, arguments: dict, is_sharded: bool) -> None:
         log(run, outcome, **figures)
         assert all(isinstance(each, DTensor) == is_sharded for each in run.network.parameters())
         if run.is_main:
+            if is_sharded:
+                assert_held_bytes_are_counted(run)
             with open(output.with_suffix(".losses"), "a") as file:
                 file.write(json.dumps([run.finished, outcome.loss, float(run.gradient_norm)]) + "\n")
 
@@ -113,6 +118,21 @@ def train(name: str, arguments: dict, is_sharded: bool) -> None:
     sys.argv = [f"{name}.py"]
     script = load_script(name)
     script.main(script.parse_args(command_line(arguments)))
+
+
+def assert_held_bytes_are_counted(run: TrainingRun) -> None:
+    """Of the parts; how much is whole for a moment is no part of what this process holds now."""
+    weights = list(run.network.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    state = [each for states in run.optimizer.state.values() for each in states.values()]
+    own = sum(own_part(each).nbytes for each in weights + trained + state)
+    whole = sum(each.nbytes for each in weights + trained + state)
+    if run.ema is not None:
+        own += sum(part.nbytes for part in run.ema.shadow_params)
+        whole += sum(weight.nbytes for weight in weights)
+    count = partial(held_bytes, run.network, run.optimizer, run.ema is not None)
+    assert count(2, torch.float32) - count(1, torch.float32) == own - whole < 0
+    assert count(1) == whole and count(2) == whole + sum(each.nbytes for each in trained)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +214,17 @@ def test_shards_train_and_average_as_whole_models_and_as_one_process(finish, sha
     assert "2 processes on cpu, the model in shards (FSDP 2), mixed precision no, global batch 8" in log_of(sharded)
     measured = [tables_of(folder) for folder in (sharded, whole, alone)]
     assert len(measured[0]) == 3 * 5 and measured[0] == measured[1] == measured[2]
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_dry_run_of_two_processes_tells_what_both_cost_and_what_more_would(finish, is_sharded):
+    folder = finish(f"dry-{is_sharded}", is_sharded=is_sharded, dry_run=True, max_train_steps=100_000)
+    printed = log_of(folder)
+    assert printed.count("GiB of memory at the peak") == 1 and not folder.exists()
+    assert " s per step of 8 clips\n" in printed and "global batch 16, 50000 steps, " in printed
+    hours, together = re.search(r"([\d.]+) hours \(([\d.]+) of all 2 processes together\)", printed).groups()
+    assert float(together) == pytest.approx(2 * float(hours), abs=0.02)
+    assert re.findall(r"(\d+) processes: global", printed) == ["4", "16", "128"]
 
 
 def test_the_pipeline_of_shards_is_whole_and_has_the_averaged_weights(sharded):

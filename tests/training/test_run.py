@@ -507,9 +507,28 @@ def test_a_dry_run_takes_two_steps_of_the_longest_clips_and_tells_their_cost(tea
     assert ("; 128 with the noisy twins of teacher forcing" in tokens) == teacher_forcing
     seconds = r"[\d.]+ M parameters\n[\d.]+ GiB of memory at the peak, (\d+\.\d{3}) s per step of 2 clips\n"
     (seconds,) = re.findall(seconds, cost)
-    (hours,) = re.findall("([0-9.]+) hours", cost)
+    (hours,) = re.findall("([0-9.]+) hours for", cost)
     assert float(hours) == pytest.approx(float(seconds) * 2, abs=0.01)  # 7,200 steps; both are rounded
     assert "hours for --max_train_steps 7200" in cost
+    more = re.findall(r"(\d+) processes: global batch (\d+), (\d+) steps, ([\d.]+) hours", cost)
+    assert [row[:3] for row in more] == [("2", "4", "3600"), ("8", "16", "900"), ("64", "128", "113")]
+    assert all(float(row[3]) == pytest.approx(float(hours) / int(row[0]), abs=0.01) for row in more)
+
+
+def test_a_dry_run_adds_what_more_processes_hold_to_what_a_step_takes(make_run, monkeypatch):
+    transformer = tiny_transformer(num_actions=3)
+    held = {(1, False): 10, (2, False): 14, (8, False): 14, (64, False): 14, (2, True): 7, (8, True): 3, (64, True): 1}
+    trained = make_run(transformer, num_frames=3, gradient_accumulation_steps=3, max_train_steps=640)
+    monkeypatch.setattr(
+        "diffusers_far.training.run.held_bytes",
+        lambda network, optimizer, has_average, number, dtype: held[number, dtype is not None] * 2**30,
+    )
+    rows = trained._describe_more_processes(peak=12.0, hours=64.0).splitlines()[1:]
+    assert rows == [
+        "    2 processes: global batch 12, 320 steps, 32.00 hours, 16.00 GiB each, 9.00 in shards",
+        "    8 processes: global batch 48, 80 steps, 8.00 hours, 16.00 GiB each, 5.00 in shards",
+        "   64 processes: global batch 384, 10 steps, 1.00 hours, 16.00 GiB each, 3.00 in shards",
+    ]
 
 
 class Trajectories:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from tiny_models import tiny_transformer
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from diffusers_far.training.shards import ShardedAverage, cut, gathered, own_part
+from diffusers_far.training.shards import ShardedAverage, cut, gathered, held_bytes, own_part
 
 
 @pytest.fixture
@@ -51,3 +52,39 @@ def test_averages_of_parts_are_saved_and_loaded_whole(shard):
     loaded.load_state_dict(state)
     assert loaded.ema.decay == 0.5 and loaded.ema.optimization_step == 3
     assert all(map(torch.equal, loaded.ema.shadow_params, expected.shadow_params))
+
+
+def trained(has_average: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer, int, int]:
+    """A transformer after a step, of which not all is trained; its bytes, averages included, and those that are trained."""
+    transformer = tiny_transformer(num_layers=3)
+    transformer.proj_out.requires_grad_(False)
+    parameters = [each for each in transformer.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    for each in parameters:
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    kept = [*transformer.parameters(), *(each.grad for each in parameters)]
+    kept += [each for states in optimizer.state.values() for each in states.values()]
+    kept += EMAModel(transformer.parameters()).shadow_params if has_average else []
+    return transformer, optimizer, sum(each.nbytes for each in kept), sum(each.nbytes for each in parameters)
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+def test_a_whole_model_holds_all_and_beside_others_its_gradients_twice(has_average):
+    transformer, optimizer, num_bytes, trained_bytes = trained(has_average)
+    assert held_bytes(transformer, optimizer, has_average, 1) == num_bytes
+    assert held_bytes(transformer, optimizer, has_average, 8) == num_bytes + trained_bytes
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+def test_shards_hold_a_part_of_all_and_a_block_whole(has_average):
+    transformer, optimizer, num_bytes, trained_bytes = trained(has_average)
+    block = sum(each.nbytes for each in transformer.transformer_blocks[0].parameters())
+    blocks = sum(each.nbytes for each in transformer.transformer_blocks.parameters())
+    weights = sum(each.nbytes for each in transformer.parameters())
+    whole = weights + trained_bytes - 2 * (blocks - block)
+    counted = [held_bytes(transformer, optimizer, has_average, number, torch.float32) for number in (1, 2, 4)]
+    assert counted[0] == num_bytes + whole
+    for number, each in zip((2, 4), counted[1:]):
+        assert num_bytes / number <= each - whole < num_bytes / number * 1.05  # what cannot be halved is small
+    assert held_bytes(transformer, optimizer, has_average, 1, torch.bfloat16) == num_bytes + whole // 2

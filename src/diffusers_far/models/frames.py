@@ -38,6 +38,11 @@ class FrameBatch:
             form["action_mask"] = (shape, torch.bool)
         return form
 
+    @classmethod
+    def blank(cls, model: torch.nn.Module, *sizes: int, device: torch.device | str) -> "FrameBatch":
+        """Frames of a `form` with null actions, which take no memory."""
+        return cls(**blank_tensors(cls.form(model, *sizes), device))
+
     def check_conditions(self, model: torch.nn.Module, class_labels: torch.Tensor | None) -> None:
         """Refuse conditions that the model lacks or takes otherwise.
 
@@ -110,6 +115,14 @@ class FrameBatch:
 def repeat_batch(tensor: torch.Tensor | None, num_times: int) -> torch.Tensor | None:
     """A batch that follows itself: `(B, ...)` as `(num_times * B, ...)`."""
     return None if tensor is None else tensor.expand(num_times, *tensor.shape).flatten(0, 1)
+
+
+def blank_tensors(
+    form: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """Zeros of such shapes and dtypes, under names without `?`, each a view of one number."""
+    blanks = {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for name, (shape, dtype) in form.items()}
+    return {name.removesuffix("?"): blank for name, blank in blanks.items()}
 
 
 def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ B batch, F frames, C latent channels, H/W latent height/width, L tokens, N heads
 
 import copy
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +14,7 @@ import torch
 
 from ..checks import check_count, is_whole_number
 from .context_plan import ContextPlan
-from .frames import FrameBatch, repeat_batch
+from .frames import FrameBatch, blank_tensors, repeat_batch
 from .functional import apply_rotary_embedding, rotary_embedding
 
 
@@ -410,6 +411,26 @@ class FARKVCache:
         self._kept_frames = FrameBatch(**kept) if kept else None
         if "feature_states" in tensors:
             self.feature = ContextFeature(tensors["feature_states"], tensors["feature_gain"])
+
+    def outline(self, writes: Sequence[int], max_frames: int | None = None) -> "FARKVCache":
+        """What this cache becomes by some writes, but for the values: sizes, clock and `num_bytes` are those that come, and the
+        stores, on the meta device, take no memory.
+
+        Args:
+            writes (sequence of `int`): Clean frames of one write after the other.
+            max_frames (`int`, *optional*): As if the cache had been made with room for so many.
+        """
+        twin, kept = copy.copy(self), self._kept_frames
+        blank = partial(FrameBatch.blank, self._model(), self.batch_size, device="meta")
+        twin._allocate(max_frames or self.max_frames, self.dtype, torch.device("meta"))
+        twin._kept_frames = kept and blank(kept.num_frames, *self._latent_size)
+        for num_frames in writes:
+            twin.make_room(num_frames)
+            for piece in twin.pieces(blank(num_frames, *self._latent_size)):
+                twin.begin_write(piece)
+        clock = twin.state()[1]
+        twin.restore(blank_tensors(twin.state_form(clock), "meta"), clock)
+        return twin
 
     def clone(self) -> "FARKVCache":
         """An independent copy of the stores, for another continuation of the same context."""

@@ -1,4 +1,4 @@
-"""How many denoising steps a frame may take to come in time."""
+"""How long a frame takes, and how many denoising steps it may take to come in time."""
 
 import math
 import statistics
@@ -70,10 +70,10 @@ class LatencyBudget:
         self.max_seconds_per_frame = None if max_seconds_per_frame is None else float(max_seconds_per_frame)
         self.min_inference_steps = int(min_inference_steps)
 
-    def forget(self) -> None:
-        """Measure anew, for steps have become longer or shorter."""
-        self._step_seconds: deque[float] = deque(maxlen=NUM_MEASURED_FRAMES)
-        self._other_seconds: deque[float] = deque(maxlen=NUM_MEASURED_FRAMES)
+    def forget(self, num_measured_frames: int = NUM_MEASURED_FRAMES) -> None:
+        """Measure anew, for steps have become longer or shorter; the latest frames count, so many of them."""
+        self._step_seconds: deque[float] = deque(maxlen=num_measured_frames)
+        self._other_seconds: deque[float] = deque(maxlen=num_measured_frames)
 
     def choose_steps(self, num_inference_steps: int) -> int:
         """Denoising steps of the next frame: as many of the `num_inference_steps` wanted as come in time. A change is
@@ -89,6 +89,11 @@ class LatencyBudget:
                 f"seconds (never fewer than {fewest})."
             )
         return chosen
+
+    def seconds_of_frame(self, num_inference_steps: int) -> float:
+        """Of a frame of so many steps, as the latest were. Of the seconds beside the steps it is the mean, for some writes may
+        encode the window anew, and others not."""
+        return statistics.fmean(self._other_seconds) + num_inference_steps * statistics.median(self._step_seconds)
 
     def _num_affordable_steps(self) -> int:
         if not self._step_seconds or not self._other_seconds:

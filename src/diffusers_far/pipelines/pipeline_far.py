@@ -6,7 +6,7 @@ N videos, F frames, C latent channels, H/W latent height/width, A action channel
 import functools
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,16 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPi
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 
+from ..checks import check_count
 from ..hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from ..loaders.lora import FARLoraLoaderMixin
 from ..models.codec import decode_video, encode_video, latent_statistics
 from ..models.frames import FrameBatch, shift_actions
 from ..models.transformer_far import FARTransformer3DModel
 from ..models.transformer_scd import SCDTransformer3DModel
+from .estimate import CostEstimate, estimate_frame, weight_bytes
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
-from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, check_sigmas, repeat_samples
+from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, check_sigmas, repeat_samples, size_without_video
 from .latency import LatencyBudget
 from .rollout import Rollout, check_scheduler, frame_noise
 from .session import FARSession, Frame
@@ -478,6 +480,54 @@ class FARPipeline(VideoPipeline):
             latency=latency,
             output_type=output_type,
         )
+
+    def estimate(
+        self,
+        num_frames: int = 16,
+        num_context_frames: int = 0,
+        batch_size: int = 1,
+        *,
+        measure: bool = True,
+        **arguments,
+    ) -> CostEstimate:
+        """What a call would cost: bytes of weights and cache, which are counted, and seconds of its last new frame on this
+        machine, which are measured: a few steps on blank frames, with as many before them.
+
+        The context is not encoded, and what VAE and transformer need while they compute is not counted. The first frame of a
+        video, before which there is nothing to write, is measured as the one after it.
+
+        Args:
+            num_frames (`int`, defaults to 16): New frames.
+            num_context_frames (`int`, defaults to 0): Frames before them.
+            batch_size (`int`, defaults to 1): Videos.
+            measure (`bool`, defaults to `True`): `False` only counts. That takes hardly any time and memory: more than fits can
+                be asked for.
+            arguments: Of the call, but for contents: `height`, `width`, `num_inference_steps`, `guidance_scale`, `use_cache`,
+                `short_cache`, `max_long_frames`, `num_sink_frames`, `output_type`, `attention_kwargs`, `sigmas`,
+                `guidance_mode`.
+
+        Raises:
+            ValueError: As in a call.
+        """
+        check_count("num_frames", num_frames)
+        check_count("num_context_frames", num_context_frames, least=0)
+        check_count("batch_size", batch_size)
+        without = dict.fromkeys(["video", "video_latents", "actions", "class_labels", "latents"])
+        request = GenerationRequest(num_frames=1, num_videos_per_context=batch_size, **without, **arguments)
+        if self.transformer is None:
+            self.check_inputs(request)  # refuses it
+        writes = [num_context_frames] if num_context_frames else []
+        if writes:
+            size = size_without_video(request, (self.config.height, self.config.width))
+            request = replace(request, video=torch.zeros(1, 1, 3, *size))  # one frame stands for all
+        conditions = FrameBatch.blank(self.transformer, 1, len(writes) + 1, 1, 1, device="cpu")
+        label = 0 if self.transformer.takes_labels else None
+        inputs = self.check_inputs(replace(request, actions=conditions.actions, class_labels=label))
+        writes += [1] * (num_frames - 1)
+        decode = functools.partial(self.decode_frame, output_type=request.output_type) if measure else None
+        cost = estimate_frame(self._start_rollout(inputs), writes, decode, num_context_frames + num_frames)
+        self.maybe_free_model_hooks()
+        return replace(cost, weight_bytes=weight_bytes(self.transformer) + weight_bytes(self.vae))
 
     def _make_frame(self, generation: Generation, frame_index: int, progress_bar) -> torch.Tensor:
         """Latents of the next frame, `(N, C, H, W)`.

@@ -5,7 +5,7 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -189,13 +189,14 @@ class Rollout:
             self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=self.device)
         return self.scheduler.timesteps
 
-    def restarted(self, config: GenerationSettings) -> "Rollout":
-        """The same rollout before its first frame, with another config."""
+    def restarted(self, config: GenerationSettings, max_frames: int | None = None) -> "Rollout":
+        """The same rollout before its first frame, with another config, and room for `max_frames`, else for as many as at
+        first."""
         return Rollout(
             self.transformer,
             self.scheduler,
             latent_shape=self.latent_shape,
-            max_frames=self.max_frames,
+            max_frames=max_frames or self.max_frames,
             device=self.device,
             class_labels=self.class_labels,
             config=config,
@@ -209,6 +210,13 @@ class Rollout:
             name: tensor.chunk(2, dim=1 if name in ("keys", "values") else 0)[1] for name, tensor in tensors.items()
         }
         twin.restore(halves, clock)
+        return twin
+
+    def outline(self, writes: Sequence[int], max_frames: int | None = None) -> "Rollout":
+        """What this rollout becomes by some writes, but for the values; see [`FARKVCache.outline`]."""
+        twin = copy.copy(self)
+        twin.num_frames += sum(writes)
+        twin.kv_cache = self.kv_cache and self.kv_cache.outline(writes, max_frames)
         return twin
 
     def clone(self) -> "Rollout":

@@ -8,14 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
-from ..checks import is_whole_number
+from ..checks import check_count, is_whole_number
 from ..models.frames import FrameBatch
+from .estimate import CostEstimate, estimate_frame
 from .inputs import check_generator, check_settings, check_step_action
 from .latency import LatencyBudget
 from .rollout import Rollout
@@ -265,6 +267,24 @@ class FARSession:
         self.history.append(frame)
         self.history.forget_old(self._num_unwritten)
 
+    def estimate(self, num_frames: int = 0, *, measure: bool = True) -> CostEstimate:
+        """What the next step costs, or the one after `num_frames` more: bytes of the cache, `rollout.num_bytes` then, and seconds
+        on this machine, measured as by [`FARPipeline.estimate`]. The session stays as it is.
+
+        Args:
+            num_frames (`int`, defaults to 0): At least 0.
+            measure (`bool`, defaults to `True`): `False` only counts.
+
+        Raises:
+            ValueError: `num_frames` is no such number.
+            RuntimeError: Another caller is in the middle of a call of this session.
+        """
+        check_count("num_frames", num_frames, least=0)
+        with self._alone("estimate"):
+            writes = [len(part) for part in self._pending_parts()]
+            decode = partial(self.decode, output_type=self.output_type) if measure else None
+            return estimate_frame(self.rollout, writes + [1] * num_frames, decode)
+
     def fork(self) -> "FARSession":
         """An independent continuation of the same past. It costs `rollout.num_bytes`, for a copy of the cache, and copies
         the generators, so that both draw the same noise from here on; latents are shared."""
@@ -399,14 +419,18 @@ class FARSession:
     def _write_pending(self, coming: SessionFrame) -> None:
         """Add the finished frames that are not in the context yet; a context at once, and new frames one by one where it
         matters, so that what is encoded anew equals what was encoded as the frames came."""
+        parts = self._pending_parts()
+        for part, later in zip(parts, [*parts[1:], [coming]]):
+            self.rollout.write(self._as_fed(part), self._as_fed(later[:1]))
+
+    def _pending_parts(self) -> list[list[SessionFrame]]:
+        """Those frames, as many together as are written at once."""
         pending = self.history.last(self._num_unwritten)
         num_at_once = len(pending)
         if self.rollout.order_matters:
             num_at_once = max(0, self.history.num_context_frames - self.rollout.num_frames)
         parts = [pending[:num_at_once], *([frame] for frame in pending[num_at_once:])]
-        for part, later in zip(parts, [*parts[1:], [coming]]):
-            if part:
-                self.rollout.write(self._as_fed(part), self._as_fed(later[:1]))
+        return [part for part in parts if part]
 
     def _unwrite(self, num_frames: int) -> None:
         """Take the last frames out of the context again."""

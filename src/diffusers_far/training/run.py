@@ -43,7 +43,7 @@ from .config import FARSettings, RunSettings
 from .hub import open_repo, push_folder
 from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
-from .shards import Shards, gathered, own_part
+from .shards import Shards, gathered, held_bytes, own_part
 from .streaming import StreamedBatches
 
 
@@ -59,6 +59,7 @@ SHARDING_VARIABLES = {
 }
 DROPOUT_STREAM = 3  # beside the streams of `clips`: what the network itself draws in a step
 DRY_RUN_STEPS = 2  # the first warms up, the last is timed
+MORE_PROCESSES = (2, 8, 64)  # times as many as there are, in what a dry run says
 
 
 @dataclass(frozen=True)
@@ -415,8 +416,9 @@ class TrainingRun:
             logger.info(f"Pushed to {url}")
 
     def describe_cost(self, batch: str) -> str:
-        """What the run will cost, after a dry run, to be read: parameters; GiB of memory at the peak, seconds of a step;
-        hours of the run.
+        """What the run will cost, after a dry run, to be read: parameters; GiB of memory at the peak and seconds of a step, of
+        the process that takes most; hours of the run; and what more processes would need for as many clips. Every process
+        calls this.
 
         Args:
             batch (`str`): What a step takes, on all processes, such as `"16 clips"`.
@@ -428,13 +430,42 @@ class TrainingRun:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        seconds, num_steps = self._seconds_of_last_step, self.settings.max_train_steps
+        peak, seconds = map(max, zip(*gather_object([(peak, self._seconds_of_last_step)])))
+        num_steps, num_processes = self.settings.max_train_steps, self.accelerator.num_processes
+        hours = seconds * num_steps / 3600
+        of_all = (
+            f" ({hours * num_processes:.2f} of all {num_processes} processes together)" if num_processes > 1 else ""
+        )
         return (
             f"{total / 1e6:.2f} M parameters{part}\n"
             f"{peak:.2f} GiB of memory at the peak, {seconds:.3f} s per step of {batch}\n"
-            f"{seconds * num_steps / 3600:.2f} hours for --max_train_steps {num_steps}, if all are like it; measuring and "
-            "saving come on top"
+            f"{hours:.2f} hours{of_all} for --max_train_steps {num_steps}, if all are like it; measuring and saving come on "
+            f"top\n{self._describe_more_processes(peak, hours)}"
         )
+
+    def _describe_more_processes(self, peak: float, hours: float) -> str:
+        """What more processes would need; hours of the run and GiB at the peak are as measured. Each takes the batch that it
+        takes now, so nothing changes but what it holds of the model."""
+        settings, num_processes = self.settings, self.accelerator.num_processes
+        dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+
+        def held(number: int, is_sharded: bool) -> float:
+            sharded_in = dtype if is_sharded else None
+            return held_bytes(self.network, self.optimizer, self.ema is not None, number, sharded_in) / 2**30
+
+        rest = peak - held(num_processes, self.shards is not None)
+        clips = settings.train_batch_size * getattr(settings, "gradient_accumulation_steps", 1)
+        lines = [
+            "As much on more processes of this kind, each with its batch, if what they send each other takes no time:"
+        ]
+        for times in MORE_PROCESSES:
+            number, steps = times * num_processes, math.ceil(settings.max_train_steps / times)
+            in_shards = f", {rest + held(number, True):.2f} in shards" if isinstance(settings, FARSettings) else ""
+            lines.append(
+                f"{number:5} processes: global batch {number * clips}, {steps} steps, {hours / times:.2f} hours, "
+                f"{rest + held(number, False):.2f} GiB each{in_shards}"
+            )
+        return "\n".join(lines)
 
 
 def build_accelerator(settings: RunSettings) -> Accelerator:

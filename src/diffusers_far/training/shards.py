@@ -45,6 +45,41 @@ def cut(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def held_bytes(
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    has_average: bool,
+    num_processes: int,
+    sharded_in: torch.dtype | None = None,
+) -> int:
+    """Bytes of weights, gradients, averages and the optimizer's state that each of so many processes holds, after a step.
+
+    Whole models on several processes have their gradients twice, once more as DDP sends them. In shards the largest part of each
+    tensor is counted, and whole the weights and gradients of the largest block and of what is in no block.
+
+    Args:
+        network (`nn.Module`), optimizer (`torch.optim.Optimizer`): As they are, whole or in shards.
+        has_average (`bool`): Whether the weights are averaged.
+        num_processes (`int`): At least 1.
+        sharded_in (`torch.dtype`, *optional*): In shards, gathered in this dtype; `None` for whole models.
+    """
+    weights = list(network.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    state = [each for states in optimizer.state.values() for each in states.values() if isinstance(each, torch.Tensor)]
+    held = weights + trained + state + (weights if has_average else [])
+    if sharded_in is None:
+        return sum(each.nbytes for each in held + (trained if num_processes > 1 else []))
+
+    def gathered_bytes(module: torch.nn.Module) -> int:
+        return sum(each.numel() * sharded_in.itemsize * (1 + each.requires_grad) for each in module.parameters())
+
+    names = {f"{prefix}{name}" for name in network._no_split_modules for prefix in ("", "FSDP")}
+    blocks = [gathered_bytes(module) for module in network.modules() if type(module).__name__ in names]
+    num_rows = [(len(each) if each.ndim else 1, each.nbytes) for each in held]
+    parts = sum(-(-number // num_processes) * (num_bytes // number) for number, num_bytes in num_rows)
+    return parts + gathered_bytes(network) - sum(blocks) + max(blocks)
+
+
 class ShardedWeights:
     """A model in shards, for those who load whole weights.
 
