@@ -105,7 +105,7 @@ def test_the_identity_of_a_run_is_its_settings_but_for_the_free_ones():
     identity = parse("--learning_rate", "0.5", "--dataset_split", "small").identity()
     assert identity["learning_rate"] == 0.5 and "dataset_split" not in identity
     later = {"use_8bit_adam", "video_column", "streaming"}
-    later |= {"decoder_draws", "decoder_learning_rate_ratio", "flow_map_guidance"}
+    later |= {"decoder_draws", "decoder_learning_rate_ratio", "flow_map_guidance", "context_parallel_size"}
     assert identity.keys() == EARLIER_IDENTITY | later
     free = {each.name for each in fields(ScriptSettings) if each.metadata["free"]}
     assert not free & EARLIER_IDENTITY

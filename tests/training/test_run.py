@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
 from tiny_models import tiny_pipeline, tiny_separable, tiny_transformer
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
@@ -30,6 +31,7 @@ from diffusers_far.training.run import (
     StepOutcome,
     TrainingRun,
     build_accelerator,
+    check_context_parallel,
     check_data,
     check_sharding,
     describe_launch,
@@ -152,6 +154,44 @@ def test_scripts_that_were_never_tried_in_shards_refuse_them(tmp_path):
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING)))
     with pytest.raises(ValueError, match="this script was never tried; launch it with multi_gpu.yaml"):
         check_sharding(settings, accelerator)
+
+
+@pytest.mark.parametrize(
+    "settings, config, message",
+    [
+        ({}, {}, "is 2, but 3 processes were launched; launch a multiple of 2"),
+        ({"compile": True, "num_processes": 4}, {}, "`--compile` was never tried with it"),
+        ({"lora_dropout": 0.1, "num_processes": 4}, {}, "`--lora_dropout` would be the same for different frames"),
+        ({"num_processes": 4}, {"num_attention_heads": 3}, "has 3 `num_attention_heads`; give a divisor of 3"),
+        ({"num_processes": 4}, {"long_patch_size": 2, "short_window": 1}, "1 short frames to share.*at most 1"),
+        ({"num_processes": 4, "num_frames": 1}, {}, "1 short frames to share"),
+        ({"num_processes": 4, "num_frames": 2}, {"num_decoder_layers": 1}, "1 short frames to share"),
+    ],
+)
+def test_clips_that_processes_cannot_share_are_refused_by_name(tmp_path, settings, config, message):
+    given = settings_of(tmp_path, context_parallel_size=2)
+    usual = {"num_attention_heads": 4, "long_patch_size": None, "short_window": 3}
+    check_context_parallel(given, 4, FrozenDict(usual))
+    for name, value in settings.items():
+        setattr(given, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_context_parallel(given, settings.get("num_processes", 3), FrozenDict(usual | config))
+
+
+def test_processes_that_share_clips_draw_the_same_ones_and_are_one_in_the_count(tmp_path):
+    settings = settings_of(tmp_path, context_parallel_size=2, num_frames=3, gradient_accumulation_steps=1)
+    drawn = [
+        training_batches(
+            settings, FaultyLatents(), tiny_transformer().config, SimpleNamespace(process_index=index, num_processes=4)
+        )
+        for index in range(4)
+    ]
+    assert [batches.process_index for batches in drawn] == [0, 0, 1, 1]
+    assert {batches.clips_per_step for batches in drawn} == {2 * settings.train_batch_size}
+    four = SimpleNamespace(num_processes=4, device=torch.device("cpu"), is_fsdp2=False)
+    assert describe_launch(settings, four).endswith(
+        "global batch 8 = 2 x 4 x 1 (groups of 2 processes, batch of each, accumulated)"
+    )
 
 
 def test_a_precision_of_the_launcher_that_scripts_do_not_know_is_refused(launched, monkeypatch):

@@ -1,4 +1,4 @@
-"""What is cut and made whole again, of one process; `tests/examples/test_shards.py` trains with two."""
+"""What is cut and made whole again, of one process; `tests/examples/test_several_processes.py` trains with two."""
 
 import pytest
 import torch

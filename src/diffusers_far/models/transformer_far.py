@@ -6,8 +6,8 @@ B batch, F frames, C latent channels, H/W latent height/width, T tokens of a fra
 N heads, D head dim.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
 from typing import Any
@@ -25,6 +25,7 @@ from diffusers.utils import BaseOutput
 
 from ..checks import check_count, check_finite, check_memory
 from .adapters import AdapterMixin, scaled_adapters
+from .context_parallel import ClipGroup, SharedPass
 from .context_plan import ContextPlan
 from .frames import FrameBatch, check_condition, pair_with_clean
 from .functional import (
@@ -157,7 +158,10 @@ class FARAttnProcessor:
         query = self._project_queries(attn, query_states, long_query_states)  # (B, L_query, N, D)
         num_unread = key.shape[1] - query.shape[1]
         query = apply_rotary_embedding(query, rotary_emb[num_unread:]).to(value.dtype)
-        if kv_cache is None:
+        if isinstance(attention_mask, SharedPass):
+            reads_all = num_output_tokens is None
+            hidden_states = attention_mask.attend(self._attend_to_pass, query, key, value, reads_all)
+        elif kv_cache is None:
             hidden_states = self._attend_to_pass(query, key, value, attention_mask)
         else:
             hidden_states = self._attend_to_cache(query, attention_mask, kv_cache)
@@ -165,7 +169,7 @@ class FARAttnProcessor:
 
         num_long_tokens = 0 if long_query_states is None else long_query_states.shape[1]
         long_output = None
-        if num_long_tokens and not attn.context_pre_only:
+        if long_query_states is not None and not attn.context_pre_only:
             long_output = attn.to_add_out(hidden_states[:, :num_long_tokens])
         output = attn.to_out[0](hidden_states[:, num_long_tokens:])
         return attn.to_out[1](output), long_output
@@ -299,7 +303,8 @@ class FARAttention(nn.Module, AttentionModuleMixin):
             long_hidden_states (`torch.Tensor` of shape `(B, L_long, dim)`, *optional*).
             rotary_emb (`torch.Tensor` of shape `(L, D / 2)`): Rotations of the pass's tokens, long ones first.
             attention_mask (`torch.Tensor` broadcastable to `(B, N, L, L_key)`, `CausalChunks` or `BlockMask`, *optional*):
-                With a cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass.
+                With a cache a bias of shape `(1, 1, F, L_view)`, one row for each frame of the pass. Of clips that processes
+                share, their `SharedPass`.
             kv_cache (`LayerKVCache`, *optional*): Stores the pass's keys and values and adds the cached ones.
             num_output_tokens (`int`, *optional*): Only the last so many short tokens, of whole frames, have an output that
                 anybody reads. With 0 the pass only stores.
@@ -495,6 +500,7 @@ class FrameNetwork(nn.Module):
     """
 
     gradient_checkpointing = False
+    clip_group: ClipGroup | None = None
     drops_conditions = True  # in training; else the model does, for several networks at once
 
     def build(self, num_layers: int, *, has_long_frames: bool, out_channels: int | None = None) -> None:
@@ -635,14 +641,21 @@ class FrameNetwork(nn.Module):
         num_layers, is_write = len(self.transformer_blocks), cache_pass is not None and not cache_pass.is_noisy
         if num_read_frames is None:
             num_read_frames = self._num_output_frames(plan, attention_mask, has_twins)
+        shared, block_temb, num_outputs = None, temb, [None] * (num_layers - 1) + [num_read_frames]
+        if self.clip_group is not None:
+            shared = SharedPass(self.clip_group, plan, attention_mask, has_twins, device)
+            short_states, long_states, block_temb, rotary_emb = shared.own(short_states, long_states, temb, rotary_emb)
+            attention_mask = shared
+            num_outputs[-1] = None if num_read_frames is None else shared.num_own_frames
         layers = [None] * num_layers if kv_cache is None else kv_cache.layers(cache_pass)
         modulations = [None] * num_layers if modulation is None else modulation.blocks
-        num_outputs = [None] * (num_layers - 1) + [num_read_frames]
         for block, *own in zip(self.transformer_blocks, layers, num_outputs, modulations):
             run = self._way_to_run(block, plan, is_write)
-            short_states, long_states = run(short_states, long_states, temb, rotary_emb, attention_mask, *own)
+            short_states, long_states = run(short_states, long_states, block_temb, rotary_emb, attention_mask, *own)
         if num_read_frames == 0:
             return None
+        if shared is not None:
+            short_states = shared.gathered(short_states)
 
         # 3. Output, of the twins where there are any
         short_states = short_states[:, -(num_read_frames or plan.num_short_frames) :]
@@ -707,6 +720,7 @@ class FrameTransformer(
     _skip_layerwise_casting_patterns = ["x_embedder", "context_embedder", "timestep_embedder", "norm"]
     _skip_keys = ["kv_cache"]
     _supports_group_offloading = True
+    clip_group: ClipGroup | None = None
     is_separable = False
 
     def enable_cache(self, config) -> None:
@@ -749,6 +763,16 @@ class FrameTransformer(
                 f"{moved.dtype}: give it its dtype before `enable_group_offload`."
             )
         return super()._apply(fn, recurse)
+
+    @contextmanager
+    def sharing_clips(self, clip_group: ClipGroup) -> Iterator[None]:
+        """Inside, the processes of a group share the work on whole clips, without a cache. All of them call the model, with the
+        same clips, and get the same outputs; of their gradients [`ClipGroup`] says what they are."""
+        self.clip_group = self.context_network.clip_group = clip_group
+        try:
+            yield
+        finally:
+            self.clip_group = self.context_network.clip_group = None
 
     def context_plan(self, num_frames: int, height: int, width: int, rebuild_interval: int = 1) -> ContextPlan:
         """Which of `num_frames` frames are long or short, at latents of `height` x `width`; with a `rebuild_interval`

@@ -283,7 +283,12 @@ class SCDTransformer3DModel(FrameTransformer):
         noisy, _ = self.decoder.patches(latents, plan)
         pairs = torch.stack([context, noisy], dim=2).flatten(0, 1)  # (B * F, 2, T, dim)
         temb = None if temb is None else temb.flatten(0, 1)[:, None]
-        return self.decoder.run(pairs, None, plan, temb, modulation=modulation).unflatten(0, (-1, num_frames))[:, :, 0]
+        if self.clip_group is None:
+            velocity = self.decoder.run(pairs, None, plan, temb, modulation=modulation)
+        else:  # they do not see each other, so processes that share clips share them as they are
+            velocity = self.decoder.run(self.clip_group.own(pairs), None, plan, self.clip_group.own(temb))
+            velocity = self.clip_group.gathered(velocity, len(pairs))
+        return velocity.unflatten(0, (-1, num_frames))[:, :, 0]
 
     def _start(self, latents: torch.Tensor) -> ContextFeature:
         """The feature of frame 0, `(B, 1, T, dim)`."""

@@ -84,6 +84,8 @@ def require_hub_id(text: str) -> None:
 class RunSettings:
     """What every training has."""
 
+    context_parallel_size = 1  # a setting of those that train on clips
+
     dataset_split: str = setting("train", free=True)
     validation_split: str = setting("validation", "Measured where there is one.", free=True)
     output_dir: str = setting(help="Must be empty or absent unless a run is resumed.", free=True)
@@ -301,6 +303,12 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
     )
     flow_map_guidance: float | None = setting(
         None, "Of a flow map: learn the velocities that guidance of this scale gives; above 1.", least=1
+    )
+
+    context_parallel_size: int = setting(
+        1,
+        "Processes that share each clip, for clips that are too long for one; each takes some of the frames.",
+        least=1,
     )
 
     num_validation_clips: int = setting(64, "Clips of the held-out loss.", least=1, free=True)

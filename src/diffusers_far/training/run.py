@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
@@ -34,6 +35,7 @@ from ..command_line import Progress
 from ..data.clips import ClipBatch
 from ..data.latents import LatentDataset
 from ..data.video_clips import EncodedDataset, StreamedClips
+from ..models.context_parallel import ClipGroup
 from ..models.loading import name_some
 from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint, way_back
 from .clips import StepBatches, TrainingBatches, step_generator
@@ -118,6 +120,9 @@ class TrainingRun:
             self.checkpoint = find_checkpoint(self.output_dir, settings.resume_from_checkpoint)
         self.accelerator = build_accelerator(settings)
         set_seed(settings.seed)
+        # Those that share clips follow each other, so that they are on one machine where they can be.
+        size = settings.context_parallel_size
+        self.clip_group = ClipGroup(dist.new_subgroups(size)[0]) if size > 1 else None
         self.ema, self.shards, self.repo_id = None, None, None
         self.first_step = self.finished = 0
         self._num_frames, self._training_seconds = 0, 0.0
@@ -218,7 +223,8 @@ class TrainingRun:
         self.model.train()
         for self._step in range(self.first_step, self.last_step):
             self._step_start_time = time.perf_counter()
-            seed_step(self.settings.seed, self._step, self.accelerator.process_index)
+            group_index = self.accelerator.process_index // self.settings.context_parallel_size
+            seed_step(self.settings.seed, self._step, group_index)
             yield self._step
 
     def accumulate_gradients(
@@ -239,8 +245,9 @@ class TrainingRun:
             batches.append(clips)
             is_last = number == num_passes - 1
             with nullcontext() if is_last else accelerator.no_sync(self.model):
+                sharing = nullcontext() if self.clip_group is None else self.network.sharing_clips(self.clip_group)
                 # A whole model has been told its precision; shards have not.
-                with nullcontext() if self.shards is None else accelerator.autocast():
+                with sharing, nullcontext() if self.shards is None else accelerator.autocast():
                     loss = loss_of_pass(clips, draw) / num_passes
                 accelerator.backward(loss)
             step_loss += loss.detach()
@@ -248,8 +255,9 @@ class TrainingRun:
         step_loss = accelerator.reduce(step_loss, reduction="mean").item()
         faulty_clips = []
         if not math.isfinite(step_loss):
-            faulty_clips = gather_object([name for clips in batches for name in clips.not_finite()])
-        return StepOutcome(step_loss, num_frames * accelerator.num_processes, tuple(faulty_clips))
+            faulty_clips = dict.fromkeys(gather_object([name for clips in batches for name in clips.not_finite()]))
+        num_groups = accelerator.num_processes // self.settings.context_parallel_size
+        return StepOutcome(step_loss, num_frames * num_groups, tuple(faulty_clips))
 
     def step(self, outcome: StepOutcome) -> None:
         """Change the weights by the gradients that are in the parameters, and their average.
@@ -505,6 +513,7 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     elif settings.gradient_accumulation_steps is None:
         settings.gradient_accumulation_steps = launched_steps
     settings.check()
+    check_context_parallel(settings, accelerator.num_processes)
     if accelerator.is_fsdp2:
         check_sharding(settings, accelerator)
     elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -537,6 +546,37 @@ def check_sharding(settings: RunSettings, accelerator: Accelerator) -> None:
             raise ValueError(f"The launch asks for FSDP 2, with which {what} was never tried; {instead}.")
 
 
+def check_context_parallel(settings: RunSettings, num_processes: int, transformer_config=None) -> None:
+    """Refuse to share clips among processes where it cannot be done, or was never tried.
+
+    Args:
+        settings ([`RunSettings`]): Of the script.
+        num_processes (`int`): That were launched.
+        transformer_config (*optional*): Of the transformer, where it is known.
+
+    Raises:
+        ValueError: Says why, and what to do instead.
+    """
+    size, config = settings.context_parallel_size, transformer_config
+    compiles, drops = (getattr(settings, name, False) for name in ("compile", "lora_dropout"))
+    refused = [
+        (num_processes % size, f"{num_processes} processes were launched", f"launch a multiple of {size}"),
+        (size > 1 and compiles, "`--compile` was never tried with it", "leave out one of them"),
+        (size > 1 and drops, "`--lora_dropout` would be the same for different frames", "leave out one of them"),
+    ]
+    if size > 1 and config is not None:
+        heads = config.num_attention_heads
+        frames = settings.num_frames if config.long_patch_size is None else config.short_window
+        frames -= "num_decoder_layers" in config  # an encoder does not see the last frame
+        refused += [
+            (heads % size, f"the transformer has {heads} `num_attention_heads`", f"give a divisor of {heads}"),
+            (frames < size, f"there are {frames} short frames to share in a pass", f"give at most {max(1, frames)}"),
+        ]
+    for is_refused, reason, cure in refused:
+        if is_refused:
+            raise ValueError(f"`context_parallel_size` is {size}, but {reason}; {cure}.")
+
+
 def tracker_names(report_to: str) -> list[str]:
     """The trackers that `--report_to` names: one, several with commas between them, `all` that are installed, or `none`.
 
@@ -563,14 +603,16 @@ def tracker_names(report_to: str) -> list[str]:
 def describe_launch(settings: RunSettings, accelerator: Accelerator) -> str:
     """One line: how many processes, on which device, at which precision, and the global batch."""
     num_processes, num_accumulated = accelerator.num_processes, getattr(settings, "gradient_accumulation_steps", 1)
+    size = settings.context_parallel_size
+    num_groups, takers = num_processes // size, "processes" if size == 1 else f"groups of {size} processes"
     device = accelerator.device.type
     if device == "cuda":
         device += f" ({torch.cuda.get_device_name(accelerator.device)})"
     return (
         f"{num_processes} process{'es' if num_processes > 1 else ''} on {device}"
         f"{', the model in shards (FSDP 2)' if accelerator.is_fsdp2 else ''}, mixed precision {settings.mixed_precision}, "
-        f"global batch {num_processes * settings.train_batch_size * num_accumulated} = {num_processes} x "
-        f"{settings.train_batch_size} x {num_accumulated} (processes, batch of each, accumulated)"
+        f"global batch {num_groups * settings.train_batch_size * num_accumulated} = {num_groups} x "
+        f"{settings.train_batch_size} x {num_accumulated} ({takers}, batch of each, accumulated)"
     )
 
 
@@ -692,6 +734,7 @@ def training_batches(
 ) -> TrainingBatches | StreamedBatches:
     """This process's batches of the whole run, of the longest clips alone in a dry run; checkpoints of `accelerator` hold
     the place in a stream. `num_train_epochs` becomes a number of steps."""
+    check_context_parallel(settings, accelerator.num_processes, transformer_config)
     is_long = transformer_config.long_patch_size is not None
     objective = settings.training_objective(transformer_config)
     sizes = {
@@ -701,8 +744,9 @@ def training_batches(
         "batch_size": settings.train_batch_size,
         "num_accumulated": settings.gradient_accumulation_steps,
         "seed": settings.seed,
-        "process_index": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
+        # Those that share clips draw the same ones.
+        "process_index": accelerator.process_index // settings.context_parallel_size,
+        "num_processes": accelerator.num_processes // settings.context_parallel_size,
     }
     if isinstance(latents, StreamedClips):
         batches = StreamedBatches(
@@ -723,11 +767,11 @@ def training_facts(run: TrainingRun, objective: TrainingObjective) -> dict[str, 
     """What a card says of a run; a folder of data by its name, not where it lies."""
     settings = run.settings
     data = Path(settings.latents_dir or settings.dataset_name).name
-    num_clips = settings.train_batch_size * settings.gradient_accumulation_steps
+    num_clips, size = settings.train_batch_size * settings.gradient_accumulation_steps, settings.context_parallel_size
     return {
         "Data": f"{data}, split {settings.dataset_split}, encoded by the VAE of the pipeline",
         "Clips": f"up to {settings.num_frames} frames, every {settings.frame_interval}",
-        "Steps": f"{run.finished} of {num_clips} clips per process",
+        "Steps": f"{run.finished} of {num_clips} clips per {'process' if size == 1 else f'{size} processes'}",
         "Objective": str(objective),
         "Optimizer": f"{settings.optimizer}, learning rate {settings.learning_rate}, {settings.lr_scheduler}",
         "Seed": str(settings.seed),

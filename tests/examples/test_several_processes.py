@@ -1,4 +1,4 @@
-"""`train_far.py` and `train_far_lora.py` with the model in shards over two processes.
+"""`train_far.py` and `train_far_lora.py` with the model in shards over two processes, and with clips that two processes share.
 
 Accelerate shards on accelerators only. Here its state says that it does so on the CPU as well; all else is as on GPUs.
 """
@@ -281,3 +281,80 @@ def test_an_adapter_learns_in_shards_what_it_learns_beside_a_whole_model(finish)
     assert_same_state(*folders, **TOLERANCE)
     adapters = [load_file(folder / "pytorch_lora_weights.safetensors") for folder in folders]
     torch.testing.assert_close(*adapters, **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def trained_shared_and_alone(finish) -> Callable:
+    """A run whose clips two processes share, and the same of one process."""
+
+    def trained(output: str, num_processes: int = 2, is_sharded: bool = False, **changes) -> tuple[Path, Path]:
+        shared = finish(
+            f"{output}-shared",
+            num_processes,
+            is_sharded,
+            context_parallel_size=2,
+            train_batch_size=8 // num_processes,
+            **changes,
+        )
+        return shared, finish(f"{output}-alone", num_processes=1, **changes)
+
+    return trained
+
+
+def assert_same_training(folder: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    assert len(losses_of(folder)) == NUM_STEPS
+    torch.testing.assert_close(losses_of(folder), losses_of(expected), rtol=tolerance, atol=0)
+    assert_same_state(folder, expected, rtol=0, atol=tolerance)
+
+
+def test_processes_that_share_clips_train_and_measure_as_one_process(trained_shared_and_alone):
+    shared, alone = trained_shared_and_alone("long")
+    assert_same_training(shared, alone)
+    assert "global batch 8 = 1 x 4 x 2 (groups of 2 processes, batch of each, accumulated)" in log_of(shared)
+    assert len(tables_of(shared)) == 3 * 5 and tables_of(shared) == tables_of(alone)
+    assert "6 of 8 clips per 2 processes" in (shared / "README.md").read_text()
+    assert FARPipeline.from_pretrained(shared).transformer.clip_group is None
+
+
+SEPARABLE = {name: size for name, size in TRANSFORMER.items() if name != "num_layers"}
+SEPARABLE |= {"_class_name": "SCDTransformer3DModel", "num_encoder_layers": 2, "num_decoder_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    {
+        "twins": {"teacher_forcing": True, "gradient_checkpointing": True},
+        "separable": {"transformer_config": "separable.json"},
+        "flow-map": {"teacher_forcing": True, "flow_map": True, "flow_map_guidance": 2},
+        "video-dit": {"objective": "video_dit", "num_frames": 5},
+        "adapter": {"name": "train_far_lora"},
+    }.items(),
+)
+def test_whatever_is_trained_clips_can_be_shared(finish, workplace, trained_shared_and_alone, name, changes):
+    (workplace / "separable.json").write_text(json.dumps(SEPARABLE))
+    if "transformer_config" in changes:
+        changes = changes | {"transformer_config": workplace / changes["transformer_config"]}
+    assert_same_training(*trained_shared_and_alone(name, **changes))
+
+
+def test_two_groups_of_two_processes_share_a_batch_and_each_of_its_clips(trained_shared_and_alone):
+    assert_same_training(*trained_shared_and_alone("groups", num_processes=4))
+
+
+@pytest.mark.parametrize("script", OF_A_SCRIPT)
+def test_clips_are_shared_by_processes_with_the_model_in_shards(trained_shared_and_alone, script):
+    assert_same_training(*trained_shared_and_alone(f"{script}-in-shards", is_sharded=True, name=script))
+
+
+def test_a_run_with_shared_clips_goes_on_to_the_bit(finish, workplace, tmp_path, trained_shared_and_alone):
+    shared = workplace / "long-shared"
+    if not shared.is_dir():
+        trained_shared_and_alone("long")
+    shutil.copytree(shared / f"checkpoint-{SAVED_STEP}", tmp_path / f"checkpoint-{SAVED_STEP}")
+    resumed = finish(
+        "long-resumed",
+        context_parallel_size=2,
+        train_batch_size=4,
+        resume_from_checkpoint=tmp_path / f"checkpoint-{SAVED_STEP}",
+    )
+    assert_same_state(resumed, shared, rtol=0, atol=0)
