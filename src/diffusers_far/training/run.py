@@ -462,7 +462,7 @@ class TrainingRun:
             number, steps = times * num_processes, math.ceil(settings.max_train_steps / times)
             in_shards = f", {rest + held(number, True):.2f} in shards" if isinstance(settings, FARSettings) else ""
             lines.append(
-                f"{number:5} processes: global batch {number * clips}, {steps} steps, {hours / times:.2f} hours, "
+                f"{number:5} processes: global batch {number // settings.context_parallel_size * clips}, {steps} steps, {hours / times:.2f} hours, "
                 f"{rest + held(number, False):.2f} GiB each{in_shards}"
             )
         return "\n".join(lines)
