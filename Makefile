@@ -5,6 +5,10 @@ READY := $(VENV)/.ready
 # The documentation is built from source: its environment has no torch.
 DOCS_VENV := .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
+# Tests run in several processes, those of a file in one, each on a thread of its own: the models are so small that more threads
+# would only wait for each other.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -q
 
 .PHONY: demo test test-full lint bench app docs space clean
 
@@ -12,11 +16,11 @@ demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir outputs/demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not full" -q
+	$(PYTEST) -m "not full"
 
 # The slow tier: what launches processes, serves a Hub or trains. `make test test-full` runs everything.
 test-full: $(READY)
-	$(VENV)/bin/python -m pytest -m full -q
+	$(PYTEST) -m full
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

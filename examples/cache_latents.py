@@ -5,7 +5,7 @@
 Writes `output_dir/split/latents-*.arrow`: a row per trajectory with `latents` (F, C, H, W) in float16, already
 multiplied by the VAE's scaling factor, and the dataset's other columns. Of a `VQModel` it writes codes, (F, 1, H, W)
 unsigned integers. Interrupted, it goes on with the shards that are missing or damaged. With `--streaming` a dataset on
-the Hub is encoded as it comes, in one pass, and takes no room on the disk.
+the Hub is encoded as it comes, in one pass, and takes no room on the disk. `accelerate launch` shares the shards among GPUs.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from diffusers_far.command_line import HelpWithDefaults, Progress, require_one_process, set_up_logging
+from diffusers_far.command_line import HelpWithDefaults, Progress, set_up_logging
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ from diffusers_far.data.loading import dataset_fingerprint, load_split, stream_s
 from diffusers_far.data.rows import BadExampleError
 from diffusers_far.data.streaming import StreamedSplit
 from diffusers_far.data.video_clips import VideoClips
-from diffusers_far.data.workers import share_work
+from diffusers_far.data.workers import Share, share_work
 from diffusers_far.files import UNFINISHED
 from diffusers_far.models.codec import encode_codes, encode_video
 from diffusers_far.models.identity import vae_hash
@@ -80,7 +80,7 @@ def encode_stream(
     """Encode the missing `shards` of a stream, in one pass over it."""
     vae, first = load_vae(args), shards[0]
     rows = split.all_rows(source.shard_rows(first).start)
-    for shard in range(first, source.num_shards):
+    for shard in range(first, shards[-1] + 1):
         read = list(islice(rows, len(source.shard_rows(shard))))
         if shard in shards:
             trajectories = split.in_memory(read)
@@ -144,7 +144,8 @@ def find_missing_shards(folder: Path, source: LatentSource) -> list[int]:
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging(__name__)
-    require_one_process("cache_latents.py")
+    share = Share.of_launch("cache_latents.py")
+    args.device = args.device or share.device
     # 1. What the latents are made of
     if args.streaming:
         dataset = stream_split(args.dataset_name, args.dataset_split, args.video_column, args.dataset_config_name)
@@ -164,18 +165,23 @@ def main(args: argparse.Namespace) -> None:
     # 2. What is there already, and what is wrong with the rest
     folder = Path(args.output_dir) / args.dataset_split
     folder.mkdir(parents=True, exist_ok=True)
-    shards = find_missing_shards(folder, source)
+    # One process looks, before any of them writes.
+    (shards,) = share.do(partial(find_missing_shards, folder), [source])
     num_missing = sum(len(source.shard_rows(shard)) for shard in shards)
-    logger.info(f"{num_missing:,} of {num_trajectories:,} trajectories are to be encoded; looking at the rows")
+    if share.is_main:
+        logger.info(f"{num_missing:,} of {num_trajectories:,} trajectories are to be encoded; looking at the rows")
+    shards = share.of(shards)
     if shards and not args.streaming:
         VideoClips(dataset, args.video_column).check_rows()
 
     # 3. Encode the rest
-    progress = Progress(num_missing, unit="trajectory", seconds_between_lines=10)
+    num_ours = sum(len(source.shard_rows(shard)) for shard in shards)
+    progress = Progress(num_ours, unit="trajectory", seconds_between_lines=10, is_silent=not share.is_main)
     if args.streaming and shards:
         encode_stream(args, dataset, source, shards, progress.update)
     else:
         share_work(partial(encode_shard, args, source), shards, args.num_processes, progress)
+    share.leave()
 
 
 if __name__ == "__main__":

@@ -140,19 +140,18 @@ def test_the_log_holds_what_the_script_and_the_package_say_and_no_lines_of_libra
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 def test_what_runs_as_one_process_refuses_to_be_launched_as_two(variable, monkeypatch):
-    require_one_process("cache_latents.py")
+    require_one_process("far prepare")
     monkeypatch.setenv(variable, "1")
-    require_one_process("cache_latents.py")
+    require_one_process("far prepare")
     monkeypatch.setenv(variable, "2")
-    with pytest.raises(ValueError, match=rf"cache_latents.py was launched as 2 processes \(`{variable}`\)"):
-        require_one_process("cache_latents.py")
+    with pytest.raises(ValueError, match=rf"far prepare was launched as 2 processes \(`{variable}`\)"):
+        require_one_process("far prepare")
 
 
 @pytest.mark.parametrize(
     "command, arguments",
     [
         ("generate", "--model absent --output absent"),
-        ("evaluate", "--model absent --dataset_name absent"),
         ("prepare", "--source npz --input absent --output absent"),
     ],
 )
@@ -162,13 +161,6 @@ def test_commands_that_work_alone_refuse_two_processes_before_they_open_anything
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert far([command, *arguments.split()]) == 2
     assert "launched as 2 processes" in capsys.readouterr().err
-
-
-def test_caching_refuses_two_processes_before_it_opens_anything(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    script = load_script("cache_latents")
-    with pytest.raises(ValueError, match="launched as 2 processes"):
-        script.main(script.parse_args("--dataset_name absent --vae absent --output_dir absent".split()))
 
 
 @pytest.mark.parametrize(

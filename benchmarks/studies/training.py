@@ -24,7 +24,7 @@ from .settings import StudySettings, Variant, merge
 
 
 DRY_RUN = re.compile(
-    r"(?P<tokens>\d+) tokens per clip .*?(?P<parameters>[\d.]+) M parameters\s+"
+    r"(?P<tokens>\d+) tokens per clip .*?(?P<parameters>[\d.]+) M parameters[^\n]*\s+"
     r"(?P<gib>[\d.]+) GiB of memory at the peak, (?P<seconds>[\d.]+) s per step",
     re.DOTALL,
 )

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value
+from launched import finish, kill_when, start
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.commands.arguments import parse_evaluate
@@ -127,16 +126,17 @@ def workplace(tmp_path_factory) -> Path:
     Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
     tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1)).save_pretrained(folder / "world-model")
     tiny_pipeline(tiny_transformer(num_classes=3)).save_pretrained(folder / "class-model")
+    tiny_pipeline(tiny_transformer(num_actions=5, action_shift=1, patch_size=4)).save_pretrained(folder / "tile-model")
     return folder
 
 
-def run_script(workplace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def run_script(workplace: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "HF_HOME": str(workplace / "huggingface"),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    command = [sys.executable, *launcher, str(SCRIPT), "--dataset_name", "data", "--num_inference_steps", "1"]
+    command = [sys.executable, str(SCRIPT), "--dataset_name", "data", "--num_inference_steps", "1"]
     return subprocess.run(
         [*command, *arguments], env=environment, cwd=workplace, capture_output=True, text=True, timeout=600
     )
@@ -158,29 +158,62 @@ TECO += ["--num_context_frames", "3", "--num_frames", "4", "--num_distance_conte
 TECO += ["--num_distance_frames", "5", "--num_samples", "1", "--min_revisit_age", "3", "--max_recent_age", "2"]
 
 
+def evaluate_as_launched(workplace: Path, *arguments: str) -> None:
+    os.chdir(workplace)
+    datasets.config.HF_DATASETS_CACHE = workplace / "datasets-cache"
+    main(parse_evaluate(["--dataset_name", "data", "--num_inference_steps", "1", *arguments]))
+
+
 @pytest.mark.full
-def test_two_processes_finish_an_interrupted_evaluation_with_the_figures_of_one_run(workplace):
-    result = run_script(workplace, *TECO, "--output", "one")
-    assert result.returncode == 0, result.stderr
-    assert (workplace / "one" / "scores.md").read_text() in result.stdout
+def test_an_evaluation_that_is_killed_goes_on_with_other_numbers_of_processes_and_ends_with_the_figures_of_one(
+    workplace,
+):
+    log = workplace / "log"
+    finish(1, evaluate_as_launched, log, workplace, *TECO, "--output", "one")
+    assert (workplace / "one" / "scores.md").read_text() in log.read_text()
     assert (workplace / "one" / "samples" / "contact_sheet.png").exists()
     assert len(list((workplace / "one" / "samples").glob("*.mp4"))) == 2
 
-    shutil.copytree(workplace / "one", workplace / "two")
-    (workplace / "two" / "scores.json").unlink()
-    for path in sorted((workplace / "two" / "cases").iterdir())[1::3]:
+    two, cases = workplace / "two", workplace / "two" / "cases"
+    processes = start(2, evaluate_as_launched, log, workplace, *TECO, "--output", "two")
+    kill_when(lambda: cases.is_dir() and any(cases.glob("[!u]*")), processes, log)
+    assert not (two / "scores.json").exists()
+    finish(2, evaluate_as_launched, log, workplace, *TECO, "--output", "two")
+    (two / "scores.json").unlink()
+    for path in sorted(cases.iterdir())[1::3]:
         path.unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", port)
-    result = run_script(workplace, *TECO, "--output", "two", launcher=launcher)
-    assert result.returncode == 0, result.stderr
-    one, two = (json.loads((workplace / name / "scores.json").read_text()) for name in ("one", "two"))
-    assert one == two
+    finish(3, evaluate_as_launched, log, workplace, *TECO, "--output", "two")
+    assert (two / "scores.json").read_bytes() == (workplace / "one" / "scores.json").read_bytes()
+    for path in sorted((workplace / "one" / "cases").iterdir()):
+        assert (cases / path.name).read_bytes() == path.read_bytes()
+
+    one = json.loads((workplace / "one" / "scores.json").read_text())
     assert one["tasks"]["frames"]["num_frames"] == 4 and one["protocol"]["num_videos"] == 4
     assert one["tasks"]["frames"]["lpips"] == one["tasks"]["distance"]["fvd"] == {"missing": "no weights"}
     assert one["tasks"]["frames"]["views"]["revisited"]["share_of_frames"] == 1.0
+
+
+RECORDINGS = {
+    "world_model": "--model world-model --num_walks 4 --batch_size 1 --first_context_frame 0 --num_context_frames 3 "
+    "--num_frames 2 --num_recent_frames 1 --mirrored_actions 1 2",
+    "tiles": f"--model tile-model --dataset_name {WALKS} --num_walks 4 --batch_size 1 --num_context_frames 2 --num_frames 2 "
+    "--num_made_frames 3 --return_steps 1 2",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("protocol", RECORDINGS)
+def test_two_processes_write_the_file_of_one(workplace, protocol):
+    log, scores = workplace / f"{protocol}.log", []
+    for num_processes in (1, 2):
+        output = f"{protocol}-{num_processes}.json"
+        arguments = ["--protocol", protocol, *RECORDINGS[protocol].split(), "--output", output]
+        finish(num_processes, evaluate_as_launched, log, workplace, *arguments)
+        text = (workplace / output).read_text()
+        scores.append(text.replace(f'"seconds": {json.loads(text)["seconds"]}', '"seconds": 0'))
+    assert scores[0] == scores[1] and "NaN" not in scores[0]
+    shared = {"world_model": "recording 1 of 2:", "tiles": "recording 1 of 10:"}  # half of what one process counts
+    assert shared[protocol] in log.read_text() and log.read_text().count("last frame repeated") > 1
 
 
 @pytest.mark.full

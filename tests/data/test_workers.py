@@ -5,9 +5,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from launched import in_threads
 
 from diffusers_far.command_line import Progress
-from diffusers_far.data.workers import share_work
+from diffusers_far.data import workers
+from diffusers_far.data.workers import Share, share_work
 
 
 def double(part, count):
@@ -19,6 +24,31 @@ def double(part, count):
 def test_the_results_come_in_the_order_of_the_parts_and_every_trajectory_is_counted():
     progress = Progress(6)
     assert share_work(double, [1, 3, 2], 1, progress) == [2, 6, 4] and progress.num_done == 6
+
+
+@given(num_parts=st.integers(0, 9), num_processes=st.integers(1, 4))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_process_has_all_results_in_order_and_does_only_its_own_part(num_parts, num_processes, monkeypatch):
+    done = []
+
+    def work(part):
+        done.append(part)
+        return {"twice": torch.tensor(2 * part)}
+
+    results = in_threads(num_processes, lambda share: share.do(work, range(10, 10 + num_parts)), monkeypatch)
+    expected = [{"twice": torch.tensor(2 * part)} for part in range(10, 10 + num_parts)]
+    assert results == [expected] * num_processes and sorted(done) == list(range(10, 10 + num_parts))
+
+
+def test_processes_that_accelerate_does_not_know_are_refused(monkeypatch):
+    class Alone:
+        num_processes, process_index = 1, 0
+
+    monkeypatch.setattr(workers, "PartialState", lambda **arguments: Alone)
+    assert Share.of_launch("cache_latents.py") == Share() and Share().is_main
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="cache_latents.py without `accelerate launch` was launched as 2 processes"):
+        Share.of_launch("cache_latents.py")
 
 
 SLOW = """

@@ -4,6 +4,7 @@ import torch
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.data.clips import Clip
+from diffusers_far.data.workers import Share
 from diffusers_far.evaluation.metrics import frame_psnr
 from diffusers_far.evaluation.protocols import LatteProtocol, TecoProtocol
 from diffusers_far.evaluation.rollouts import MetricNetworks, run_cases, view_masks
@@ -56,7 +57,7 @@ def test_finished_cases_do_not_run_again(noise_pipeline, protocol, evaluate):
 def test_two_processes_make_together_what_one_would(noise_pipeline, protocol, evaluate):
     expected = read_all(evaluate(noise_pipeline, protocol, folder="one"), protocol)
     for process_index in range(2):
-        folder = evaluate(noise_pipeline, protocol, folder="two", process_index=process_index, num_processes=2)
+        folder = evaluate(noise_pipeline, protocol, folder="two", share=Share(process_index, 2))
     assert all(torch.equal(read_all(folder, protocol)[name], expected[name]) for name in expected)
 
 
@@ -155,6 +156,6 @@ def test_videos_of_two_sizes_are_refused(noise_pipeline, dataset, protocol, netw
         def clip(self, video, num_frames):
             return Clip(frames=torch.zeros(num_frames, 3, 16, 16 + 2 * video, dtype=torch.uint8))
 
-    folder = evaluate(noise_pipeline, protocol, folder="new", num_processes=3, process_index=2)
+    folder = evaluate(noise_pipeline, protocol, folder="new", share=Share(2, 3))
     with pytest.raises(ValueError, match="one size"):
         run_cases(noise_pipeline, TwoSizes(), protocol, networks, folder)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, Image, List, Value
 from diffusers import AutoencoderTiny
+from launched import in_threads
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.baselines.pipeline_video_dit import VideoDiTPipeline
@@ -345,6 +346,19 @@ def test_a_world_is_made_the_same_alone_and_beside_others(dataset, protocol, pip
         assert set(made) == {"protocol", "made_up"}
     expected = together["made_up"]["predicted"]["distance_to_textures"]["mean"]
     assert alone["made_up"]["predicted"]["distance_to_textures"]["mean"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_processes_have_both_the_figures_of_one(dataset, protocol, pipe, monkeypatch):
+    quick = replace(protocol, num_context_frames=2, num_frames=2, return_steps=(1,), batch_size=2).with_defaults_of(
+        pipe
+    )
+    walks = load_walks(dataset, quick)
+    expected = json.dumps(measure_walks(pipe, walks, quick))
+
+    def measure(share):
+        return json.dumps(measure_walks(pipe, walks, quick, share=share))
+
+    assert in_threads(2, measure, monkeypatch) == [expected] * 2
 
 
 class TheGame:

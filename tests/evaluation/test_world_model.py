@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from launched import in_threads
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from diffusers_far.data.clips import ClipBatch
@@ -14,6 +15,7 @@ from diffusers_far.evaluation.world_model import (
     check_dataset,
     format_scores,
     load_walks,
+    measure_walks,
     predict_walks,
     score_walks,
 )
@@ -87,6 +89,20 @@ def test_walks_are_predicted_with_the_cache_that_is_asked_for(walks, protocol, s
     exact = predict_walks(pipe, walks, protocol).predicted
     cheap = predict_walks(pipe, walks, replace(protocol, short_cache=short_cache)).predicted
     assert not torch.equal(cheap, exact)
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_several_processes_have_each_the_figures_of_one(walks, protocol, num_processes, monkeypatch):
+    pipe = tiny_pipeline(tiny_transformer(num_actions=3, action_shift=1))
+    protocol = replace(protocol, num_recent_frames=1, num_inference_steps=1, guidance_scale=1.0, batch_size=2)
+    expected = measure_walks(pipe, walks, protocol)
+    done = []
+
+    def measure(share):
+        return measure_walks(pipe, walks, protocol, done.append, share)
+
+    assert in_threads(num_processes, measure, monkeypatch) == [expected] * num_processes
+    assert sorted(done) == [1, 2] and {"memory", "follows_actions"} <= set(expected)
 
 
 def test_memory_is_what_old_frames_gain_on_views_that_only_they_showed(perfect, walks, protocol):

@@ -1,6 +1,7 @@
 """`cache_latents.py`, run in this process."""
 
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value
+from launched import finish, in_threads, kill_when, start
 from tiny_models import tiny_dc
 
 
@@ -73,3 +75,36 @@ def test_a_row_that_cannot_be_trained_on_is_named_before_it_is_encoded(workplace
     with pytest.raises(BadExampleError, match="3.npz.*`actions"):
         cache(workplace, *streaming, dataset="wrong")
     assert len(list((workplace / "latents" / "train").iterdir())) == (1 if streaming else 0)
+
+
+@pytest.mark.parametrize("streaming", [(), ("--streaming",)])
+def test_several_processes_write_the_shards_of_one(workplace, streaming, monkeypatch, caplog):
+    shards = cache(workplace, *streaming)
+    content = [path.read_bytes() for path in shards]
+    for missing in ([0, 2], [0, 1, 2]):  # of an interrupted run, and all
+        for shard in missing:
+            shards[shard].unlink()
+        caplog.clear()
+        in_threads(2, lambda share: cache(workplace, *streaming), monkeypatch)
+        assert [path.read_bytes() for path in sorted(shards[0].parent.iterdir())] == content
+        assert sum("are to be encoded" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("streaming", [(), ("--streaming",)])
+def test_launched_processes_that_are_killed_and_started_again_write_the_shards_of_one(workplace, streaming):
+    write_dataset(workplace / "many", [[0, 1, 2]] * 80)
+    content = [path.read_bytes() for path in cache(workplace, *streaming, dataset="many")]
+    folder, log = workplace / "latents" / "train", workplace / "log"
+    shutil.rmtree(folder)
+    processes = start(2, _cache_as_launched, log, workplace, streaming)
+    kill_when(lambda: any(folder.glob("latents-*")), processes, log)
+    num_left = len(list(folder.glob("latents-*")))
+    assert num_left < len(content)
+    finish(3, _cache_as_launched, log, workplace, streaming)
+    assert [path.read_bytes() for path in sorted(folder.iterdir())] == content
+
+
+def _cache_as_launched(workplace: Path, streaming: tuple[str, ...]) -> None:
+    datasets.config.HF_DATASETS_CACHE = workplace / "datasets-cache"
+    cache(workplace, *streaming, dataset="many")

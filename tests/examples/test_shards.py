@@ -1,19 +1,15 @@
 """`train_far.py` and `train_far_lora.py` with the model in shards over two processes.
 
-Accelerate shards on accelerators only. Here its state says that it does so on the CPU as well; all else is as on GPUs. Each
-process is forked from one which has imported everything already.
+Accelerate shards on accelerators only. Here its state says that it does so on the CPU as well; all else is as on GPUs.
 """
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import launched
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -100,15 +96,9 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = started
 
 
-def train(name: str, arguments: dict, environment: dict[str, str], is_sharded: bool) -> None:
-    """A training script in this process; what it logs and the loss of each step go to files beside its output."""
-    output = Path(arguments["output_dir"])
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    with open(output.with_suffix(".log"), "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    log = TrainingRun.log
+def train(name: str, arguments: dict, is_sharded: bool) -> None:
+    """A training script in this process; the loss of each step goes to a file beside its output."""
+    output, log = Path(arguments["output_dir"]), TrainingRun.log
 
     def logged(run, outcome, **figures):
         log(run, outcome, **figures)
@@ -128,11 +118,8 @@ def train(name: str, arguments: dict, environment: dict[str, str], is_sharded: b
 @pytest.fixture(scope="module")
 def start(workplace) -> Callable:
     """Starts a run in `output` of the workplace; gives its processes."""
-    context = multiprocessing.get_context("forkserver")
     for name in OF_A_SCRIPT:
-        load_script(name)
-    libraries = ("accelerate", "datasets", "diffusers", "diffusers_far", "peft")
-    context.set_forkserver_preload([name for name in sys.modules if name.split(".")[0] in libraries])
+        load_script(name)  # imports what each process needs
 
     def started(output: str, num_processes: int = 2, is_sharded: bool = False, name: str = "train_far", **changes):
         is_lora = name == "train_far_lora"
@@ -146,17 +133,7 @@ def start(workplace) -> Callable:
             **OF_A_SCRIPT[name],
             **changes,
         }
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        counts = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-        processes = []
-        for rank in range(num_processes):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = {} if num_processes == 1 else address | counts | ranks
-            processes.append(context.Process(target=train, args=(name, arguments, environment, is_sharded)))
-            processes[-1].start()
-        return processes
+        return launched.start(num_processes, train, log_file(workplace / output), name, arguments, is_sharded)
 
     return started
 
@@ -166,17 +143,18 @@ def finish(start, workplace) -> Callable:
     """Runs to the end; gives the folder."""
 
     def finished(output: str, *args, **kwargs) -> Path:
-        processes = start(output, *args, **kwargs)
-        for process in processes:
-            process.join(300)
-        assert [process.exitcode for process in processes] == [0] * len(processes), log_of(workplace / output)
+        launched.wait_for(start(output, *args, **kwargs), log_file(workplace / output))
         return workplace / output
 
     return finished
 
 
+def log_file(folder: Path) -> Path:
+    return folder.with_suffix(".log")
+
+
 def log_of(folder: Path) -> str:
-    return folder.with_suffix(".log").read_text()
+    return log_file(folder).read_text()
 
 
 def losses_of(folder: Path) -> torch.Tensor:
@@ -229,13 +207,9 @@ def test_the_pipeline_of_shards_is_whole_and_has_the_averaged_weights(sharded):
 
 
 def test_shards_that_are_killed_and_started_again_end_as_if_nothing_had_happened(start, finish, sharded, workplace):
+    killed = workplace / "killed"
     processes = start("killed", is_sharded=True)
-    while not list_checkpoints(workplace / "killed"):
-        assert all(process.is_alive() for process in processes), log_of(workplace / "killed")
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-        process.join()
+    launched.kill_when(lambda: list_checkpoints(killed), processes, log_file(killed))
     finish("killed", is_sharded=True, resume_from_checkpoint="latest")
     assert_same_state(workplace / "killed", sharded, rtol=0, atol=0)
 

@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from ..baselines.pipeline_video_dit import load_pipeline as load_any_pipeline
-from ..command_line import Progress, require_one_process, set_up_logging
+from ..command_line import Progress, set_up_logging
 from ..data.loading import load_split
+from ..data.workers import Share
 from ..evaluation import tile_worlds, world_model
 from ..evaluation.networks import PACKAGE, find_packaged_weights, load_i3d, load_image_features, load_lpips
 from ..evaluation.protocols import RecordingProtocol, RolloutProtocol
@@ -37,10 +38,13 @@ def main(args: argparse.Namespace) -> None:
         ValueError, OSError: What the user can mend.
     """
     set_up_logging(__name__)
-    if isinstance(args.settings, RecordingProtocol):
-        evaluate_recordings(args, args.settings)
+    is_of_recordings = isinstance(args.settings, RecordingProtocol)
+    share = Share.of_launch("far evaluate", cpu=is_of_recordings and args.int8)
+    if is_of_recordings:
+        evaluate_recordings(args, args.settings, share)
     else:
-        evaluate_rollouts(args, args.settings)
+        evaluate_rollouts(args, args.settings, share)
+    share.leave()
 
 
 def describe_run() -> dict:
@@ -55,14 +59,13 @@ def describe_run() -> dict:
     }
 
 
-def evaluate_recordings(args: argparse.Namespace, protocol: RecordingProtocol) -> None:
+def evaluate_recordings(args: argparse.Namespace, protocol: RecordingProtocol, share: Share) -> None:
     """Predict held-out recordings, and print the scores or write them to a file."""
-    require_one_process(f"far evaluate --protocol {args.protocol}")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     measures = MEASURES[args.protocol]
     dataset = load_split(args.dataset_name, args.dataset_split)
-    pipe = load_pipeline(args.model, load_any_pipeline, "cpu" if args.int8 else None)
+    pipe = load_pipeline(args.model, load_any_pipeline, "cpu" if args.int8 else share.device)
     protocol = protocol.with_defaults_of(pipe)
     measures.check_dataset(dataset, pipe, protocol)
     walks = measures.load_walks(dataset, protocol)
@@ -70,9 +73,12 @@ def evaluate_recordings(args: argparse.Namespace, protocol: RecordingProtocol) -
         pipe.transformer.quantize_int8()
 
     start = time.perf_counter()
-    progress = Progress(protocol.num_walks * protocol.num_parts, unit="recording")
-    scores = measures.measure_walks(pipe, walks, protocol, on_batch_end=progress.update)
+    num_walks = sum(map(len, share.of(protocol.batches(protocol.num_walks))))
+    progress = Progress(num_walks * protocol.num_parts, unit="recording", is_silent=not share.is_main)
+    scores = measures.measure_walks(pipe, walks, protocol, on_batch_end=progress.update, share=share)
     progress.close()
+    if not share.is_main:
+        return
     scores |= {"seconds": time.perf_counter() - start, "int8": args.int8}
     scores |= describe_run()
     print(measures.format_scores(scores))
@@ -95,7 +101,7 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> tuple[Metri
     return networks, {name: file_sha256(path) if path else None for name, path in files.items()}
 
 
-def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> None:
+def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol, share: Share) -> None:
     """Measure by a protocol of published figures, from where an earlier start was interrupted."""
     # 1. Model, true videos, and what is measured
     for option in ("lpips_weights", "i3d_weights"):
@@ -120,9 +126,7 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
     identity = evaluation_identity(pipe, dataset, settings, metric_weights)
     with accelerator.main_process_first():
         folder = ResultFolder(args.output, identity)
-    process_index, num_processes = accelerator.process_index, accelerator.num_processes
-    num_cases = sum(len(batch) for batch in batches[process_index::num_processes])
-    progress = Progress(num_cases, unit="case", is_silent=not accelerator.is_main_process)
+    progress = Progress(sum(map(len, share.of(batches))), unit="case", is_silent=not share.is_main)
     run_cases(
         pipe,
         videos,
@@ -130,15 +134,14 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
         networks,
         folder,
         num_samples=args.num_samples,
-        process_index=process_index,
-        num_processes=num_processes,
+        share=share,
         on_batch_end=progress.update,
     )
     progress.close()
     accelerator.wait_for_everyone()
 
     # 3. Figures
-    if accelerator.is_main_process:
+    if share.is_main:
         scores = {
             "protocol": settings,
             "model": {"name": args.model, "dtype": str(dtype).removeprefix("torch."), **identity["model"]},
@@ -158,4 +161,3 @@ def evaluate_rollouts(args: argparse.Namespace, protocol: RolloutProtocol) -> No
                 file.write_text(text + "\n")
         join_sheets(folder)
         print(table)
-    accelerator.end_training()

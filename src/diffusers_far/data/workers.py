@@ -1,4 +1,5 @@
-"""Long work on many trajectories, shared among processes that end when their parent does."""
+"""Long work on many trajectories, shared among processes: those that a launcher started, and those that this one starts, which
+end when it does."""
 
 import multiprocessing
 import os
@@ -6,9 +7,75 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
-from ..command_line import Progress
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+from ..command_line import Progress, require_one_process
+
+
+# Who has done its share waits for the others. If one of them fails, the launcher ends all.
+LONGEST_WAIT = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which parts of a work are this process's, of several that a launcher started: every `num_processes`-th one.
+
+    The parts are the same whatever the number of processes, and so are the results, if a part knows nothing of the others.
+
+    Args:
+        process_index (`int`), num_processes (`int`): The first and the distance. By default all parts.
+        device (`torch.device`, *optional*): Where this one of several processes works.
+    """
+
+    process_index: int = 0
+    num_processes: int = 1
+    device: torch.device | None = None
+
+    @classmethod
+    def of_launch(cls, what: str, *, cpu: bool = False) -> "Share":
+        """What the launcher left to this process.
+
+        Args:
+            what (`str`): Is run, such as the script's name.
+            cpu (`bool`): Works on the CPU, whatever else there is.
+
+        Raises:
+            ValueError: There are several processes of which Accelerate knows nothing; each would do the whole work.
+        """
+        state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+        if state.num_processes == 1:
+            require_one_process(f"{what} without `accelerate launch`")
+            return cls()
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that tells and writes what all have in common."""
+        return self.process_index == 0
+
+    def of(self, parts: Sequence[Any]) -> Sequence[Any]:
+        """This process's parts."""
+        return parts[self.process_index :: self.num_processes]
+
+    def do(self, work: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
+        """`work(part)` of all parts, in order, the same in every process: each does its own, and they exchange what came of it,
+        which must be picklable and on the CPU."""
+        done = [(number, work(parts[number])) for number in self.of(range(len(parts)))]
+        if self.num_processes > 1:
+            done = sorted(gather_object(done), key=lambda pair: pair[0])
+        return [result for _, result in done]
+
+    def leave(self) -> None:
+        """Wait until all processes have come so far; after it they exchange nothing more."""
+        if self.num_processes > 1:
+            PartialState().wait_for_everyone()
+            PartialState().destroy_process_group()
 
 
 def share_work(

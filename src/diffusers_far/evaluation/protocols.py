@@ -300,6 +300,10 @@ class RecordingProtocol:
             "short_cache": int(self.short_cache) if is_number else self.short_cache,
         }
 
+    def batches(self, num_walks: int) -> list[range]:
+        """The recordings that are predicted together, by number. The same in every process, so that rounding is too."""
+        return [range(num_walks)[first : first + self.batch_size] for first in range(0, num_walks, self.batch_size)]
+
     def noise_of(self, walks: range) -> "list[torch.Generator]":
         """A generator for each of the recordings, by number."""
         import torch

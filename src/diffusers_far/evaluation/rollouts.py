@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from ..data.clips import Clip, evenly_spaced
 from ..data.video_clips import VideoClips
+from ..data.workers import Share
 from ..pipelines import FARPipeline
 from .media import contact_sheet, write_mp4
 from .metrics import frame_lpips, frame_psnr, frame_ssim, revisits_by_age
@@ -116,8 +117,7 @@ def run_cases(
     folder: ResultFolder,
     *,
     num_samples: int = 0,
-    process_index: int = 0,
-    num_processes: int = 1,
+    share: Share = Share(),
     on_batch_end: Callable[[int], None] = lambda num_cases: None,
 ) -> None:
     """Run this process's share of the cases that are not finished.
@@ -129,10 +129,10 @@ def run_cases(
         networks ([`MetricNetworks`]): What it is measured by.
         folder ([`ResultFolder`]): Where results go.
         num_samples (`int`): Videos of which the first trajectory is written down to be looked at, for each task.
-        process_index, num_processes (`int`): This process's share.
+        share ([`Share`]): Which batches are this process's.
         on_batch_end (callable): Told the number of cases of each batch that is done.
     """
-    for batch in measured_batches(protocol, networks)[process_index::num_processes]:
+    for batch in share.of(measured_batches(protocol, networks)):
         if not all(folder.has(case) for case in batch):
             task = protocol.task(batch[0].task)
             clips = {video: videos.clip(video, task.num_all_frames) for video in sorted({c.video for c in batch})}

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from ..data.clips import ClipBatch
 from ..data.video_clips import VideoClips
+from ..data.workers import Share
 from ..pipelines import FARPipeline
 from .metrics import Estimate, frame_psnr
 from .protocols import TilesProtocol
@@ -183,10 +184,12 @@ def measure_walks(
     pipe: FARPipeline,
     walks: TileRecordings,
     protocol: TilesProtocol,
-    on_batch_end: Callable[[int], object] | None = None,
+    on_batch_end: Callable[[int], object] = lambda num_walks: None,
+    share: Share = Share(),
 ) -> dict:
     """The protocol's figures, ready for JSON: estimates with 95% intervals over walks. `on_batch_end` is told how many
-    recordings are done since the last time, in each part.
+    recordings are done since the last time, in each part. Of several processes each does its `share` of every part, and has
+    the figures in the end.
 
     Returns:
         `dict` with the settings; `known`, see [`score_known_tiles`], of stretches of `wandering` and of `ways_back`;
@@ -198,16 +201,16 @@ def measure_walks(
         for name in ("wandering", "ways_back"):
             stretches = getattr(walks, name)
             if stretches is not None:
-                predictions = predict_walks(pipe, stretches.clips, protocol.continuation, on_batch_end)
+                predictions = predict_walks(pipe, stretches.clips, protocol.continuation, on_batch_end, share)
                 scores["known"][name] = score_known_tiles(predictions, stretches, protocol)
     if protocol.num_made_frames:
-        made = make_worlds(pipe, walks.wandering, protocol, Wanderer, protocol.num_made_frames, on_batch_end)
+        made = make_worlds(pipe, walks.wandering, protocol, Wanderer, protocol.num_made_frames, on_batch_end, share)
         scores["made_up"] = score_made_up_worlds(made, walks)
     if protocol.return_steps:
         scores["return"] = {}
         for num_out in protocol.return_steps:
             walker = partial(ThereAndBack, num_out=num_out)
-            made = make_worlds(pipe, walks.wandering, protocol, walker, 2 * num_out, on_batch_end)
+            made = make_worlds(pipe, walks.wandering, protocol, walker, 2 * num_out, on_batch_end, share)
             scores["return"][str(num_out)] = score_returns(made)
     return scores
 
@@ -336,7 +339,8 @@ def make_worlds(
     protocol: TilesProtocol,
     new_walker: Callable[[np.random.Generator], Wanderer | ThereAndBack],
     num_frames: int,
-    on_batch_end: Callable[[int], object] | None = None,
+    on_batch_end: Callable[[int], object] = lambda num_walks: None,
+    share: Share = Share(),
 ) -> dict[str, list[MadeWorld]]:
     """Go on from the context of every walk, at the actions of a walker who sees only what was drawn.
 
@@ -347,11 +351,10 @@ def make_worlds(
         `dict` of the model's worlds ("predicted") and of two controls, walked by the same walkers: "grass", where nothing but
         grass is drawn, and "frozen", where the first frame stays.
     """
-    worlds: dict[str, list[MadeWorld]] = {"predicted": [], "grass": [], "frozen": []}
     num_context, textures = protocol.num_context_frames, load_textures()
-    for start in range(0, len(walks.clips), protocol.batch_size):
-        batch = walks.clips[start : start + protocol.batch_size]
-        numbers = range(start, start + len(batch))
+
+    def make_batch(numbers: range) -> dict[str, list[MadeWorld]]:
+        batch = walks.clips[numbers.start : numbers.stop]
         context_actions = batch.actions[:, : num_context - 1]
         first = read_tiles(batch.frames[:, num_context - 1].movedim(1, -1).numpy(), textures)
         session = pipe.start_session(
@@ -367,12 +370,15 @@ def make_worlds(
             "grass": lambda actions: (np.full_like(first[0], GRASS), np.zeros_like(first[1])),
             "frozen": lambda actions: first,
         }
+        worlds = {}
         for name, draw in draws.items():
             walkers = [new_walker(np.random.default_rng(protocol.seed + walk)) for walk in numbers]
-            worlds[name] += walk_worlds(walkers, first[0], context_actions.numpy(), draw, num_frames)
-        if on_batch_end is not None:
-            on_batch_end(len(batch))
-    return worlds
+            worlds[name] = walk_worlds(walkers, first[0], context_actions.numpy(), draw, num_frames)
+        on_batch_end(len(numbers))
+        return worlds
+
+    of_batches = share.do(make_batch, protocol.batches(len(walks.clips)))
+    return {name: [world for worlds in of_batches for world in worlds[name]] for name in of_batches[0]}
 
 
 def walk_worlds(

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from ..data.clips import ClipBatch
 from ..data.video_clips import VideoClips
+from ..data.workers import Share
 from ..models.codec import decode_video, encode_video
 from ..pipelines import FARPipeline
 from .metrics import (
@@ -130,16 +131,18 @@ def predict_walks(
     pipe: FARPipeline,
     walks: ClipBatch,
     protocol: WorldModelProtocol,
-    on_batch_end: Callable[[int], object] | None = None,
+    on_batch_end: Callable[[int], object] = lambda num_walks: None,
+    share: Share = Share(),
 ) -> Predictions:
     """Continue every walk at its true actions, one frame at the mirrored action, and from the recent frames if it is asked.
-    `on_batch_end` is told how many walks are done since the last time."""
+    `on_batch_end` is told how many walks are done since the last time. Of several processes each predicts its `share`, and has
+    everything in the end."""
     num_context = protocol.num_context_frames
     config = pipe.transformer.config
     takes_actions = config.num_actions is not None or config.action_dim is not None
-    predicted, mirrored, forgetful, reconstructed = [], [], [], []
-    for start in range(0, len(walks), protocol.batch_size):
-        batch = walks[start : start + protocol.batch_size]
+
+    def predict_batch(numbers: range) -> dict[str, torch.Tensor]:
+        batch = walks[numbers.start : numbers.stop]
         video, labels = batch.video, batch.labels
         actions = batch.actions if takes_actions else None
         context = encode_video(pipe.vae, video.flatten(0, 1)).unflatten(0, video.shape[:2])
@@ -151,34 +154,32 @@ def predict_walks(
                 class_labels=None if config.num_classes is None else labels,
                 num_frames=num_frames,
                 **protocol.how_frames_are_made(),
-                generator=protocol.noise_of(range(start, start + len(video))),
+                generator=protocol.noise_of(numbers),
                 output_type="pt",
             ).frames
 
-        predicted.append(continue_walks(actions, protocol.num_frames))
+        made = {"predicted": continue_walks(actions, protocol.num_frames)}
         if protocol.mirrored_actions is not None:
             left, right = protocol.mirrored_actions
             mirrored_actions = actions.clone()
             taken = actions[:, num_context - 1]  # the action that leads to the first new frame
             mirrored_actions[taken == left, num_context - 1] = right
             mirrored_actions[taken == right, num_context - 1] = left
-            mirrored.append(continue_walks(mirrored_actions, 1))
+            made["mirrored"] = continue_walks(mirrored_actions, 1)
         if protocol.num_recent_frames:
-            forgetful.append(continue_walks(actions, protocol.num_frames, num_context - protocol.num_recent_frames))
+            made["forgetful"] = continue_walks(actions, protocol.num_frames, num_context - protocol.num_recent_frames)
         new_latents = context[:, num_context:]
-        reconstructed.append(decode_video(pipe.vae, new_latents.flatten(0, 1)).unflatten(0, new_latents.shape[:2]))
-        if on_batch_end is not None:
-            on_batch_end(len(video))
+        made["reconstructed"] = decode_video(pipe.vae, new_latents.flatten(0, 1)).unflatten(0, new_latents.shape[:2])
+        on_batch_end(len(numbers))
+        return {name: frames.to(video) for name, frames in made.items()}
 
+    of_batches = share.do(predict_batch, protocol.batches(len(walks)))
     video = walks.video
     truth = video[:, num_context:]
     return Predictions(
         truth=truth,
-        predicted=torch.cat(predicted).to(truth),
         repeated=video[:, num_context - 1 : num_context].expand_as(truth),
-        reconstructed=torch.cat(reconstructed).to(truth),
-        mirrored=torch.cat(mirrored).to(truth) if mirrored else None,
-        forgetful=torch.cat(forgetful).to(truth) if forgetful else None,
+        **{name: torch.cat([made[name] for made in of_batches]) for name in of_batches[0]},
     )
 
 
@@ -186,10 +187,11 @@ def measure_walks(
     pipe: FARPipeline,
     walks: ClipBatch,
     protocol: WorldModelProtocol,
-    on_batch_end: Callable[[int], object] | None = None,
+    on_batch_end: Callable[[int], object] = lambda num_walks: None,
+    share: Share = Share(),
 ) -> dict:
     """Predict every walk and score it; see [`predict_walks`] and [`score_walks`]."""
-    return score_walks(predict_walks(pipe, walks, protocol, on_batch_end), walks, protocol)
+    return score_walks(predict_walks(pipe, walks, protocol, on_batch_end, share), walks, protocol)
 
 
 def score_walks(predictions: Predictions, walks: ClipBatch, protocol: WorldModelProtocol) -> dict:
