@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMapEulerDiscreteScheduler
 from session_walks import NUM_NEW, call, go_on, pipeline, start, walk
 from tiny_models import (
     Clip,
@@ -18,6 +19,8 @@ from tiny_models import (
     predict,
     predict_cached,
     random_clip,
+    tiny_pipeline,
+    tiny_separable,
     tiny_transformer,
 )
 
@@ -148,6 +151,20 @@ def test_frames_are_those_of_the_cpu_where_its_generator_draws(make):
     for output_type in ("latent", "pt"):
         expected = make(make_pipe(), output_type=output_type)
         assert difference(make(make_pipe().to("cuda"), output_type=output_type), expected) < tolerance
+
+
+def separable() -> FARPipeline:
+    return tiny_pipeline(tiny_separable(long_patch_size=2, num_actions=3, action_shift=1))
+
+
+def flow_map() -> FARPipeline:
+    return pipeline(FlowMapEulerDiscreteScheduler(), flow_map=True)
+
+
+@pytest.mark.parametrize("make_pipe", [separable, flow_map])
+def test_separable_models_and_flow_maps_make_the_frames_of_the_cpu(make_pipe):
+    expected = call(make_pipe())
+    assert difference(call(make_pipe().to("cuda")), expected) < TOLERANCE
 
 
 def test_far_maze_cached_equals_uncached():

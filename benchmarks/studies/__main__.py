@@ -5,12 +5,13 @@
     python -m benchmarks.studies plan
     python -m benchmarks.studies plot
     python -m benchmarks.studies report
+    python -m benchmarks.studies recipes
 
 A study that was interrupted goes on when the same command is given again, from its work folder and from its numbers, which are
 in `docs/results/STUDY.json` as far as they are there: a study may take several days, and machines. With `--variants` or `--seeds`
 it does these runs alone; several such commands may share a work folder and a machine, and one without them writes the
 numbers of all. From the numbers of the seeds that are complete `plot` draws, and `report` writes the tables of
-`docs/results.md`.
+`docs/results.md`. `recipes` prints what the paper's recipes cost.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from diffusers_far.command_line import HelpWithDefaults
 from .data import DataFolder, prepare
 from .plan import describe_plan
 from .plots import PLOTS, draw
+from .recipes import recipe_table
 from .report import all_sections, rewrite
 from .results import STUDIES, finished_results, run_part, run_study
 from .scripts import ROOT
@@ -50,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--smoke", action="store_true", help="Very little of everything.")
     plan = commands.add_parser("plan", help="Runs, operations and hours of each study.")
     plan.add_argument("--flops_per_second", type=float, default=4e10, help="Of this machine, in training.")
+    commands.add_parser("recipes", help="Operations and hours of the paper's recipes.")
     plot = commands.add_parser("plot", help="Draw the studies that were run.")
     plot.add_argument("studies", nargs="*", choices=[[], *PLOTS], help="All by default.")
     report = commands.add_parser("report", help="Rewrite the tables of the page.")
@@ -94,6 +97,8 @@ def main(args: argparse.Namespace) -> None:
         prepare(DataFolder(args.data_dir), num_processes=args.num_processes, smoke=args.smoke)
     elif args.command == "plan":
         print(describe_plan(args.flops_per_second))
+    elif args.command == "recipes":
+        print(recipe_table())
     elif args.command == "plot":
         plot(args)
     else:

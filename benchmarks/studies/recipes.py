@@ -21,7 +21,8 @@ from .scripts import ROOT, load_script
 
 
 RECIPES = ROOT / "examples" / "recipes"
-FLOPS_PER_SECOND = 125e12  # 40% of the 312e12 that an A100 does in bfloat16
+PEAK = 312e12  # operations a second of an A100 in bfloat16, as its maker says
+UTILISATIONS = (0.4, 0.2)  # shares of it that a training may reach: a good one, and a modest one
 LATENT_CHANNELS, LATENT_SIZE = 32, 8  # of the paper's autoencoders, at every size of frame
 
 # Ends each argument with a NUL and each call with a line feed.
@@ -75,14 +76,18 @@ class Recipe:
         """Of the whole training."""
         return self.step_flops * self.arguments.max_train_steps
 
-    @property
-    def gpu_hours(self) -> float:
-        """At `FLOPS_PER_SECOND`."""
-        return self.flops / FLOPS_PER_SECOND / 3600
+    def hours(self, utilisation: float, num_gpus: int = 1) -> float:
+        """At a share of `PEAK`."""
+        return self.flops / (utilisation * PEAK * num_gpus) / 3600
 
 
-def recorded_calls(script: Path) -> list[list[str]]:
+def recorded_calls(script: Path, *steps: str, **environment: str) -> list[list[str]]:
     """What a recipe would call, in order; nothing of it is run.
+
+    Args:
+        script (`Path`): The recipe.
+        steps (`str`): Of its steps these alone.
+        environment (`str`): What else its environment says, such as `MACHINES`.
 
     Raises:
         subprocess.CalledProcessError: It calls something else than Python and Accelerate, or its syntax is wrong.
@@ -94,8 +99,8 @@ def recorded_calls(script: Path) -> list[list[str]]:
             program = Path(folder) / name
             program.write_text(RECORDER)
             program.chmod(0o755)
-        environment = {"PATH": folder, "CALLS": str(calls)}
-        command = ["/bin/bash", str(script), os.path.join(folder, "raw"), os.path.join(folder, "work")]
+        environment |= {"PATH": folder, "CALLS": str(calls)}
+        command = ["/bin/bash", str(script), os.path.join(folder, "raw"), os.path.join(folder, "work"), *steps]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
         return [call.split("\0")[:-1] for call in calls.read_text().split("\n")[:-1]]
 
@@ -114,14 +119,20 @@ def read_recipes() -> list[Recipe]:
 
 def recipe_table() -> str:
     """Markdown: a row for each recipe."""
-    rows = ["| recipe | model | clips | steps | operations | GPU hours |", "|---|---|---|---|---|---|"]
+    shares = [f"{share:.0%}" for share in UTILISATIONS]
+    titles = ["recipe", "model", "clips", "steps", "operations", *(f"hours on 8 GPUs, {share}" for share in shares)]
+    rows = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for recipe in read_recipes():
         transformer = recipe.transformer
         tokens = transformer.context_plan(recipe.arguments.num_frames, LATENT_SIZE, LATENT_SIZE).num_tokens
+        hours = " | ".join(f"{recipe.hours(utilisation, num_gpus=8):.1f}" for utilisation in UTILISATIONS)
         rows.append(
             f"| `{recipe.name}.sh` | {recipe.model_name}, {transformer.num_parameters() / 1e6:.0f} M | {recipe.num_clips} "
             f"of {recipe.arguments.num_frames} frames, at most {tokens:,} tokens | {recipe.arguments.max_train_steps:,} | "
-            f"{recipe.flops:.1e} | {recipe.gpu_hours:,.0f} |"
+            f"{recipe.flops:.1e} | {hours} |"
         )
-    assumption = f"An estimate, at an assumed {FLOPS_PER_SECOND / 1e12:.0f} * 10^12 operations a second and GPU."
+    assumption = (
+        f"Counted from operations, not measured: {' and '.join(shares)} of the {PEAK / 1e12:.0f} * 10^12 operations a second "
+        "of an A100 in bfloat16 are assumed."
+    )
     return "\n".join([assumption, "", *rows])

@@ -4,37 +4,14 @@
 #     bash examples/recipes/bair.sh RAW WORK
 #
 # RAW holds train/ and test/ with videos and a metadata.jsonl: {"file_name": "a.mp4"} for each; actions are not used.
-# WORK gets everything that is made. Run it from the repository's root; given again, it trains on from its checkpoints.
-# The recipe is the paper's (arXiv:2503.19325) but for what a comment calls ours. Its trainings are bair.yaml and vae.yaml.
-set -euo pipefail
-raw=$1 work=$2
-lpips=weights/lpips_vgg.pth i3d=weights/i3d_torchscript.pt # yours to bring: see docs/evaluate.md
-launch=(accelerate launch --config_file examples/configs/accelerate/multi_gpu.yaml --num_processes 8)
+# steps.bash says the rest.
+source examples/recipes/steps.bash
 
-# 1. Frames. The share for validation is ours.
-[ -d "$work/train" ] || python examples/prepare_dataset.py --source videofolder --input "$raw/train" \
-    --output "$work/train" --size 64 --validation_share 0.01 --num_processes 16
-[ -d "$work/test" ] || python examples/prepare_dataset.py --source videofolder --input "$raw/test" \
-    --output "$work/test" --size 64 --split test --num_processes 16
-
-# 2. An image autoencoder: L1, LPIPS, and a patch GAN from half-way. vae.yaml is ours but for the losses.
-"${launch[@]}" examples/train_vae.py examples/recipes/vae.yaml --dataset_name "$work/train" \
-    --vae_config examples/configs/dc_ae_f8.json --lpips_weights "$lpips" --output_dir "$work/vae" \
-    --resume_from_checkpoint latest
-
-# 3. Latents
-for split in train validation; do
-    python examples/cache_latents.py --dataset_name "$work/train" --dataset_split $split --vae "$work/vae" \
-        --output_dir "$work/latents"
-done
-
-# 4. FAR-B
-"${launch[@]}" examples/train_far.py examples/recipes/bair.yaml --latents_dir "$work/latents" \
-    --vae "$work/vae" --output_dir "$work/far" --resume_from_checkpoint latest
-
-# 5. 2 -> 28 and 2 -> 14 frames, the best of 100 trajectories, 256 videos
+prepare videofolder 64
+train_vae dc_ae_f8.json
+cache
+train_far
+# 2 -> 28 and 2 -> 14 frames, the best of 100 trajectories, 256 videos
 for num_frames in 28 14; do
-    "${launch[@]}" examples/evaluate.py --protocol mcvd --num_context_frames 2 --num_frames $num_frames \
-        --model "$work/far" --dataset_name "$work/test" --output "$work/scores-$num_frames" \
-        --lpips_weights "$lpips" --i3d_weights "$i3d" --mixed_precision bf16
+    evaluate scores-$num_frames --protocol mcvd --num_context_frames 2 --num_frames $num_frames --lpips_weights "$lpips"
 done
