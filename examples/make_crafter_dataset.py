@@ -21,7 +21,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from crafter_world.settings import MIXED, WALKS, CrafterSettings
+from crafter_world.settings import MIXED, STARTS, WALKS, CrafterSettings
 
 from diffusers_far.command_line import HelpWithDefaults, set_up_logging
 
@@ -59,6 +59,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_frames", type=int, default=defaults.num_frames, help="Frames of a walk.")
     parser.add_argument("--area", type=int, default=defaults.area, help="Tiles along each side of a world.")
     parser.add_argument("--walk", choices=(*WALKS, MIXED), default=defaults.walk, help="Where the walker goes.")
+    parser.add_argument("--start", choices=STARTS, default=defaults.start, help="Anywhere: caves as often as meadows.")
     parser.add_argument("--creatures", action="store_true", help="Add cows, zombies and skeletons, moved by chance.")
     parser.add_argument("--night", action="store_true", help="Let it become dark every 300 frames.")
     parser.add_argument("--num_train", type=int, default=1000, help="Walks to train on.")
@@ -96,7 +97,8 @@ def as_flags(settings: CrafterSettings, lengths: Mapping[str, Sequence[int]]) ->
     """The arguments that make this data set again."""
     counts = " ".join(f"--num_{split} {len(lengths.get(split, ()))}" for split in ("train", "validation", "test"))
     chance = "".join(f" --{name}" for name in ("creatures", "night") if getattr(settings, name))
-    return f"--num_frames {settings.num_frames} --area {settings.area} --walk {settings.walk}{chance} {counts}"
+    start = "" if settings.start == "middle" else f" --start {settings.start}"
+    return f"--num_frames {settings.num_frames} --area {settings.area} --walk {settings.walk}{start}{chance} {counts}"
 
 
 def describe(
@@ -124,13 +126,15 @@ def describe(
         "cows, zombies and skeletons move by chance" if settings.creatures else "there are no creatures",
         "it becomes dark every 300 frames" if settings.night else "it is always noon",
     ]
+    is_anywhere = settings.start == "anywhere"
+    start = " Walks begin on grass, sand and paths, which are caves, as often as each other." if is_anywhere else ""
     ranges = ", ".join(f"{split} {each[0]:,} to {each[-1]:,}" for split, each in seeds.items() if each)
     return dataset_card(
         "Walks through Crafter",
         LICENSE,
         f"Walks of {settings.num_frames} frames through random worlds of {settings.area}x{settings.area} tiles, seen "
-        f"from above, with the actions that lead from one frame to the next. {WALKS_IN_WORDS[settings.walk]} In these worlds "
-        f"{chance[0]}, {chance[1]}, and health, food, drink and energy stay full.",
+        f"from above, with the actions that lead from one frame to the next. {WALKS_IN_WORDS[settings.walk]}{start} In these "
+        f"worlds {chance[0]}, {chance[1]}, and health, food, drink and energy stay full.",
         columns,
         PROVENANCE.format(version=version("crafter"), flags=as_flags(settings, lengths)),
         lengths,
@@ -141,7 +145,7 @@ def describe(
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging(__name__)
-    settings = CrafterSettings(args.num_frames, args.area, args.walk, args.creatures, args.night)
+    settings = CrafterSettings(args.num_frames, args.area, args.walk, args.creatures, args.night, args.start)
     counts = {"train": args.num_train, "validation": args.num_validation, "test": args.num_test}
     seeds = seeds_by_split(counts, unit="walk")
     if args.num_workers < 1:

@@ -3,7 +3,7 @@
 import crafter
 import numpy as np
 
-from diffusers_far.evaluation.tiles import ACTION_NAMES, COLUMNS, MATERIALS, PLAYER, ROWS, TILE_SIZE
+from diffusers_far.evaluation.tiles import ACTION_NAMES, COLUMNS, MATERIALS, PLAYER, ROWS, SAFE_TO_WALK, TILE_SIZE
 
 
 ACTION_NUMBERS = [crafter.constants.actions.index(name) for name in ACTION_NAMES]  # of ours among Crafter's
@@ -47,15 +47,29 @@ class CrafterWorld(crafter.Env):
         names = [[self.material((left + x, top + y)) for y in range(ROWS)] for x in range(COLUMNS)]
         return np.array([[-1 if name is None else MATERIALS.index(name) for name in column] for column in names])
 
-    def start(self):
-        """Make the world. Returns the first frame, uint8 of shape `(64, 64, 3)`."""
+    def start(self, rng=None):
+        """Make the world. Returns the first frame, uint8 of shape `(64, 64, 3)`.
+
+        The player begins in the middle, in Crafter's meadow; with a random generator of NumPy, at a place that it draws. Each
+        kind of ground is then as likely as another, so caves, which are rare, are shown as often as meadows.
+        """
         frame = self.reset()
-        if self.has_creatures:
+        if self.has_creatures and rng is None:
             return frame
-        for each in self._world.objects:
-            if each is not self._player:
-                self._world.remove(each)
+        if not self.has_creatures:
+            for each in self._world.objects:
+                if each is not self._player:
+                    self._world.remove(each)
+        if rng is not None:
+            grounds = [places for name in SAFE_TO_WALK if (places := self._free_places(name))]
+            places = grounds[rng.integers(len(grounds))]
+            self._world.move(self._player, places[rng.integers(len(places))])
         return self.render()
+
+    def _free_places(self, material):
+        """Where nobody stands on such ground, in order."""
+        places = np.ndindex(*self._area)
+        return [place for place in places if self._world[place] == (material, None)]
 
     def act(self, action):
         """Take one of `ACTION_NAMES`, by its number. Returns the next frame."""

@@ -30,7 +30,8 @@ def record_walk(seed, settings):
     """The `Recording` of a seed. It depends on the seed and the `CrafterSettings` alone."""
     world = CrafterWorld(seed, settings.area, settings.creatures, settings.night)
     walker = settings.walker(seed)
-    video, actions, pose, tiles = [world.start()], [], [(*world.position, 0)], [world.tiles()]
+    video, actions = [world.start(settings.start_rng(seed))], []
+    pose, tiles = [(*world.position, 0)], [world.tiles()]
     while len(video) < settings.num_frames:
         actions.append(walker.next_action(world))
         video.append(world.act(actions[-1]))

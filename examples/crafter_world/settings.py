@@ -9,6 +9,8 @@ from crafter_world.walkers import OutAndBack, RoundTrips, Wanderer
 
 WALKS = ("wander", "out_and_back", "round_trip")
 MIXED = "mixed"
+STARTS = ("middle", "anywhere")
+START_STREAM = 1  # of the seed's random numbers, beside the walker's
 AREAS = range(8, 257)  # the window must fit in; a world takes a moment for each of its tiles
 
 
@@ -20,6 +22,7 @@ class CrafterSettings:
         num_frames (`int`): Length of a walk.
         area (`int`): Tiles along each side of a world.
         walk (`str`): One of `WALKS`; or "mixed": they take turns from seed to seed.
+        start (`str`): "middle", in a meadow; or "anywhere", on each kind of ground as often.
         creatures (`bool`), night (`bool`): See `CrafterWorld`.
     """
 
@@ -28,6 +31,7 @@ class CrafterSettings:
     walk: str = MIXED
     creatures: bool = False
     night: bool = False
+    start: str = "middle"
 
     def __post_init__(self):
         if self.num_frames < 2:
@@ -38,6 +42,12 @@ class CrafterSettings:
             )
         if self.walk not in (*WALKS, MIXED):
             raise ValueError(f"`walk` is {self.walk!r}, which is no walk; choose one of {', '.join((*WALKS, MIXED))}.")
+        if self.start not in STARTS:
+            raise ValueError(f"`start` is {self.start!r}, where no walk starts; choose {' or '.join(STARTS)}.")
+
+    def start_rng(self, seed):
+        """What draws where the walk of a seed starts; `None` in the middle."""
+        return np.random.default_rng((seed, START_STREAM)) if self.start == "anywhere" else None
 
     def walker(self, seed):
         """Who walks through the world of a seed."""

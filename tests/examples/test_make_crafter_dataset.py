@@ -82,6 +82,19 @@ def test_a_longer_walk_begins_as_a_shorter_one(walk):
     assert np.array_equal(short.video, long.video[:20]) and np.array_equal(short.actions, long.actions[:19])
 
 
+def test_walks_that_begin_anywhere_show_more_rare_tiles_and_follow_from_their_seed():
+    def walks(start):
+        return [record_walk(seed, CrafterSettings(num_frames=16, start=start)) for seed in range(6)]
+
+    middle, anywhere = walks("middle"), walks("anywhere")
+    assert all(map(same_recordings, anywhere, walks("anywhere")))
+    rare = [
+        np.mean([np.isin(each.tiles, [MATERIALS.index("path"), MATERIALS.index("coal")]) for each in walks])
+        for walks in (middle, anywhere)
+    ]
+    assert rare[1] > 2 * rare[0]
+
+
 # The walks
 
 
