@@ -55,7 +55,7 @@ class CrafterWorld(crafter.Env):
         """
         frame = self.reset()
         if self.has_creatures and rng is None:
-            return frame
+            return frame  # to draw it once more would draw the noise of the night once more
         if not self.has_creatures:
             for each in self._world.objects:
                 if each is not self._player:

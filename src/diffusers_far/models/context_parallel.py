@@ -18,7 +18,8 @@ from .context_plan import ContextPlan
 
 
 class _AllToAll(torch.autograd.Function):
-    """`torch.distributed.all_to_all_single`; the gradients go the way back."""
+    """`torch.distributed.all_to_all_single`; the gradients go the way back. Torch's own, of `torch.distributed.nn`, is deprecated,
+    in favour of a private one."""
 
     @staticmethod
     def forward(ctx, tensor, group, num_sent, num_received):
@@ -108,8 +109,13 @@ class SharedPass:
         kinds += [(plan.num_short_frames, plan.tokens_per_short_frame)] * self._num_short_kinds
         self._frames = divided([(num_frames, 1) for num_frames, _ in kinds], clip_group.size, device)
         self._tokens = divided(kinds, clip_group.size, device)
-        self._read_tokens = divided(kinds[-1:], clip_group.size, device)  # what is read of the last block
-        self.num_own_frames = len(self._read_tokens[clip_group.rank]) // plan.tokens_per_short_frame
+        read_tokens = divided(kinds[-1:], clip_group.size, device)  # what is read of the last block
+        self.num_own_frames = len(read_tokens[clip_group.rank]) // plan.tokens_per_short_frame
+        # How many rows each process has, and the rows of one process after another's; the same in all blocks.
+        self._rows, self._read_rows = (
+            ([len(share) for share in shares], torch.cat(shares)) for shares in (self._tokens, read_tokens)
+        )
+        self._places, self._read_places = self._rows[1].argsort(), self._read_rows[1].argsort()
 
     def own(self, short_states, long_states, temb, rotary_emb) -> tuple[torch.Tensor | None, ...]:
         """What the blocks are given, of this process's frames."""
@@ -121,24 +127,24 @@ class SharedPass:
     def attend(self, attend: Callable[..., torch.Tensor], query, key, value, reads_all: bool) -> torch.Tensor:
         """Run `attend(query, key, value, mask)` for all frames and some of the heads, of `(B, L_own, N, D)` with all heads.
         Unless it `reads_all`, the queries are those of the short frames, or of the twins, alone."""
-        shares = self._tokens if reads_all else self._read_tokens
-        query, key, value = map(self._to_heads, (query, key, value), (shares, self._tokens, self._tokens))
-        return self._to_frames(attend(query, key, value, self.attention_mask), shares)
+        (lengths, rows), places = (self._rows, self._places) if reads_all else (self._read_rows, self._read_places)
+        key, value = (self._to_heads(states, self._rows[0], self._places) for states in (key, value))
+        attended = attend(self._to_heads(query, lengths, places), key, value, self.attention_mask)
+        return self._to_frames(attended, lengths, rows)
 
     def gathered(self, short_states: torch.Tensor) -> torch.Tensor:
         """The short frames of all processes, or their twins where there are any: what is read of the last block."""
         return self.clip_group.gathered(short_states[:, -self.num_own_frames :], self._num_short_frames, dim=1)
 
-    def _to_heads(self, states: torch.Tensor, shares: list[torch.Tensor]) -> torch.Tensor:
+    def _to_heads(self, states: torch.Tensor, lengths: list[int], places: torch.Tensor) -> torch.Tensor:
         """`(B, L_own, N, D)` -> `(B, L, N / processes, D)`, in the order of the pass."""
-        size, lengths = self.clip_group.size, [len(share) for share in shares]
+        size = self.clip_group.size
         sent = states.unflatten(2, (size, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)
         received = self.clip_group.exchange(sent, [states.shape[1]] * size, lengths)  # one process's after another's
-        return received[torch.cat(shares).argsort()].transpose(0, 1)
+        return received[places].transpose(0, 1)
 
-    def _to_frames(self, states: torch.Tensor, shares: list[torch.Tensor]) -> torch.Tensor:
+    def _to_frames(self, states: torch.Tensor, lengths: list[int], rows: torch.Tensor) -> torch.Tensor:
         """`(B, L, N / processes, D)` -> `(B, L_own, N, D)`."""
-        size, lengths = self.clip_group.size, [len(share) for share in shares]
-        own = lengths[self.clip_group.rank]
-        received = self.clip_group.exchange(states.transpose(0, 1)[torch.cat(shares)], lengths, [own] * size)
+        size, own = self.clip_group.size, lengths[self.clip_group.rank]
+        received = self.clip_group.exchange(states.transpose(0, 1)[rows], lengths, [own] * size)
         return received.unflatten(0, (size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
