@@ -2,7 +2,7 @@
 
 Equal in result to the rooms that do the same fast:
 
-    NaiveFAR._run, _heads         `models.transformer_far.FARTransformer3DModel`, `models.transformer_far.FARAttention`
+    NaiveFAR._run, _heads         `models.frame_network.FrameNetwork`, `models.frame_network.FARAttention`
     context_plan of a model       `models.context_plan.ContextPlan`, the only rule that is shared
     NaiveCache, write, step       `models.kv_cache.FARKVCache`
     position_ids, patchify        `models.functional.position_ids`, `models.functional.patchify`

@@ -34,8 +34,8 @@ import torch
 
 from diffusers_far import ContextPlan, FARTransformer3DModel, FlexRoPEConfig
 from diffusers_far.hooks.flex_rope import FlexRoPEHook
+from diffusers_far.models.frame_network import AttentionFrames
 from diffusers_far.models.functional import frame_causal_mask, frame_ids
-from diffusers_far.models.transformer_far import AttentionFrames
 
 
 def draw_noise_levels() -> Drawing:

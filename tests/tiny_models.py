@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, SCDTransformer3DModel
-from diffusers_far.models import transformer_far
+from diffusers_far.models import frame_network
 
 
 torch.set_num_threads(1)  # tensors this small are slower on more
@@ -227,13 +227,13 @@ class spy_attention:
 
     def __enter__(self) -> list[tuple]:
         calls = []
-        dispatch = transformer_far.dispatch_attention_fn
+        dispatch = frame_network.dispatch_attention_fn
 
         def record(query, key, value, attn_mask=None, **kwargs):
             calls.append((query, key, value, attn_mask))
             return dispatch(query, key, value, attn_mask=attn_mask, **kwargs)
 
-        self._patch = patch.object(transformer_far, "dispatch_attention_fn", record)
+        self._patch = patch.object(frame_network, "dispatch_attention_fn", record)
         self._patch.start()
         return calls
 

@@ -17,7 +17,7 @@ from diffusers import AutoModel, VQModel
 from diffusers_far import ContextPlan, FARPipeline, FlexRoPEConfig, TokenARForVideo
 from diffusers_far.baselines.pipeline_video_dit import load_pipeline
 from diffusers_far.evaluation.results import pipeline_identity, settings_hash
-from diffusers_far.models import transformer_far
+from diffusers_far.models import frame_network
 from diffusers_far.models.codec import decode_codes, decode_video
 from diffusers_far.models.functional import position_ids
 
@@ -171,7 +171,7 @@ def applied(method: Method, pipe: FARPipeline, num_frames: int) -> Iterator[None
             pipe.disable_flex_rope()
     elif method.kind == "interpolation":
         scale = min(1.0, (trained_frames(pipe) - 1) / max(1, num_frames - 1))
-        with patch.object(transformer_far, "position_ids", partial(scaled_position_ids, scale=scale)):
+        with patch.object(frame_network, "position_ids", partial(scaled_position_ids, scale=scale)):
             yield
     else:
         yield

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import fill_cache, predict, random_clip, randomize, spy_attention, tiny_transformer, using_backend
 
-from diffusers_far.models import transformer_far
+from diffusers_far.models import frame_network
+from diffusers_far.models.frame_network import FARAttention, FARAttnProcessor, mask_for_kernel
 from diffusers_far.models.functional import frame_causal_mask, rotary_embedding
-from diffusers_far.models.transformer_far import FARAttention, FARAttnProcessor, mask_for_kernel
 
 
 DIM, HEADS, DIM_HEAD, AXES_DIMS = 12, 2, 8, (4, 2, 2)
@@ -108,13 +108,13 @@ class count_rotated_tokens:
 
     def __enter__(self):
         self.num_tokens = 0
-        rotate = transformer_far.apply_rotary_embedding
+        rotate = frame_network.apply_rotary_embedding
 
         def count(hidden_states, rotary_emb):
             self.num_tokens += hidden_states.shape[1]
             return rotate(hidden_states, rotary_emb)
 
-        self._patch = patch.object(transformer_far, "apply_rotary_embedding", count)
+        self._patch = patch.object(frame_network, "apply_rotary_embedding", count)
         self._patch.start()
         return self
 

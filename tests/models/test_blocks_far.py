@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny_models import randomize
 
+from diffusers_far.models.frame_network import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
 from diffusers_far.models.functional import rotary_embedding
-from diffusers_far.models.transformer_far import FARActionEmbedding, FARAdaLayerNorm, FARTransformerBlock
 
 
 DIM = 16

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import fill_cache, models_with_clips, predict, property_test, random_clip, tiny_transformer
 
+from diffusers_far.models.frame_network import FARAdaLayerNorm
+from diffusers_far.models.frame_transformer import MAX_MODULATION_ROWS
 from diffusers_far.models.frames import FrameBatch
-from diffusers_far.models.transformer_far import MAX_MODULATION_ROWS, FARAdaLayerNorm
 
 
 def frame_modulations(model, clip, timesteps: torch.Tensor):

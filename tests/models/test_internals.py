@@ -33,7 +33,8 @@ PRIVATE = {
         "_diffusers_hook",
     },
     "models/identity.py": {"_orig_mod"},
-    "models/transformer_far.py": {"_apply", "_gradient_checkpointing_func"},
+    "models/frame_network.py": {"_gradient_checkpointing_func"},
+    "models/frame_transformer.py": {"_apply"},
     "loaders/lora.py": {"_fetch_state_dict"},
 }
 

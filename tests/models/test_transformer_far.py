@@ -27,8 +27,8 @@ from tiny_models import (
 from torch.nn.attention.flex_attention import BlockMask
 
 from diffusers_far import FARTransformer3DModel
-from diffusers_far.models import transformer_far
-from diffusers_far.models.transformer_far import FARAdaLayerNorm
+from diffusers_far.models import frame_network
+from diffusers_far.models.frame_network import FARAdaLayerNorm
 
 
 def kind_of(config: dict) -> str:
@@ -266,7 +266,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(long_patch_size):
             model.enable_gradient_checkpointing()
         model.zero_grad()
         torch.manual_seed(0)
-        with patch.object(transformer_far.FARTransformerBlock, "forward", autospec=True) as forward:
+        with patch.object(frame_network.FARTransformerBlock, "forward", autospec=True) as forward:
             forward.side_effect = forward_of_block
             model(clip.latents, clip.timestep, actions=clip.actions).sample.square().mean().backward()
         # Each of 2 blocks runs once more where its activations were not kept.
@@ -278,7 +278,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(long_patch_size):
         assert torch.equal(gradients[True][name], gradient), name
 
 
-forward_of_block = transformer_far.FARTransformerBlock.forward
+forward_of_block = frame_network.FARTransformerBlock.forward
 
 
 @every_condition
@@ -386,7 +386,7 @@ def test_flex_attention_gets_a_block_mask_native_attention_chunks_and_the_others
     recorded = RuntimeError("recorded")
     with (
         using_backend(model, backend),
-        patch("diffusers_far.models.transformer_far.dispatch_attention_fn", side_effect=recorded) as dispatch,
+        patch("diffusers_far.models.frame_network.dispatch_attention_fn", side_effect=recorded) as dispatch,
         pytest.raises(RuntimeError) as error,
     ):
         predict(model, random_clip(model, 12))
@@ -423,7 +423,7 @@ def test_modulation_runs_on_frames_and_not_on_tokens(long_patch_size):
 
 def test_the_mask_of_a_whole_clip_is_built_once():
     model = tiny_transformer(num_layers=3)
-    with patch.object(transformer_far, "frame_causal_mask", wraps=transformer_far.frame_causal_mask) as build:
+    with patch.object(frame_network, "frame_causal_mask", wraps=frame_network.frame_causal_mask) as build:
         predict(model, random_clip(model, 4))
         assert build.call_count == 1
         predict(model, random_clip(model, 1))

@@ -11,8 +11,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMi
 from diffusers.utils import logging
 
 from ..checks import check_choice
-from ..models.frames import FrameBatch
-from ..models.transformer_far import CLEAN_TIMESTEP, FARTransformer3DModel
+from ..models.frames import CLEAN_TIMESTEP, FrameBatch
+from ..models.transformer_far import FARTransformer3DModel
 from ..pipelines.pipeline_far import FARPipeline, FARPipelineOutput, VideoPipeline
 from ..pipelines.rollout import Rollout, frame_noise
 from ..pipelines.settings import GenerationRequest

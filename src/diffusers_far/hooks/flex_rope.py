@@ -14,8 +14,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
 from ..checks import check_count, is_finite_number
+from ..models.frame_network import AttentionFrames, FARAttentionBias
 from ..models.functional import frame_causal_mask
-from ..models.transformer_far import AttentionFrames, FARAttentionBias
 
 
 FLEX_ROPE_HOOK = "flex_rope"

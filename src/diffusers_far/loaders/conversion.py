@@ -9,8 +9,9 @@ from diffusers import AutoencoderDC
 from diffusers.utils import logging
 
 from ..hooks import FlexRoPEConfig, apply_flex_rope
+from ..models.frame_transformer import FrameTransformer
 from ..models.loading import describe_key_errors, name_some
-from ..models.transformer_far import FARTransformer3DModel, FrameTransformer
+from ..models.transformer_far import FARTransformer3DModel
 from ..models.transformer_scd import SCDTransformer3DModel
 
 

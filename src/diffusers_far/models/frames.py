@@ -11,6 +11,9 @@ import torch
 from .context_plan import ContextPlan
 
 
+CLEAN_TIMESTEP = -1.0  # outside the schedule: a finished frame
+
+
 @dataclass(frozen=True)
 class FrameBatch:
     """Frames as the transformer is fed them: latents with the conditions that belong to each frame.
@@ -172,11 +175,11 @@ def shift_actions(actions: torch.Tensor, action_shift: int, num_frames: int) -> 
 
 
 def pair_with_clean(
-    frames: FrameBatch, timestep: torch.Tensor, clean_latents: torch.Tensor, plan: ContextPlan, clean_timestep: float
+    frames: FrameBatch, timestep: torch.Tensor, clean_latents: torch.Tensor, plan: ContextPlan
 ) -> tuple[FrameBatch, torch.Tensor]:
     """All frames clean, and after them the short ones as they were given: their twins. Timesteps likewise."""
     clean_frames = FrameBatch(clean_latents, frames.actions, frames.action_mask)
     twins = frames.last(plan.num_short_frames)
     return clean_frames.append(twins), torch.cat(
-        [torch.full_like(timestep, clean_timestep), timestep[..., plan.num_long_frames :]], dim=-1
+        [torch.full_like(timestep, CLEAN_TIMESTEP), timestep[..., plan.num_long_frames :]], dim=-1
     )

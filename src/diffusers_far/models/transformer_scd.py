@@ -19,19 +19,10 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 
 from .adapters import scaled_adapters
 from .context_plan import ContextPlan
-from .frames import FrameBatch, check_condition, repeat_batch
+from .frame_network import AttentionFrames, FARAttentionBias, FrameModulation, FrameNetwork
+from .frame_transformer import FARTransformerOutput, FrameTransformer, check_config, initialize_weights
+from .frames import CLEAN_TIMESTEP, FrameBatch, check_condition, repeat_batch
 from .kv_cache import ContextFeature, FARKVCache
-from .transformer_far import (
-    CLEAN_TIMESTEP,
-    AttentionFrames,
-    FARAttentionBias,
-    FARTransformerOutput,
-    FrameModulation,
-    FrameNetwork,
-    FrameTransformer,
-    check_config,
-    initialize_weights,
-)
 
 
 LEAST_NULL_NOISE = 0.05  # on the feature of the null half, for a model that was trained with less

@@ -25,8 +25,8 @@ from ..checks import (
     is_finite_number,
 )
 from ..models.codec import spatial_compression
+from ..models.frame_transformer import FrameTransformer
 from ..models.kv_cache import CacheOptions
-from ..models.transformer_far import FrameTransformer
 from ..pictures import upright_rgb
 from .settings import GenerationRequest, GenerationSettings
 

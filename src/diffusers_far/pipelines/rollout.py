@@ -13,9 +13,10 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..checks import check_count
-from ..models.frames import FrameBatch
+from ..models.frame_network import FrameModulation
+from ..models.frame_transformer import FrameTransformer
+from ..models.frames import CLEAN_TIMESTEP, FrameBatch
 from ..models.kv_cache import computing_dtype
-from ..models.transformer_far import CLEAN_TIMESTEP, FrameModulation, FrameTransformer
 from .inputs import NUM_TIMESTEPS, check_guidance
 from .settings import GenerationSettings
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from ..models.transformer_far import CLEAN_TIMESTEP
+from ..models.frames import CLEAN_TIMESTEP
 
 
 NUM_TRAIN_TIMESTEPS = 1000

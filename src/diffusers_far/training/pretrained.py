@@ -7,8 +7,9 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+from ..models.frame_network import FrameNetwork
+from ..models.frame_transformer import FrameTransformer
 from ..models.identity import public_config
-from ..models.transformer_far import FrameNetwork, FrameTransformer
 
 
 logger = logging.getLogger(__name__)
