@@ -24,9 +24,9 @@ from diffusers_far import FARTransformer3DModel, preset_config
 from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.models.codec import encode_video
 from diffusers_far.models.presets import PRESETS
-from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches, open_clips
+from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches
 from diffusers_far.training.config import FARSettings, build_optimizer
-from diffusers_far.training.run import training_batches
+from diffusers_far.training.data import open_clips, training_batches
 
 from .loader_sets import UCF_SIZE, DataSets, make_sets, prepare
 from .measurement import Measurement, Row

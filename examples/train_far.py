@@ -89,18 +89,18 @@ from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.identity import public_config
 from diffusers_far.models.kv_cache import CacheOptions
 from diffusers_far.pipelines.model_card import model_card
-from diffusers_far.training.clips import clip_loss, encode_batches, open_clips, open_validation_clips
+from diffusers_far.training.clips import clip_loss, encode_batches
+from diffusers_far.training.data import (
+    check_data,
+    describe_tokens,
+    open_clips,
+    open_validation_clips,
+    training_batches,
+)
 from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.pretrained import as_flow_map, is_pipeline, pipeline_settings, with_conditions
-from diffusers_far.training.run import (
-    TrainingRun,
-    check_data,
-    describe_tokens,
-    disable_cudnn_attention,
-    training_batches,
-    training_facts,
-)
+from diffusers_far.training.run import TrainingRun, disable_cudnn_attention, training_facts
 from diffusers_far.training.validation import Measurement, describe_metrics, measure, side_by_side
 
 
@@ -176,7 +176,8 @@ def build_pipeline(
     own = ("fps", "action_names", "num_inference_steps", "short_cache")
     options |= {name: getattr(settings, name) for name in own if getattr(settings, name) is not None}
     check_count("num_inference_steps", options["num_inference_steps"])
-    CacheOptions(options.get("short_cache") or "exact").check(config.short_window, config.long_patch_size is not None)
+    if options.get("short_cache"):
+        CacheOptions(options["short_cache"]).check(config.short_window, config.long_patch_size is not None)
     pipeline_class = FARPipeline
     if settings.objective == "video_dit":
         if settings.short_cache not in (None, "exact"):

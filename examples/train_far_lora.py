@@ -57,7 +57,14 @@ from accelerate.logging import get_logger
 from diffusers_far import FARPipeline
 from diffusers_far.evaluation.media import write_mp4
 from diffusers_far.models.identity import model_identity
-from diffusers_far.training.clips import clip_loss, encode_batches, open_clips, open_validation_clips
+from diffusers_far.training.clips import clip_loss, encode_batches
+from diffusers_far.training.data import (
+    check_data,
+    describe_tokens,
+    open_clips,
+    open_validation_clips,
+    training_batches,
+)
 from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.lora import (
@@ -67,14 +74,7 @@ from diffusers_far.training.lora import (
     lora_targets,
     save_lora,
 )
-from diffusers_far.training.run import (
-    TrainingRun,
-    check_data,
-    describe_tokens,
-    disable_cudnn_attention,
-    training_batches,
-    training_facts,
-)
+from diffusers_far.training.run import TrainingRun, disable_cudnn_attention, training_facts
 from diffusers_far.training.validation import Measurement, describe_metrics, measure, side_by_side
 
 

@@ -17,13 +17,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from benchmarks.studies.scripts import load_script
 from diffusers_far import SCDTransformer3DModel
 from diffusers_far.data.clips import Clip, ClipBatch
-from diffusers_far.data.rows import BadExampleError
 from diffusers_far.models.identity import settings_hash
-from diffusers_far.training import clips as training_clips
 from diffusers_far.training import run
 from diffusers_far.training.checkpoints import save_checkpoint
 from diffusers_far.training.clips import clip_loss
-from diffusers_far.training.config import FARSettings, FrameSettings
+from diffusers_far.training.config import FARSettings, FrameSettings, check_context_parallel
+from diffusers_far.training.data import describe_tokens, training_batches
 from diffusers_far.training.launch import Launch
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 from diffusers_far.training.run import (
@@ -31,17 +30,13 @@ from diffusers_far.training.run import (
     StepOutcome,
     TrainingRun,
     build_accelerator,
-    check_context_parallel,
-    check_data,
     check_sharding,
     describe_launch,
-    describe_tokens,
     disable_cudnn_attention,
     evaluated,
     hyperparameters,
     seed_step,
     tracker_names,
-    training_batches,
     training_facts,
 )
 
@@ -326,43 +321,6 @@ def test_a_checkpoint_of_an_earlier_version_resumes_unless_a_setting_has_changed
             changed.start("run", dataset="abc")
 
 
-class Latents:
-    """Cached latents as far as these functions look at them."""
-
-    dataset_fingerprint, vae_hash = "data", "vae"
-
-    def __init__(self, channels=4, actions=None, label=None):
-        self.latent_shape = (channels, 4, 4)
-        self.first_clip = Clip(torch.zeros(1, channels, 4, 4), actions, label)
-
-    def check_rows(self, num_actions, num_classes):
-        if self.first_clip.actions is not None and (self.first_clip.actions >= num_actions).any():
-            raise BadExampleError("Trajectory 0 has the action 3")
-
-    def clip(self, trajectory, start, length):
-        return self.first_clip
-
-
-@pytest.mark.parametrize(
-    "model, latents, message",
-    [
-        ({}, Latents(channels=3), "3 channels but the transformer has `in_channels` 4"),
-        ({"num_actions": 3}, Latents(), "takes actions but the latents have none"),
-        ({"num_classes": 3}, Latents(), "takes classes but the latents have none"),
-        ({"num_actions": 3}, Latents(actions=torch.zeros(1)), "are continuous, but the transformer's are discrete"),
-        ({"action_dim": 2}, Latents(actions=torch.zeros(1, dtype=int)), "are discrete, but"),
-        (
-            {"num_actions": 3},
-            Latents(actions=torch.zeros(1, dtype=int)),
-            "go up to 4 but the transformer has `num_actions` 3",
-        ),
-    ],
-)
-def test_data_that_does_not_fit_the_model_is_refused(model, latents, message):
-    with pytest.raises(ValueError, match=message):
-        check_data(latents, tiny_transformer(**model), num_fed_actions=5)
-
-
 def test_a_separable_model_comes_from_a_config_or_from_its_weights(tmp_path):
     build = load_script("train_far").build_transformer
     given = SimpleNamespace(pretrained_model_name_or_path=None, revision=None, objective="far")
@@ -381,20 +339,6 @@ def test_a_class_that_no_script_trains_is_refused_with_where_it_stands(tmp_path)
     given = SimpleNamespace(pretrained_model_name_or_path=None, transformer_config=str(tmp_path / "config.json"))
     with pytest.raises(ValueError, match="^`--transformer_config` '.*' has the `_class_name` 'WanTransformer3DModel'"):
         load_script("train_far").build_transformer(given, in_channels=4, num_actions=3)
-
-
-def test_data_that_fits_passes():
-    check_data(Latents(actions=torch.zeros(1, dtype=int), label=0), tiny_transformer(num_actions=3, num_classes=2), 3)
-    check_data(Latents(), tiny_transformer(), None)
-
-
-def test_the_split_that_is_held_out_is_looked_at_before_the_first_step_too():
-    good, bad = (Latents(actions=torch.full((1,), action)) for action in (2, 3))
-    check_data(good, tiny_transformer(num_actions=3), 3, good)
-    with pytest.raises(BadExampleError, match="Of the split that is held out: Trajectory 0 has the action 3"):
-        check_data(good, tiny_transformer(num_actions=3), 3, bad)
-    with pytest.raises(ValueError, match="Of the split that is held out: .*3 channels"):
-        check_data(good, tiny_transformer(num_actions=3), 3, Latents(channels=3))
 
 
 def test_what_the_network_draws_depends_on_seed_step_and_process_alone():
@@ -586,13 +530,3 @@ def test_the_attention_of_long_models_alone_is_kept_from_cudnn(long_patch_size, 
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: left_out.append(not enabled))
     disable_cudnn_attention(tiny_transformer(long_patch_size=long_patch_size).config)
     assert left_out == ([] if long_patch_size is None else [True])
-
-
-def test_a_split_that_is_held_out_and_too_short_is_refused_at_the_start(monkeypatch, tmp_path):
-    (tmp_path / "validation").mkdir()
-    settings = settings_of(tmp_path, latents_dir=str(tmp_path), num_frames=4)
-    monkeypatch.setattr(training_clips, "open_clips", lambda *_: FaultyLatents())
-    with pytest.raises(ValueError, match="split 'validation', which is held out: .* the longest of 4 .* has 3"):
-        training_clips.open_validation_clips(settings, None)
-    settings.num_frames = 3
-    assert training_clips.open_validation_clips(settings, None) is not None

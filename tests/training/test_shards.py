@@ -3,12 +3,12 @@
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from tiny_models import tiny_transformer
+from tiny_models import tiny_pipeline, tiny_transformer
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from diffusers_far.training.shards import ShardedAverage, cut, gathered, held_bytes, own_part
+from diffusers_far.training.shards import ShardedAverage, Shards, cut, gathered, held_bytes, own_part
 
 
 @pytest.fixture
@@ -88,3 +88,14 @@ def test_shards_hold_a_part_of_all_and_a_block_whole(has_average):
     for number, each in zip((2, 4), counted[1:]):
         assert num_bytes / number <= each - whole < num_bytes / number * 1.05  # what cannot be halved is small
     assert held_bytes(transformer, optimizer, has_average, 1, torch.bfloat16) == num_bytes + whole // 2
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_pipeline_has_the_whole_copy_inside_alone_and_the_network_elsewhere(is_main, monkeypatch):
+    network, copy = tiny_transformer(), tiny_transformer()
+    pipeline = tiny_pipeline(network)
+    monkeypatch.setattr(Shards, "whole_copy", lambda self: copy if is_main else None)
+    with pytest.raises(KeyError), Shards.__new__(Shards).whole_inside(pipeline):
+        assert pipeline.transformer is (copy if is_main else network)
+        raise KeyError
+    assert pipeline.transformer is network

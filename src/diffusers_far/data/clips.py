@@ -9,7 +9,7 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -134,10 +134,8 @@ class ClipBatch:
         return [name for name, is_good in zip(names, is_finite.all(0).tolist()) if not is_good]
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ClipBatch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ twin beside each clean frame.
 B batch, F frames, C latent channels, H/W latent height/width, A action channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +85,7 @@ class FrameBatch:
 
     def repeated(self, num_times: int) -> "FrameBatch":
         """One frame as `num_times` frames, as views."""
-
-        def repeat(tensor):
-            return None if tensor is None else tensor.expand(-1, num_times, *tensor.shape[2:])
-
-        return FrameBatch(repeat(self.latents), repeat(self.actions), repeat(self.action_mask))
+        return self._changed(lambda tensor: tensor.expand(-1, num_times, *tensor.shape[2:]))
 
     def drawn(self, latents: torch.Tensor) -> "FrameBatch":
         """Several draws of these frames, `(N, B, F, C, H, W)`, one after the other in the batch."""
@@ -97,8 +94,7 @@ class FrameBatch:
 
     def between(self, start: int, end: int) -> "FrameBatch":
         """The frames from `start` up to and without `end`, as views."""
-        tensors = (self.latents, self.actions, self.action_mask)
-        return FrameBatch(*(None if tensor is None else tensor[:, start:end] for tensor in tensors))
+        return self._changed(lambda tensor: tensor[:, start:end])
 
     def last(self, num_frames: int) -> "FrameBatch":
         """The last `num_frames` frames, as views."""
@@ -106,8 +102,11 @@ class FrameBatch:
 
     def copy(self) -> "FrameBatch":
         """Copies that do not change with the caller's tensors."""
+        return self._changed(torch.clone)
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "FrameBatch":
         tensors = (self.latents, self.actions, self.action_mask)
-        return FrameBatch(*(None if tensor is None else tensor.clone() for tensor in tensors))
+        return FrameBatch(*(None if tensor is None else change(tensor) for tensor in tensors))
 
     def _full_mask(self) -> torch.Tensor:
         if self.action_mask is not None:
@@ -123,9 +122,8 @@ def repeat_batch(tensor: torch.Tensor | None, num_times: int) -> torch.Tensor | 
 def blank_tensors(
     form: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str
 ) -> dict[str, torch.Tensor]:
-    """Zeros of such shapes and dtypes, under names without `?`, each a view of one number."""
-    blanks = {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for name, (shape, dtype) in form.items()}
-    return {name.removesuffix("?"): blank for name, blank in blanks.items()}
+    """Zeros of such shapes and dtypes, each a view of one number."""
+    return {name: torch.zeros((), dtype=dtype, device=device).expand(shape) for name, (shape, dtype) in form.items()}
 
 
 def check_condition(name: str, value: torch.Tensor | None, is_taken: bool, shape: tuple[int, ...]) -> None:

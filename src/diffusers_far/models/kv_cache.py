@@ -365,8 +365,8 @@ class FARKVCache:
         return tensors, {name: getattr(self, name) for name in self._CLOCK}
 
     def state_form(self, clock: dict[str, int | bool]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor that a `state` at this clock has, where actions are fed with masks; a name with
-        `?` may lack.
+        """Shape and dtype of each tensor that a `state` at this clock has, where actions are fed with masks; the
+        feature may lack.
 
         Raises:
             ValueError: No cache with these options ever shows this clock.
@@ -395,8 +395,8 @@ class FARKVCache:
             form |= {f"kept_{name}": each for name, each in kept.items()}
         if model.is_separable and num_frames:
             shape = model.feature_shape(batch_size, plan.height, plan.width)
-            form |= {"feature_states?": (shape, self.dtype)}
-            form |= {"feature_gain?": ((batch_size, 1, 1, model.inner_dim), self.dtype)}
+            form |= {"feature_states": (shape, self.dtype)}
+            form |= {"feature_gain": ((batch_size, 1, 1, model.inner_dim), self.dtype)}
         return form
 
     def restore(self, tensors: dict[str, torch.Tensor], clock: dict[str, int | bool]) -> None:

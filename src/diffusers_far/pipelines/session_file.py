@@ -188,14 +188,15 @@ def stored_state(
         class_labels=labels,
         config=config,
     )
-    form |= {f"past.{name}": each for name, each in rollout.state_form(facts["clock"]).items()}
+    of_past = {f"past.{name}": each for name, each in rollout.state_form(facts["clock"]).items()}
+    feature = {name for name in of_past if name.startswith("past.feature_")}
+    form |= {f"{name}?" if name in feature else name: each for name, each in of_past.items()}
     num_unwritten = facts["num_frames"] - facts["clock"]["num_frames"]
     if not 0 <= num_unwritten <= len(facts["frame_noise_devices"]):
         raise ValueError(f"{num_unwritten} of {facts['num_frames']} frames are still to be written")
     if num_unwritten == 0 and facts["clock"].get("cache", {}).get("_window_is_stale"):
         raise ValueError("the short window is to be encoded anew, but no frame is to be written")
     check_tensors(tensors, form, transformer)
-    feature = {name.removesuffix("?") for name in form if name.startswith("past.feature_")}
     num_given = len(feature & tensors.keys())
     if num_given < len(feature) and (num_given or num_unwritten == 0):
         raise ValueError("the feature of the frame to come is not whole")

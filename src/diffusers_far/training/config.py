@@ -445,6 +445,37 @@ def _words_of_recipe(path: str, names: set[str]) -> list[str]:
     return words
 
 
+def check_context_parallel(settings: RunSettings, num_processes: int, transformer_config=None) -> None:
+    """Refuse to share clips among processes where it cannot be done, or was never tried.
+
+    Args:
+        settings ([`RunSettings`]): Of a script that was asked to share them.
+        num_processes (`int`): That were launched.
+        transformer_config (*optional*): Of the transformer, where it is known.
+
+    Raises:
+        ValueError: Says why, and what to do instead.
+    """
+    size, config = settings.context_parallel_size, transformer_config
+    compiles, drops = (getattr(settings, name, False) for name in ("compile", "lora_dropout"))
+    refused = [
+        (num_processes % size, f"{num_processes} processes were launched", f"launch a multiple of {size}"),
+        (compiles, "`--compile` was never tried with it", "leave out one of them"),
+        (drops, "`--lora_dropout` would be the same for different frames", "leave out one of them"),
+    ]
+    if config is not None:
+        heads = config.num_attention_heads
+        frames = settings.num_frames if config.long_patch_size is None else config.short_window
+        frames -= "num_decoder_layers" in config  # an encoder does not see the last frame
+        refused += [
+            (heads % size, f"the transformer has {heads} `num_attention_heads`", f"give a divisor of {heads}"),
+            (frames < size, f"there are {frames} short frames to share in a pass", f"give at most {max(1, frames)}"),
+        ]
+    for is_refused, reason, cure in refused:
+        if is_refused:
+            raise ValueError(f"`context_parallel_size` is {size}, but {reason}; {cure}.")
+
+
 def read_config(name: str, path: str) -> dict[str, Any]:
     """The JSON object in the file that the argument `name` gives.
 

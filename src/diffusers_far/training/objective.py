@@ -5,7 +5,7 @@ B batch, F frames (long ones first), F_short short frames, C latent channels, H/
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,8 +53,7 @@ class ObjectiveDraw:
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True)

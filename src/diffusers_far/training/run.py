@@ -33,18 +33,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..command_line import Progress
 from ..data.clips import ClipBatch
-from ..data.latents import LatentDataset
-from ..data.video_clips import EncodedDataset, StreamedClips
 from ..models.context_parallel import ClipGroup
 from ..models.loading import name_some
 from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint, way_back
-from .clips import StepBatches, TrainingBatches, step_generator
-from .config import FARSettings, RunSettings
+from .clips import step_generator
+from .config import FARSettings, RunSettings, check_context_parallel
 from .hub import open_repo, push_folder
 from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
 from .shards import Shards, gathered, held_bytes, own_part
-from .streaming import StreamedBatches
 
 
 logger = get_logger(__name__)
@@ -369,16 +366,12 @@ class TrainingRun:
         Args:
             pipeline (`DiffusionPipeline`): Its transformer is the network.
         """
-        if self.shards is None:
-            with evaluated(self.network, self.ema) if self.is_main else nullcontext():
-                yield self.is_main
-            return
-        copy = self.shards.whole_copy()
-        pipeline.register_modules(transformer=self.network if copy is None else copy)
-        try:
+        if self.shards is not None:
+            inside = self.shards.whole_inside(pipeline)
+        else:
+            inside = evaluated(self.network, self.ema) if self.is_main else nullcontext()
+        with inside:
             yield self.is_main
-        finally:
-            pipeline.register_modules(transformer=self.network)
 
     def _save_checkpoint(self) -> None:
         limit = self.settings.checkpoints_total_limit
@@ -513,7 +506,8 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     elif settings.gradient_accumulation_steps is None:
         settings.gradient_accumulation_steps = launched_steps
     settings.check()
-    check_context_parallel(settings, accelerator.num_processes)
+    if settings.context_parallel_size > 1:
+        check_context_parallel(settings, accelerator.num_processes)
     if accelerator.is_fsdp2:
         check_sharding(settings, accelerator)
     elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -544,37 +538,6 @@ def check_sharding(settings: RunSettings, accelerator: Accelerator) -> None:
     for is_asked, what, instead in refused:
         if is_asked:
             raise ValueError(f"The launch asks for FSDP 2, with which {what} was never tried; {instead}.")
-
-
-def check_context_parallel(settings: RunSettings, num_processes: int, transformer_config=None) -> None:
-    """Refuse to share clips among processes where it cannot be done, or was never tried.
-
-    Args:
-        settings ([`RunSettings`]): Of the script.
-        num_processes (`int`): That were launched.
-        transformer_config (*optional*): Of the transformer, where it is known.
-
-    Raises:
-        ValueError: Says why, and what to do instead.
-    """
-    size, config = settings.context_parallel_size, transformer_config
-    compiles, drops = (getattr(settings, name, False) for name in ("compile", "lora_dropout"))
-    refused = [
-        (num_processes % size, f"{num_processes} processes were launched", f"launch a multiple of {size}"),
-        (size > 1 and compiles, "`--compile` was never tried with it", "leave out one of them"),
-        (size > 1 and drops, "`--lora_dropout` would be the same for different frames", "leave out one of them"),
-    ]
-    if size > 1 and config is not None:
-        heads = config.num_attention_heads
-        frames = settings.num_frames if config.long_patch_size is None else config.short_window
-        frames -= "num_decoder_layers" in config  # an encoder does not see the last frame
-        refused += [
-            (heads % size, f"the transformer has {heads} `num_attention_heads`", f"give a divisor of {heads}"),
-            (frames < size, f"there are {frames} short frames to share in a pass", f"give at most {max(1, frames)}"),
-        ]
-    for is_refused, reason, cure in refused:
-        if is_refused:
-            raise ValueError(f"`context_parallel_size` is {size}, but {reason}; {cure}.")
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -671,98 +634,6 @@ def disable_cudnn_attention(transformer_config) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def check_data(
-    latents: LatentDataset | EncodedDataset | StreamedClips,
-    transformer: torch.nn.Module,
-    num_fed_actions: int | None,
-    validation_latents: LatentDataset | EncodedDataset | None = None,
-) -> None:
-    """Refuse data that the model cannot be trained on or measured with, before any step. Every row of both splits is looked
-    at; of a stream the first one, and the others as they come.
-
-    Args:
-        latents (`LatentDataset`, `EncodedDataset` or `StreamedClips`): To train on.
-        transformer ([`FARTransformer3DModel`] or [`SCDTransformer3DModel`]): To be trained.
-        num_fed_actions (`int`, *optional*): Discrete actions that it will be fed, see `FARSettings.num_fed_actions`.
-        validation_latents (`LatentDataset` or `EncodedDataset`, *optional*): Held out.
-
-    Raises:
-        ValueError: Channels or the number of actions do not fit, or the latents lack the actions or classes that the
-            transformer takes, or have others.
-        BadExampleError: A row does not fit, see [`VideoClips.check_rows`]; the message names it.
-    """
-    if validation_latents is not None:
-        try:
-            check_data(validation_latents, transformer, None)
-        except ValueError as error:
-            raise type(error)(f"Of the split that is held out: {error}") from error
-    config = transformer.config
-    if latents.latent_shape[0] != config.in_channels:
-        raise ValueError(
-            f"The latents have {latents.latent_shape[0]} channels but the transformer has `in_channels` "
-            f"{config.in_channels}; change the transformer's config, or cache latents of another VAE."
-        )
-    clip = latents.clip(0, 0, 1)
-    if transformer.takes_actions and clip.actions is None:
-        raise ValueError(
-            "The transformer takes actions but the latents have none; leave `num_actions` out of its config."
-        )
-    dtype = torch.int64 if config.num_actions is not None else torch.float32
-    if transformer.takes_actions and clip.actions.dtype != dtype:
-        kinds = {torch.int64: "discrete", torch.float32: "continuous"}
-        raise ValueError(
-            f"The actions of the data are {kinds[clip.actions.dtype]}, but the transformer's are {kinds[dtype]}; give its "
-            "config `num_actions` for discrete ones and `action_dim` for continuous ones."
-        )
-    if config.num_actions is not None and num_fed_actions is not None and num_fed_actions > config.num_actions:
-        raise ValueError(
-            f"The actions go up to {num_fed_actions - 1} but the transformer has `num_actions` {config.num_actions}; "
-            f"give at least {num_fed_actions} in its config."
-        )
-    if transformer.takes_labels and clip.label is None:
-        raise ValueError(
-            "The transformer takes classes but the latents have none; leave `num_classes` out of its config."
-        )
-    latents.check_rows(config.num_actions, config.num_classes)
-
-
-def training_batches(
-    settings: FARSettings,
-    latents: LatentDataset | EncodedDataset | StreamedClips,
-    transformer_config,
-    accelerator: Accelerator,
-) -> TrainingBatches | StreamedBatches:
-    """This process's batches of the whole run, of the longest clips alone in a dry run; checkpoints of `accelerator` hold
-    the place in a stream. `num_train_epochs` becomes a number of steps."""
-    check_context_parallel(settings, accelerator.num_processes, transformer_config)
-    is_long = transformer_config.long_patch_size is not None
-    objective = settings.training_objective(transformer_config)
-    sizes = {
-        "num_frames": settings.num_frames,
-        "short_window": transformer_config.short_window if is_long else None,
-        "interval": settings.frame_interval,
-        "batch_size": settings.train_batch_size,
-        "num_accumulated": settings.gradient_accumulation_steps,
-        "seed": settings.seed,
-        # Those that share clips draw the same ones.
-        "process_index": accelerator.process_index // settings.context_parallel_size,
-        "num_processes": accelerator.num_processes // settings.context_parallel_size,
-    }
-    if isinstance(latents, StreamedClips):
-        batches = StreamedBatches(
-            latents,
-            objective,
-            block_size=settings.shuffle_buffer_size,
-            clips_per_trajectory=settings.clips_per_trajectory,
-            **sizes,
-        )
-        batches.save_with(accelerator)
-    else:
-        batches = TrainingBatches(latents, objective, **sizes)
-        settings.count_epochs(len(batches.trajectories), batches.clips_per_step)
-    return batches.longest if settings.dry_run else batches
-
-
 def training_facts(run: TrainingRun, objective: TrainingObjective) -> dict[str, str]:
     """What a card says of a run; a folder of data by its name, not where it lies."""
     settings = run.settings
@@ -776,15 +647,3 @@ def training_facts(run: TrainingRun, objective: TrainingObjective) -> dict[str, 
         "Optimizer": f"{settings.optimizer}, learning rate {settings.learning_rate}, {settings.lr_scheduler}",
         "Seed": str(settings.seed),
     }
-
-
-def describe_tokens(transformer: torch.nn.Module, batches: StepBatches) -> str:
-    """How many tokens a clip of the longest length has, to be read."""
-    plan = transformer.context_plan(batches.num_frames, *batches.latent_shape[1:])
-    tokens = f"{plan.num_tokens} tokens per clip of {batches.num_frames} frames, {plan.num_long_tokens} of them long"
-    if transformer.is_separable:
-        num_decoded = 2 * batches.objective.decoder_draws * plan.num_short_tokens
-        tokens += f"; the decoder sees {num_decoded}, each noisy frame beside its feature"
-    elif batches.objective.teacher_forcing:
-        tokens += f"; {plan.num_tokens + plan.num_short_tokens} with the noisy twins of teacher forcing"
-    return tokens

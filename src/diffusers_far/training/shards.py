@@ -5,12 +5,15 @@ which any number of processes resumes, in shards or not; and a copy of the model
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -173,6 +176,16 @@ class Shards:
         copy = deepcopy(self._outline)
         copy.load_state_dict(weights, assign=True)
         return copy.to(self.accelerator.device).eval()
+
+    @contextmanager
+    def whole_inside(self, pipeline: DiffusionPipeline) -> Iterator[None]:
+        """Inside, the pipeline has the `whole_copy`, where there is one. Every process calls this."""
+        network, copy = pipeline.transformer, self.whole_copy()
+        pipeline.register_modules(transformer=network if copy is None else copy)
+        try:
+            yield
+        finally:
+            pipeline.register_modules(transformer=network)
 
     def _save(self, models: list, weights: list, folder: str) -> None:
         is_main = self.accelerator.is_main_process
