@@ -34,6 +34,10 @@ RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 # Of separable models; those of their paper.
 DECODER_DRAWS = 2
 DECODER_RATE_RATIO = 2.0
+OF_MODEL = {
+    "learn_start": True,
+    "flow_map": False,
+}  # what an objective is told by the model's config, and for one without
 # What `setting` says of a field that argparse does not know.
 RULES = ("least", "free", "of_stream", "rule")
 
@@ -360,20 +364,14 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
                 f"`flow_map_guidance` is {self.flow_map_guidance}, but no condition guides this model; leave it out."
             )
         self._refuse_other_models_settings(is_separable)
-        return TrainingObjective(
-            self.objective,
-            0.0 if is_separable else self.clean_context_ratio,
-            self.clean_prefix_ratio,
-            self.teacher_forcing or is_separable,
-            self.condition_dropout,
-            self.logit_mean,
-            self.logit_std,
-            self.repeat_ratio,
-            (self.decoder_draws or DECODER_DRAWS) if is_separable else None,
-            transformer_config.get("learn_start", True),
-            transformer_config.get("flow_map", False),
-            1.0 if self.flow_map_guidance is None else self.flow_map_guidance,
-        )
+        # By the names that both have; what is left out has its default there, and of the model its config tells.
+        names = {each.name for each in fields(TrainingObjective)} & {each.name for each in fields(self)}
+        told = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        told |= {name: transformer_config.get(name, default) for name, default in OF_MODEL.items()}
+        if is_separable:
+            draws = self.decoder_draws or DECODER_DRAWS
+            told |= {"clean_context_ratio": 0.0, "teacher_forcing": True, "decoder_draws": draws}
+        return TrainingObjective(self.objective, **told)
 
     def _refuse_other_models_settings(self, is_separable: bool) -> None:
         """Refuse what was given, as far as one can see, but has no meaning for the model."""
