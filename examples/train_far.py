@@ -12,15 +12,15 @@ checkpoints and logs: `FARPipeline.from_pretrained` loads it, and after `--objec
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from diffusers_far.command_line import set_up_logging
 from diffusers_far.models.presets import PRESETS, preset_config
 from diffusers_far.training.config import (
+    OPTIMIZERS,
     EMASettings,
     FARSettings,
-    build_optimizer,
     parse_settings,
-    rates_by_part,
     read_config,
     setting,
 )
@@ -57,6 +57,9 @@ class TrainFARSettings(EMASettings, FARSettings):
         "How a call caches that does not say: exact, rolling or a number of frames; goes into the pipeline. If left out, "
         "as the pipeline that training starts from, else exact.",
         free=True,
+    )
+    optimizer: Literal[(*OPTIMIZERS, "muon")] = setting(
+        "adamw", "With muon the matrices of the blocks are Muon's, all else AdamW's."
     )
     flow_map: bool = setting(
         False, "Train a flow map, for few steps: a new one, or what training starts from is made one.", free=True
@@ -99,6 +102,7 @@ from diffusers_far.training.data import (
 )
 from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
+from diffusers_far.training.optimizers import build_optimizer
 from diffusers_far.training.pretrained import as_flow_map, is_pipeline, pipeline_settings, with_conditions
 from diffusers_far.training.run import TrainingRun, disable_cudnn_attention, training_facts
 from diffusers_far.training.validation import Measurement, describe_metrics, measure, side_by_side
@@ -255,7 +259,7 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
 
     # 2. Optimizer, and the run that is resumed
     ema = EMAModel(transformer.parameters(), decay=settings.ema_decay, foreach=True) if settings.use_ema else None
-    run.prepare(transformer, build_optimizer(settings, rates_by_part(settings, transformer)), ema)
+    run.prepare(transformer, build_optimizer(settings, transformer), ema)
     model_config = public_config(config)
     run.start("train_far", dataset=clips.dataset_fingerprint, vae=clips.vae_hash, transformer=model_config)
     logger.info(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffusers_far.command_line import set_up_logging
-from diffusers_far.training.config import FARSettings, build_optimizer, parse_settings, rates_by_part, setting
+from diffusers_far.training.config import FARSettings, parse_settings, setting
 
 
 DEFAULT_FPS = 8  # of the sample video, where the pipeline has none
@@ -74,6 +74,7 @@ from diffusers_far.training.lora import (
     lora_targets,
     save_lora,
 )
+from diffusers_far.training.optimizers import build_optimizer
 from diffusers_far.training.run import TrainingRun, disable_cudnn_attention, training_facts
 from diffusers_far.training.validation import Measurement, describe_metrics, measure, side_by_side
 
@@ -137,7 +138,7 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
         transformer.enable_gradient_checkpointing()
 
     # 3. Optimizer, and the run that is resumed
-    run.prepare(transformer, build_optimizer(settings, rates_by_part(settings, transformer)))
+    run.prepare(transformer, build_optimizer(settings, transformer))
     checkpoint_trained_only(run.accelerator, transformer)
     run.start(
         "train_far_lora",

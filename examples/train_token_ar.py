@@ -12,14 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusers_far.command_line import set_up_logging
-from diffusers_far.training.config import (
-    EMASettings,
-    OptimizerSettings,
-    build_optimizer,
-    parse_settings,
-    read_config,
-    setting,
-)
+from diffusers_far.training.config import EMASettings, OptimizerSettings, parse_settings, read_config, setting
 
 
 @dataclass(kw_only=True)
@@ -52,6 +45,7 @@ from diffusers_far.models.loading import saved_whole
 from diffusers_far.training.clips import TrainingBatches, usable_trajectories
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.objective import TrainingObjective
+from diffusers_far.training.optimizers import build_optimizer
 from diffusers_far.training.run import TrainingRun, evaluated
 from diffusers_far.training.tokens import check_codes, measure_tokens, token_loss
 from diffusers_far.training.validation import describe_metrics
@@ -115,7 +109,7 @@ def main(settings: TrainTokenSettings, launch: Launch) -> None:
 
     # 2. Optimizer, and the run that is resumed
     ema = EMAModel(token_ar.parameters(), decay=settings.ema_decay, foreach=True) if settings.use_ema else None
-    run.prepare(token_ar, build_optimizer(settings, token_ar.parameters()), ema)
+    run.prepare(token_ar, build_optimizer(settings, token_ar), ema)
     run.start("train_token_ar", dataset=codes.dataset_fingerprint, vae=codes.vae_hash, model=config_arguments)
     logger.info(
         f"{token_ar.num_parameters() / 1e6:.2f} M parameters; {batches.description} of {config.tokens_per_frame} codes; from "

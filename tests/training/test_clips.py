@@ -14,9 +14,10 @@ from diffusers_far.data.clips import Clip
 from diffusers_far.data.video_clips import EncodedDataset
 from diffusers_far.models.transformer_far import FARTransformer3DModel
 from diffusers_far.training.clips import TrainingBatches, clip_loss, encode_batches, fed_conditions
-from diffusers_far.training.config import FARSettings, rates_by_part
+from diffusers_far.training.config import FARSettings
 from diffusers_far.training.lora import add_lora, lora_targets
 from diffusers_far.training.objective import TrainingObjective
+from diffusers_far.training.optimizers import rates_by_part
 
 
 class FakeLatents:

@@ -1,13 +1,9 @@
 import json
 import math
-import sys
 from dataclasses import MISSING, dataclass, fields
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from tiny_models import tiny_separable, tiny_transformer
 
 from diffusers_far.data.rows import COMBINATION_RULES
 from diffusers_far.training.config import (
@@ -15,9 +11,7 @@ from diffusers_far.training.config import (
     EMASettings,
     FARSettings,
     FrameSettings,
-    build_optimizer,
     parse_settings,
-    rates_by_part,
     read_config,
     setting,
 )
@@ -225,46 +219,6 @@ def test_what_has_no_meaning_for_the_model_is_refused(flag, value, config):
         parse(f"--{flag}={value}").training_objective(config)
 
 
-@pytest.mark.parametrize("flags, ratio", [((), 2.0), (("--decoder_learning_rate_ratio", "0.5"), 0.5)])
-def test_the_decoder_learns_at_a_rate_of_its_own(flags, ratio):
-    model, settings = tiny_separable(), parse("--learning_rate", "0.5", *flags)
-    encoder, decoder = build_optimizer(settings, rates_by_part(settings, model)).param_groups
-    assert (encoder["lr"], decoder["lr"]) == (0.5, 0.5 * ratio)
-    assert {*map(id, decoder["params"])} == {*map(id, model.decoder.parameters())}
-    assert len(encoder["params"]) + len(decoder["params"]) == len([*model.parameters()])
-    model.encoder.requires_grad_(False)
-    assert [len(group["params"]) for group in rates_by_part(settings, model)][0] == 1  # the start of frame 0
-    assert rates_by_part(settings, tiny_transformer())[0].shape  # one rate: the parameters as they are
-
-
-@pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("radam", torch.optim.RAdam)])
-def test_the_optimizer_has_the_parameters_and_settings_that_were_given(name, kind):
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    settings = parse(
-        "--optimizer", name, "--learning_rate", "0.5", "--adam_beta2", "0.9", "--adam_weight_decay", "0.1"
-    )
-    optimizer = build_optimizer(settings, [parameter])
-    (group,) = optimizer.param_groups
-    assert type(optimizer) is kind and group["params"] == [parameter]
-    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.9, 0.9), 0.1, 1e-8)
-
-
-def test_an_optimizer_in_8_bits_is_that_of_bitsandbytes_or_says_how_to_get_it(monkeypatch, capsys):
-    flags = ("--output_dir", "run", "--latents_dir", "latents", "--use_8bit_adam")
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "not installed: `pip install bitsandbytes`" in refusal(capsys, *flags)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert "has no radam" in refusal(capsys, *flags, "--optimizer", "radam")
-
-    class AdamW8bit(torch.optim.AdamW):
-        pass
-
-    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit)))
-    optimizer = build_optimizer(parse("--use_8bit_adam"), [torch.nn.Parameter(torch.zeros(2))])
-    assert type(optimizer) is AdamW8bit and optimizer.param_groups[0]["lr"] == 1e-4
-
-
 def test_joined_actions_are_fed_as_their_sequences():
     settings = parse("--combine_actions", "joint", "--num_actions", "3", "--frame_interval", "2")
     assert settings.action_combiner()(np.array([[2, 1]])).tolist() == [7]
@@ -275,9 +229,6 @@ def test_joined_actions_are_fed_as_their_sequences():
 def test_what_can_be_chosen_is_what_there_is():
     for name, values in (("objective", OBJECTIVES), ("combine_actions", COMBINATION_RULES), ("optimizer", OPTIMIZERS)):
         assert [getattr(parse(f"--{name}", value), name) for value in values] == list(values)
-    for name in OPTIMIZERS:
-        optimizer = build_optimizer(parse("--optimizer", name), [torch.nn.Parameter(torch.zeros(1))])
-        assert type(optimizer).__name__.lower() == name
 
 
 def test_a_least_of_minus_infinity_still_asks_for_a_number():

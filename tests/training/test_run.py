@@ -129,6 +129,7 @@ SHARDING = {"activation_checkpointing": False, "cpu_offload": OffloadPolicy()}
     [
         ({"mixed_precision": "fp16"}, {}, "`--mixed_precision fp16` was never tried; give bf16"),
         ({"use_8bit_adam": True}, {}, "`--use_8bit_adam` was never tried"),
+        ({"optimizer": "muon"}, {}, "`--optimizer muon` was never tried; give adamw"),
         ({"compile": True}, {}, "`--compile` was never tried"),
         ({}, {"activation_checkpointing": True}, "`fsdp_activation_checkpointing`.*`--gradient_checkpointing`"),
         ({}, {"cpu_offload": CPUOffloadPolicy()}, "`fsdp_offload_params`"),

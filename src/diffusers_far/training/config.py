@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -24,12 +24,10 @@ from ..data.rows import COMBINATION_RULES, ActionCombiner
 
 
 if TYPE_CHECKING:  # a script reads its settings before it imports what takes seconds
-    import torch
-
     from .objective import TrainingObjective
 
 
-OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "radam": "RAdam"}  # and their classes in `torch.optim`
+OPTIMIZERS = ("adamw", "adam", "radam")
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 # Of separable models; those of their paper.
 DECODER_DRAWS = 2
@@ -217,7 +215,7 @@ class OptimizerSettings(RunSettings):
     gradient_accumulation_steps: int | None = setting(
         None, "Passes of a step; if left out, the launcher's, else 1.", least=1
     )
-    optimizer: Literal[tuple(OPTIMIZERS)] = setting("adamw")
+    optimizer: Literal[OPTIMIZERS] = setting("adamw")
     use_8bit_adam: bool = setting(False, "Optimizer states in 8 bits, by bitsandbytes.")
     adam_beta1: float = setting(0.9)
     adam_beta2: float = setting(0.999)
@@ -227,8 +225,8 @@ class OptimizerSettings(RunSettings):
 
     def check(self) -> None:
         super().check()
-        if self.use_8bit_adam and self.optimizer == "radam":
-            raise ValueError("`use_8bit_adam` has no radam; give `--optimizer adamw` or adam.")
+        if self.use_8bit_adam and self.optimizer not in ("adamw", "adam"):
+            raise ValueError(f"`use_8bit_adam` has no {self.optimizer}; give `--optimizer adamw` or adam.")
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("`use_8bit_adam` needs bitsandbytes, which is not installed: `pip install bitsandbytes`.")
 
@@ -487,39 +485,3 @@ def read_config(name: str, path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"`--{name}` {path!r} holds no JSON object; give a model's arguments by name.")
     return config
-
-
-def rates_by_part(settings: FARSettings, transformer: "torch.nn.Module") -> list:
-    """The parameters of a transformer that are trained; of a separable one in groups, its decoder's with a rate of their
-    own."""
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    if not transformer.is_separable:
-        return trained
-    of_decoder = {id(parameter) for parameter in transformer.decoder.parameters()}
-    ratio = settings.decoder_learning_rate_ratio
-    rate = settings.learning_rate * (DECODER_RATE_RATIO if ratio is None else ratio)
-    groups = [{"params": []}, {"params": [], "lr": rate}]
-    for parameter in trained:
-        groups[id(parameter) in of_decoder]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(
-    settings: OptimizerSettings, parameters: Iterable["torch.nn.Parameter"] | list[dict]
-) -> "torch.optim.Optimizer":
-    """The optimizer that was asked for, over `parameters`, or groups of them."""
-    import torch
-
-    if settings.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = getattr(bitsandbytes.optim, f"{OPTIMIZERS[settings.optimizer]}8bit")
-    else:
-        optimizer_class = getattr(torch.optim, OPTIMIZERS[settings.optimizer])
-    return optimizer_class(
-        parameters,
-        settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-    )

@@ -531,6 +531,7 @@ def check_sharding(settings: RunSettings, accelerator: Accelerator) -> None:
         (not isinstance(settings, FARSettings), "this script", "launch it with multi_gpu.yaml"),
         (settings.mixed_precision == "fp16", "`--mixed_precision fp16`", "give bf16"),
         (getattr(settings, "use_8bit_adam", False), "`--use_8bit_adam`", "leave it out"),
+        (getattr(settings, "optimizer", None) == "muon", "`--optimizer muon`", "give adamw"),
         (getattr(settings, "compile", False), "`--compile`", "leave it out"),
         (plugin.activation_checkpointing, "`fsdp_activation_checkpointing`", "give `--gradient_checkpointing`"),
         (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "`fsdp_offload_params`", "take more processes"),
