@@ -259,7 +259,13 @@ def main(settings: TrainFARSettings, launch: Launch) -> None:
 
     # 2. Optimizer, and the run that is resumed
     ema = EMAModel(transformer.parameters(), decay=settings.ema_decay, foreach=True) if settings.use_ema else None
-    run.prepare(transformer, build_optimizer(settings, transformer), ema)
+    optimizer = build_optimizer(settings, transformer)
+    run.prepare(
+        transformer,
+        optimizer,
+        ema,
+        trial=lambda: partial(clip_loss, transformer, config, *batches.invented(transformer)),
+    )
     model_config = public_config(config)
     run.start("train_far", dataset=clips.dataset_fingerprint, vae=clips.vae_hash, transformer=model_config)
     logger.info(

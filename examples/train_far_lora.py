@@ -138,7 +138,10 @@ def main(settings: TrainLoRASettings, launch: Launch) -> None:
         transformer.enable_gradient_checkpointing()
 
     # 3. Optimizer, and the run that is resumed
-    run.prepare(transformer, build_optimizer(settings, transformer))
+    optimizer = build_optimizer(settings, transformer)
+    run.prepare(
+        transformer, optimizer, trial=lambda: partial(clip_loss, transformer, config, *batches.invented(transformer))
+    )
     checkpoint_trained_only(run.accelerator, transformer)
     run.start(
         "train_far_lora",

@@ -159,7 +159,21 @@ def main(settings: TrainVAESettings, launch: Launch) -> None:
     if is_vq and settings.idle_steps_to_restart:
         restart = CodebookRestart(vae, settings.idle_steps_to_restart)
     autoencoding = Autoencoding(vae, settings.latent_noise)
-    run.prepare(autoencoding, optimizer, ema, order=("ema", "lr_scheduler"), codebook_restart=restart)
+
+    def as_target(frames: torch.Tensor) -> torch.Tensor:
+        return (frames.to(run.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+    def trial():
+        """One frame many times; LPIPS and discriminator are not tried."""
+        target = as_target(torch.stack([train_frames.sample[0]] * settings.train_batch_size))
+
+        def loss() -> torch.Tensor:
+            images = autoencoding(target, torch.Generator().manual_seed(0)).images
+            return reconstruction_loss(images.float(), target, settings.mse_weight)
+
+        return loss
+
+    run.prepare(autoencoding, optimizer, ema, order=("ema", "lr_scheduler"), trial=trial, codebook_restart=restart)
     if settings.disc_start is not None:
         discriminator = PatchDiscriminator(3, settings.disc_channels, settings.disc_layers)
         disc_optimizer = torch.optim.AdamW(discriminator.parameters(), settings.learning_rate, betas=(0.5, 0.9))
@@ -187,7 +201,7 @@ def main(settings: TrainVAESettings, launch: Launch) -> None:
 
     # 4. Train
     for step, frames in zip(run.steps(), run.load(train_frames)):
-        target = (frames.to(run.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        target = as_target(frames)
         generator = step_generator(settings.seed, step, accelerator.process_index)
         # A dry run tells what the dearest steps cost.
         gan_is_on = settings.disc_start is not None and (step >= settings.disc_start or settings.dry_run)

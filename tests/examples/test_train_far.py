@@ -267,8 +267,9 @@ def test_latents_of_another_vae_are_refused(workplace):
 
 
 def test_a_dry_run_prints_the_cost_and_leaves_nothing(workplace):
-    result = train(workplace, "dry", "--dry_run")
+    result = train(workplace, "dry", "--dry_run", "--mixed_precision", "auto")
     assert result.returncode == 0, result.stderr
+    assert "--mixed_precision auto is " in result.stderr
     assert "17 tokens per clip of 8 frames, 5 of them long" in result.stdout
     assert "s per step of 4 clips" in result.stdout and "hours for --max_train_steps 9" in result.stdout
     assert not (workplace / "dry").exists()

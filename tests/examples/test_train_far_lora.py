@@ -249,8 +249,9 @@ def test_a_run_with_another_adapter_or_base_is_not_resumed(workplace, trained):
 
 
 def test_a_dry_run_prints_the_cost_and_how_little_is_trained_and_leaves_nothing(workplace):
-    result = train(workplace, "dry", "--dry_run")
+    result = train(workplace, "dry", "--dry_run", "--mixed_precision", "auto")
     assert result.returncode == 0, result.stderr
+    assert "--mixed_precision auto is " in result.stderr
     assert " M of them trained" in result.stdout and "s per step of 2 clips" in result.stdout
     assert not (workplace / "dry").exists()
 

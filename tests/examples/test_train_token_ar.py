@@ -112,8 +112,10 @@ def trained(workplace) -> Path:
 
 
 def test_a_dry_run_prints_the_cost_and_leaves_nothing(workplace):
-    result = train(workplace, "dry", "--dry_run", "--checkpointing_steps", "1", "--validation_steps", "1")
+    flags = ("--checkpointing_steps", "1", "--validation_steps", "1", "--mixed_precision", "auto")
+    result = train(workplace, "dry", "--dry_run", *flags)
     assert result.returncode == 0, result.stderr
+    assert "--mixed_precision auto is " in result.stderr
     assert "24 tokens per clip of 4 frames\n" in result.stdout and "s per step of 4 clips\n" in result.stdout
     assert "hours for --max_train_steps 6" in result.stdout and not (workplace / "dry").exists()
 

@@ -122,8 +122,10 @@ def test_a_log_that_goes_to_a_file_has_lines_and_no_bar(workplace):
 
 def test_a_dry_run_prints_the_cost_with_the_gan_and_leaves_nothing(workplace):
     gan = ("--disc_start", "6", "--disc_channels", "8", "--disc_layers", "1")
-    result = train(workplace, "dry", "--dry_run", "--checkpointing_steps", "1", "--validation_steps", "1", *gan)
+    flags = ("--checkpointing_steps", "1", "--validation_steps", "1", "--mixed_precision", "auto")
+    result = train(workplace, "dry", "--dry_run", *flags, *gan)
     assert result.returncode == 0, result.stderr
+    assert re.search(r"--mixed_precision auto is (no|bf16): .*bfloat16 .* gradient [\d.]+", result.stderr)
     assert "s per step of 4 frames, with the GAN\n" in result.stdout
     assert "hours for --max_train_steps 8" in result.stdout and not (workplace / "dry").exists()
 

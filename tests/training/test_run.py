@@ -18,6 +18,8 @@ from benchmarks.studies.scripts import load_script
 from diffusers_far import SCDTransformer3DModel
 from diffusers_far.data.clips import Clip, ClipBatch
 from diffusers_far.models.identity import settings_hash
+from diffusers_far.pipelines.precision import DtypeComparison, DtypeTiming
+from diffusers_far.training import clips as training_clips
 from diffusers_far.training import run
 from diffusers_far.training.checkpoints import save_checkpoint
 from diffusers_far.training.clips import clip_loss
@@ -31,6 +33,7 @@ from diffusers_far.training.run import (
     TrainingRun,
     build_accelerator,
     check_sharding,
+    compare_training,
     describe_launch,
     disable_cudnn_attention,
     evaluated,
@@ -69,11 +72,11 @@ def launched(monkeypatch, tmp_path):
 def make_run(launched, tmp_path):
     """A run in a folder of its own, of a model that is made or given."""
 
-    def make(model=None, **flags) -> TrainingRun:
-        launched()
+    def make(model=None, trial=None, **flags) -> TrainingRun:
+        launched(mixed_precision=flags.get("mixed_precision"))
         made = TrainingRun(settings_of(tmp_path / "run", **{"train_batch_size": 2, **flags}), Launch())
         model = torch.nn.Linear(2, 2) if model is None else model
-        made.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+        made.prepare(model, torch.optim.SGD(model.parameters(), 0.1), trial=trial)
         return made
 
     return make
@@ -110,6 +113,77 @@ def test_a_loss_is_not_divided_again_by_what_the_launcher_accumulates(launched):
     assert weight.grad == 6
 
 
+def measured(chosen: torch.dtype):
+    """A stand-in for `compare_training` that finds this dtype best."""
+    return lambda model, loss_of_pass: DtypeComparison(chosen, (DtypeTiming(torch.float32, 1.0, 1.0),))
+
+
+@pytest.mark.parametrize("chosen, precision", [(torch.bfloat16, "bf16"), (torch.float32, "no")])
+def test_auto_becomes_what_is_fastest_and_then_the_run_is_as_if_it_had_been_given(
+    make_run, monkeypatch, caplog, chosen, precision
+):
+    monkeypatch.setattr(run, "compare_training", measured(chosen))
+    caplog.set_level("INFO")
+    images = torch.randn(8, 2)
+    torch.manual_seed(0)
+    given = make_run(torch.nn.Linear(2, 2), mixed_precision=precision)
+    expected = given.model(images)
+    torch.manual_seed(0)
+    auto = make_run(torch.nn.Linear(2, 2), trial=lambda: None, mixed_precision="auto")
+    assert torch.equal(auto.model(images), expected) and expected.dtype == torch.float32
+    assert auto.settings.identity() == given.settings.identity()
+    assert auto.accelerator.mixed_precision == precision and auto.accelerator.scaler is None
+    assert f"--mixed_precision auto is {precision}: " in caplog.text
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_stood_for(make_run, monkeypatch, tmp_path):
+    def begin(**flags) -> TrainingRun:
+        return make_run(trial=lambda: None, output_dir=str(tmp_path / "auto"), max_train_steps=2, **flags)
+
+    monkeypatch.setattr(run, "compare_training", measured(torch.bfloat16))
+    first = begin(mixed_precision="auto")
+    first.start("run")
+    save_checkpoint(first.accelerator, first.output_dir, 1, first._identity, None)
+    monkeypatch.setattr(run, "compare_training", measured(torch.float32))  # the machine has changed its mind
+    for flag in ("auto", "bf16"):
+        resumed = begin(mixed_precision=flag, resume_from_checkpoint="latest")
+        resumed.start("run")
+        assert resumed.first_step == 1 and resumed.accelerator.mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="`mixed_precision` was 'bf16' and is 'no'"):
+        begin(mixed_precision="no", resume_from_checkpoint="latest").start("run")
+
+
+def test_all_processes_take_the_precision_that_the_first_one_found(make_run, monkeypatch):
+    monkeypatch.setattr(run, "compare_training", measured(torch.float32))
+    monkeypatch.setattr(run, "broadcast_object_list", lambda found: ["bf16"])  # what comes of the first process
+    other = make_run(trial=lambda: None, mixed_precision="auto")
+    assert other.settings.mixed_precision == other.accelerator.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("make", [tiny_transformer, tiny_separable])
+def test_a_step_is_measured_and_compared_without_a_trace(make):
+    model = make(num_actions=3, action_shift=1, num_classes=2, long_patch_size=2, condition_dropout=0.5)
+    objective = TrainingObjective(teacher_forcing=True, decoder_draws=2 if model.is_separable else None)
+    sizes = {
+        "num_frames": 6,
+        "short_window": model.config.short_window,
+        "interval": 1,
+        "num_accumulated": 1,
+        "seed": 0,
+    }
+    batches = training_clips.StepBatches(objective=objective, latent_shape=(4, 4, 4), batch_size=2, **sizes)
+    clips, draw = batches.invented(model)
+    assert clips.latents.shape == (2, 6, 4, 4, 4) and draw.noise.shape[-5:] == clips.latents.shape
+    weights, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    comparison = compare_training(model, partial(clip_loss, model, model.config, clips, draw))
+    of_half = comparison.timings[1]
+    assert of_half.dtype == torch.bfloat16 and of_half.seconds > 0 and of_half.speedup > 0
+    assert 0 < of_half.distances["loss"] < 0.05 and 0 < of_half.distances["gradient"] < 0.1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("variable, name", SHARDING_VARIABLES.items())
 def test_a_launch_that_cuts_the_model_in_pieces_is_refused_by_name(launched, variable, name):
     with pytest.raises(ValueError, match=f"asks for {name} .*multi_gpu.yaml"):
@@ -128,6 +202,7 @@ SHARDING = {"activation_checkpointing": False, "cpu_offload": OffloadPolicy()}
     "settings, plugin, message",
     [
         ({"mixed_precision": "fp16"}, {}, "`--mixed_precision fp16` was never tried; give bf16"),
+        ({"mixed_precision": "auto"}, {}, "`--mixed_precision auto` was never tried; give bf16"),
         ({"use_8bit_adam": True}, {}, "`--use_8bit_adam` was never tried"),
         ({"optimizer": "muon"}, {}, "`--optimizer muon` was never tried; give adamw"),
         ({"compile": True}, {}, "`--compile` was never tried"),

@@ -52,3 +52,10 @@ def group_offloading(module: torch.nn.Module) -> list:
     registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
     hooks = (registry.get_hook("group_offloading") for registry in registries if registry is not None)
     return [hook.group for hook in hooks if hook is not None]
+
+
+def set_mixed_precision(accelerator, mixed_precision: str) -> None:
+    """Have an `Accelerator` that has prepared nothing yet compute as if it had been made with "no", "fp16" or "bf16"."""
+    accelerator.state._mixed_precision = mixed_precision
+    accelerator.native_amp = mixed_precision != "no"
+    accelerator.scaler = torch.amp.GradScaler(accelerator.device.type) if mixed_precision == "fp16" else None

@@ -1,12 +1,12 @@
-"""How long a frame takes, and how many denoising steps it may take to come in time."""
+"""The clock: how long passes take in turn, how long a frame takes, and how many denoising steps come in time."""
 
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import logging
@@ -18,6 +18,34 @@ from .inputs import NUM_TIMESTEPS
 logger = logging.get_logger(__name__)
 
 NUM_MEASURED_FRAMES = 5  # the median of so many outlives a hiccup of the machine, and follows a lasting change soon
+NUM_ROUNDS = 5  # for the same reason
+
+Key, Output = TypeVar("Key"), TypeVar("Output")
+
+
+def read_clock(device: torch.device | None, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The time in seconds when the device has done what it was given; else only the launch of the work would be measured."""
+    if device is not None and device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return clock()
+
+
+def seconds_in_turn(
+    passes: Mapping[Key, Callable[[], Output]], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[Key, list[float]], dict[Key, Output]]:
+    """Run rivals in turn, so that what disturbs the machine hits all of a round alike.
+
+    Returns:
+        The seconds of each, `NUM_ROUNDS` of them, and what each returned when it warmed up.
+    """
+    outputs = {key: run() for key, run in passes.items()}
+    seconds = {key: [] for key in passes}
+    for _ in range(NUM_ROUNDS):
+        for key, run in passes.items():
+            start = read_clock(device, clock)
+            run()
+            seconds[key].append(read_clock(device, clock) - start)
+    return seconds, outputs
 
 
 class LatencyBudget:
@@ -131,11 +159,7 @@ class LatencyBudget:
         self._denoised = (num_inference_steps, self._now() - start)
 
     def _now(self) -> float:
-        if self.max_seconds_per_frame is None:
-            return 0.0
-        if self._device is not None and self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)  # else only the launch of the work would be measured
-        return self.clock()
+        return 0.0 if self.max_seconds_per_frame is None else read_clock(self._device, self.clock)
 
     def clone(self) -> "LatencyBudget":
         """An independent budget that knows the same measurements."""

@@ -5,7 +5,7 @@ N videos, F frames, C latent channels, H/W latent height/width, A action channel
 
 import functools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +16,19 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPi
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 
-from ..checks import check_count
+from ..checks import check_count, is_finite_number
 from ..hooks import FlexRoPEConfig, apply_flex_rope, remove_flex_rope
 from ..loaders.lora import FARLoraLoaderMixin
 from ..models.codec import decode_video, encode_video, latent_statistics
 from ..models.frames import FrameBatch, shift_actions
+from ..models.internals import group_offloading, offloading_hooks
 from ..models.transformer_far import FARTransformer3DModel
 from ..models.transformer_scd import SCDTransformer3DModel
 from .estimate import CostEstimate, estimate_frame, weight_bytes
 from .hub import FARHubMixin, applied_flex_rope, check_components_complete
 from .inputs import CALLBACK_TENSORS, PipelineInputs, check_request, check_sigmas, repeat_samples, size_without_video
 from .latency import LatencyBudget
+from .precision import MAX_STEP_DISTANCE, DtypeComparison, candidate_dtypes, compare_steps
 from .rollout import Rollout, check_scheduler, frame_noise
 from .session import FARSession, Frame
 from .session_history import NoiseSource, SessionHistory, check_max_history, new_generator
@@ -510,24 +512,75 @@ class FARPipeline(VideoPipeline):
             ValueError: As in a call.
         """
         check_count("num_frames", num_frames)
+        inputs = self._blank_inputs(num_context_frames, batch_size, arguments)
+        writes = [num_context_frames] if num_context_frames else []
+        writes += [1] * (num_frames - 1)
+        decode = functools.partial(self.decode_frame, output_type=inputs.request.output_type) if measure else None
+        cost = estimate_frame(self._start_rollout(inputs), writes, decode, num_context_frames + num_frames)
+        self.maybe_free_model_hooks()
+        return replace(cost, weight_bytes=weight_bytes(self.transformer) + weight_bytes(self.vae))
+
+    def to_fastest(
+        self,
+        num_context_frames: int | None = None,
+        *,
+        dtypes: Sequence[torch.dtype] | None = None,
+        max_distance: float = MAX_STEP_DISTANCE,
+        **arguments,
+    ) -> DtypeComparison:
+        """Move the transformer to the dtype in which this machine denoises fastest, as a short measurement finds: float32, or
+        one that is at least 5 % faster and near it. The VAE is not measured and stays as it is.
+
+        A few steps of one frame after a context of noise run in each dtype in turn; other dtypes than the transformer's take
+        memory for a copy of it. On a CPU the result also says what a single thread would bring; `torch.set_num_threads` is the
+        whole process's and is left to you.
+
+        Args:
+            num_context_frames (`int`, *optional*): In the cache; a full short window if left out.
+            dtypes (sequence of `torch.dtype`, *optional*): To try beside float32; by default bfloat16, on CUDA float16 too.
+            max_distance (`float`, defaults to 0.02): How far the velocity may be from float32's, in its norms; a dtype that is
+                farther away is not taken, however fast.
+            arguments: Of the calls to come, as in [`estimate`].
+
+        Raises:
+            ValueError: An argument is impossible, or no copy of the transformer can be measured: it is compiled, offloaded or
+                int8.
+        """
+        inputs = self._blank_inputs(num_context_frames or 0, 1, arguments)
+        model, device = self.transformer, self._execution_device
+        is_fixed = model.is_int8 or model.denoising_network.has_compiled_blocks
+        if is_fixed or offloading_hooks(model) or group_offloading(model):
+            raise ValueError(
+                "`to_fastest` measures copies of the transformer, and this one is compiled, offloaded or int8; call it before."
+            )
+        if num_context_frames is None:
+            num_context_frames = model.config.short_window - 1
+        dtypes = candidate_dtypes(device) if dtypes is None else dtypes
+        for dtype in dtypes:
+            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ValueError(f"`dtypes` has {dtype!r}; give dtypes of floats, such as torch.bfloat16.")
+        if not (is_finite_number(max_distance) and max_distance >= 0):
+            raise ValueError(f"`max_distance` is {max_distance!r}; give a relative distance of at least 0.")
+        comparison = compare_steps(self._start_rollout(inputs), num_context_frames, dtypes, max_distance)
+        logger.info(f"Of a denoising step after {num_context_frames} frames: {comparison}")
+        model.to(comparison.chosen)
+        return comparison
+
+    def _blank_inputs(self, num_context_frames: int, batch_size: int, arguments: dict[str, Any]) -> PipelineInputs:
+        """What a call for one frame after so many would be told, but for contents."""
         check_count("num_context_frames", num_context_frames, least=0)
         check_count("batch_size", batch_size)
         without = dict.fromkeys(["video", "video_latents", "actions", "class_labels", "latents"])
         request = GenerationRequest(num_frames=1, num_videos_per_context=batch_size, **without, **arguments)
         if self.transformer is None:
             self.check_inputs(request)  # refuses it
-        writes = [num_context_frames] if num_context_frames else []
-        if writes:
+        has_context = num_context_frames > 0
+        if has_context:
             size = size_without_video(request, (self.config.height, self.config.width))
             request = replace(request, video=torch.zeros(1, 1, 3, *size))  # one frame stands for all
-        conditions = FrameBatch.blank(self.transformer, 1, len(writes) + 1, 1, 1, device="cpu")
+        conditions = FrameBatch.blank(self.transformer, 1, has_context + 1, 1, 1, device="cpu")
         label = 0 if self.transformer.takes_labels else None
-        inputs = self.check_inputs(replace(request, actions=conditions.actions, class_labels=label))
-        writes += [1] * (num_frames - 1)
-        decode = functools.partial(self.decode_frame, output_type=request.output_type) if measure else None
-        cost = estimate_frame(self._start_rollout(inputs), writes, decode, num_context_frames + num_frames)
-        self.maybe_free_model_hooks()
-        return replace(cost, weight_bytes=weight_bytes(self.transformer) + weight_bytes(self.vae))
+        return self.check_inputs(replace(request, actions=conditions.actions, class_labels=label))
 
     def _make_frame(self, generation: Generation, frame_index: int, progress_bar) -> torch.Tensor:
         """Latents of the next frame, `(N, C, H, W)`.

@@ -190,11 +190,16 @@ class Rollout:
             self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=self.device)
         return self.scheduler.timesteps
 
-    def restarted(self, config: GenerationSettings, max_frames: int | None = None) -> "Rollout":
+    def restarted(
+        self,
+        config: GenerationSettings,
+        max_frames: int | None = None,
+        transformer: FrameTransformer | None = None,
+    ) -> "Rollout":
         """The same rollout before its first frame, with another config, and room for `max_frames`, else for as many as at
-        first."""
+        first; of a copy of the `transformer` where one is given."""
         return Rollout(
-            self.transformer,
+            transformer or self.transformer,
             self.scheduler,
             latent_shape=self.latent_shape,
             max_frames=max_frames or self.max_frames,

@@ -260,10 +260,7 @@ def load_checkpoint(
         ValueError: The checkpoint is damaged, not finite or another model's; names the file, and the newest checkpoint
             beside it that is intact. Or the run that is resumed differs from `identity`, unless `allow_changes`.
     """
-    try:
-        run = _read_run(checkpoint)
-    except _UNREADABLE as error:
-        raise ValueError(f"{str(checkpoint)!r} cannot be resumed: {error}. {way_back(checkpoint.parent)}") from error
+    run = read_run(checkpoint)
     differences = describe_changes(run["identity"], json.loads(json.dumps(identity)), defaults)
     if differences and not allow_changes:
         raise ValueError(
@@ -282,6 +279,18 @@ def load_checkpoint(
             hint = "It is as it was saved, so it is not of this run's model, or not a checkpoint of these scripts."
         raise ValueError(f"{str(checkpoint)!r} cannot be loaded: {_first_line(error)}. {hint}") from error
     return run["step"]
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run: `step` and `identity`, beside others.
+
+    Raises:
+        ValueError: It is damaged; names the newest checkpoint beside it that is intact.
+    """
+    try:
+        return _read_run(checkpoint)
+    except _UNREADABLE as error:
+        raise ValueError(f"{str(checkpoint)!r} cannot be resumed: {error}. {way_back(checkpoint.parent)}") from error
 
 
 def describe_changes(

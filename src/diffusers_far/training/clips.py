@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.clips import Clip, ClipBatch
-from ..models.frames import shift_actions
+from ..models.frames import FrameBatch, shift_actions
 from .launch import leave_signals_to_parent
 from .objective import (
     ObjectiveDraw,
@@ -196,6 +196,16 @@ class StepBatches(Dataset):
         """What chance decides for the clips of a batch."""
         sizes = (self.clip_length(step), self.num_long_frames(step), self.latent_shape)
         return ObjectiveDraw.stack([self.objective.draw(*sizes, generator) for generator in generators])
+
+    def invented(self, transformer: torch.nn.Module) -> tuple[ClipBatch, ObjectiveDraw]:
+        """A batch of the longest clips whose latents are noise, on the transformer's device: what a pass costs, without data."""
+        batches, device = self.longest, transformer.device
+        sizes = (self.batch_size, batches.clip_length(0), *self.latent_shape[1:])
+        blank = FrameBatch.blank(transformer, *sizes, device=device)
+        latents = torch.randn(blank.latents.shape, generator=step_generator(self.seed, 0)).to(device)
+        labels = torch.zeros(self.batch_size, dtype=torch.int64, device=device) if transformer.takes_labels else None
+        draw = batches.draw(0, self.generators(0, 0, CLIP_STREAM))
+        return ClipBatch(latents=latents, actions=blank.actions, labels=labels), draw.to(device)
 
 
 class TrainingBatches(StepBatches):

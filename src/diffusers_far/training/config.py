@@ -105,8 +105,10 @@ class RunSettings:
     lr_scheduler: str = setting("constant_with_warmup", "Name known to `diffusers.optimization`.")
     lr_warmup_steps: int = setting(500, least=0)
     max_grad_norm: float = setting(1.0)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
-        None, "Of the passes; the weights stay float32. If left out, what the launcher was told, else no."
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = setting(
+        None,
+        "Of the passes; the weights stay float32. auto: the fastest on this machine, of those near float32. If left out, what "
+        "the launcher was told, else no.",
     )
     dataloader_num_workers: int = setting(0, least=0, free=True)
     seed: int = setting(0, least=0)

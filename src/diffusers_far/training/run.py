@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     LoggerType,
     ProjectConfiguration,
+    broadcast_object_list,
     gather_object,
     get_int_from_env,
     parse_flag_from_env,
@@ -34,8 +36,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from ..command_line import Progress
 from ..data.clips import ClipBatch
 from ..models.context_parallel import ClipGroup
+from ..models.internals import set_mixed_precision
 from ..models.loading import name_some
-from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, save_checkpoint, way_back
+from ..pipelines.precision import DtypeComparison, candidate_dtypes, compare_dtypes
+from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, read_run, save_checkpoint, way_back
 from .clips import step_generator
 from .config import FARSettings, RunSettings, check_context_parallel
 from .hub import open_repo, push_folder
@@ -46,7 +50,11 @@ from .shards import Shards, gathered, held_bytes, own_part
 
 logger = get_logger(__name__)
 
-PRECISIONS = ("no", "fp16", "bf16")
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_GRADIENT_DISTANCE = (
+    0.1  # from float32's, and of the loss, for `--mixed_precision auto`; other clips change them more
+)
+LOSS_SCALE = 2.0**10  # exact in every dtype; without it small gradients are 0 in float16
 # By these a process knows that its launcher was told to cut models in pieces.
 SHARDING_VARIABLES = {
     "ACCELERATE_USE_FSDP": "FSDP 1",
@@ -139,6 +147,7 @@ class TrainingRun:
         optimizer: torch.optim.Optimizer,
         ema: EMAModel | None = None,
         order: Sequence[str] = ("lr_scheduler", "ema"),
+        trial: Callable[[], Callable[[], torch.Tensor]] | None = None,
         **states: Any,
     ) -> None:
         """Hand model and optimizer to Accelerate, build the schedule, and say what checkpoints hold.
@@ -148,9 +157,14 @@ class TrainingRun:
             optimizer (`torch.optim.Optimizer`): Of its parameters.
             ema (`EMAModel`, *optional*): Of its parameters.
             order (sequence of `str`): Of `lr_scheduler` and `ema` in checkpoints, which those of earlier versions depend on.
+            trial (callable, *optional*): Makes a batch of the shapes that training has, where the model is then, and returns
+                what computes the model's loss on it. Needed where the settings leave the precision to the machine.
             states: What checkpoints hold besides, see `checkpoint_states`.
         """
         settings = self.settings
+        if settings.mixed_precision == "auto":
+            settings.mixed_precision = self._settled_precision(model, trial)
+            set_mixed_precision(self.accelerator, settings.mixed_precision)
         # The schedule counts optimizer steps, whatever the number of processes, so Accelerate does not step it.
         self.lr_scheduler = get_scheduler(
             settings.lr_scheduler,
@@ -166,6 +180,17 @@ class TrainingRun:
         else:
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         checkpoint_states(self.accelerator, **{name: own[name] for name in order}, **states)
+
+    def _settled_precision(self, model: torch.nn.Module, trial: Callable[[], Callable[[], torch.Tensor]]) -> str:
+        """What `auto` stands for: in the run that is resumed what it was there, else what the main process finds to be best."""
+        if self.checkpoint is not None:
+            return read_run(self.checkpoint)["identity"]["mixed_precision"]
+        with nullcontext() if self.clip_group is None else model.sharing_clips(self.clip_group):
+            comparison = compare_training(model.to(self.device), trial())
+        names = {dtype: name for name, dtype in PRECISIONS.items()}
+        [chosen] = broadcast_object_list([names[comparison.chosen]])
+        logger.info(f"--mixed_precision auto is {chosen}: {comparison}")
+        return chosen
 
     def start(self, project: str, **facts: Any) -> None:
         """Load the checkpoint that is resumed, and open the trackers and the repo.
@@ -461,6 +486,33 @@ class TrainingRun:
         return "\n".join(lines)
 
 
+def compare_training(model: torch.nn.Module, loss_of_pass: Callable[[], torch.Tensor]) -> DtypeComparison:
+    """Forward and backward of a model in float32 and, its weights in float32, with mixed precision. It leaves no trace but
+    `train` mode.
+
+    Args:
+        model (`nn.Module`): On its device.
+        loss_of_pass (callable): Of the same clips each time.
+    """
+    parameters = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    device = parameters[0].device
+
+    def step(dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+        model.zero_grad()
+        torch.manual_seed(0)  # what the network itself draws
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of_pass()
+        (loss * LOSS_SCALE).backward()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return {"loss": [loss.detach()], "gradient": gradients}
+
+    passes = {dtype: partial(step, dtype) for dtype in (torch.float32, *candidate_dtypes(device))}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        comparison = compare_dtypes(passes, device, MAX_GRADIENT_DISTANCE)
+    model.zero_grad()
+    return comparison
+
+
 def build_accelerator(settings: RunSettings) -> Accelerator:
     """Accelerate as the settings ask for it; says in the log what was launched.
 
@@ -479,9 +531,9 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
                 f"The launch asks for {name} (`{variable}`), but the training scripts know whole models and FSDP 2; launch "
                 "with examples/configs/accelerate/fsdp.yaml, multi_gpu.yaml or one_gpu.yaml."
             )
-    output_dir = Path(settings.output_dir)
+    output_dir, is_auto = Path(settings.output_dir), settings.mixed_precision == "auto"
     accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
+        mixed_precision="no" if is_auto else settings.mixed_precision,
         cpu=not torch.accelerator.is_available(),
         log_with=tracker_names(settings.report_to) or None,
         project_config=ProjectConfiguration(
@@ -495,7 +547,7 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
             f"The launcher's `mixed_precision` is {accelerator.mixed_precision!r}; the training scripts know "
             f"{', '.join(PRECISIONS)}. Give one of them with `--mixed_precision`."
         )
-    settings.mixed_precision = accelerator.mixed_precision
+    settings.mixed_precision = "auto" if is_auto else accelerator.mixed_precision
     launched_steps = accelerator.gradient_accumulation_steps
     if not hasattr(settings, "gradient_accumulation_steps"):
         if launched_steps > 1:
@@ -530,6 +582,7 @@ def check_sharding(settings: RunSettings, accelerator: Accelerator) -> None:
     refused = [
         (not isinstance(settings, FARSettings), "this script", "launch it with multi_gpu.yaml"),
         (settings.mixed_precision == "fp16", "`--mixed_precision fp16`", "give bf16"),
+        (settings.mixed_precision == "auto", "`--mixed_precision auto`", "give bf16"),
         (getattr(settings, "use_8bit_adam", False), "`--use_8bit_adam`", "leave it out"),
         (getattr(settings, "optimizer", None) == "muon", "`--optimizer muon`", "give adamw"),
         (getattr(settings, "compile", False), "`--compile`", "leave it out"),
