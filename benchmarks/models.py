@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 
-from diffusers_far import FARPipeline, FARTransformer3DModel, SCDTransformer3DModel, preset_config
+from diffusers_far import FARPipeline, FARSession, FARTransformer3DModel, SCDTransformer3DModel, preset_config
 from diffusers_far.models.transformer_far import FrameTransformer
 
 
@@ -102,3 +102,26 @@ def latent_pipeline(transformer: FrameTransformer) -> FARPipeline:
     pipe = FARPipeline(transformer, vae.eval().to(transformer.device), FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def start_session(pipe: FARPipeline, clip: Clip, **settings) -> FARSession:
+    """A session in which all frames of a clip but the last are made, and all but the last two are written. Its frames are
+    latents and take one step, unless the settings say otherwise."""
+    settings = {"num_inference_steps": 1, "output_type": "latent", **settings}
+    session = pipe.start_session(video_latents=clip.latents[:, :-2], actions=clip.actions[:, :-3], **settings)
+    session.advance(clip.actions[:, -3], on_frame_end=lambda made: clip.latents[:, -2:-1])
+    return session
+
+
+def frame_without_cache(pipe: FARPipeline, clip: Clip, num_steps: int) -> torch.Tensor:
+    """The last frame of a clip, `(1, C, H, W)`, with the whole context computed anew at every step."""
+    made = pipe(
+        video_latents=clip.latents[:, :-1],
+        actions=clip.actions,
+        latents=clip.noise[:, -1:],
+        num_frames=1,
+        num_inference_steps=num_steps,
+        use_cache=False,
+        output_type="latent",
+    )
+    return made.frames[:, 0]

@@ -25,7 +25,7 @@ from ..checks import require_close
 from ..limit import Limit, denoising_pass, writing_pass
 from ..measurement import Measurement, Row
 from ..memory import in_fresh_process
-from ..models import FLOW_MAPS, BenchmarkModel, Clip, latent_pipeline
+from ..models import FLOW_MAPS, BenchmarkModel, Clip, frame_without_cache, latent_pipeline, start_session
 from ..naive import NaiveCache, NaiveFAR, NaiveKeys, denoise, position_ids
 from ..timing import MAX_LONG_ROUNDS, time_in_turn
 from .step import FARStep, NaiveStep
@@ -222,45 +222,40 @@ class NaiveFrame(NaiveStep):
 
 
 class SessionFrame:
-    """A session that makes the last frame of a clip, again and again: all frames before the last two are written.
+    """A session that makes the last frame of a clip, again and again; all frames before the last two are written. Where the
+    window is encoded anew every few frames only, it makes so many.
 
     Args:
         pipe (`FARPipeline`), clip (`Clip`).
-        output_type (`str`): Of what a call returns.
+        settings: Of the session.
     """
 
-    def __init__(self, pipe: FARPipeline, clip: Clip, output_type: str = "latent"):
+    def __init__(self, pipe: FARPipeline, clip: Clip, **settings):
         self.pipe, self.clip = pipe, clip
-        self.session = pipe.start_session(
-            video_latents=clip.latents[:, :-2], actions=clip.actions[:, :-3], output_type=output_type
-        )
-        self.num_steps = self.session.config.num_inference_steps
-        self.session.advance(clip.actions[:, -3], on_frame_end=lambda made: clip.latents[:, -2:-1])
-
-    def __call__(self, num_steps: int) -> None:
-        """One step of the session."""
-        self.session.set_config(num_inference_steps=num_steps)
-        self.session.step(self.clip.actions[:, -2])
+        self.start = start_session(pipe, clip, **settings)
+        self.num_frames = self.start.config.cache_options.rebuild_interval
+        self.go_back()
 
     def go_back(self) -> None:
-        """Before the frame, where it has been made."""
-        self.session.rewind(self.session.num_frames - self.clip.latents.shape[1] + 1)
+        """To the start, with room for the frames, which a cache seldom has to make."""
+        self.session = self.start.fork()
+        self.session.rollout.kv_cache.make_room(self.num_frames)
+
+    def __call__(self, num_steps: int) -> None:
+        """The frames, from where the session has gone back to."""
+        self.session.set_config(num_inference_steps=num_steps)
+        for _ in range(self.num_frames):
+            self.session.step(self.clip.actions[:, -2])
 
     def compare(self, name: str, naive: NaiveFAR | None) -> Measurement:
         """A frame in a few steps, with one that is made without a cache, and with the naive reference's, where there is one."""
         clip, what = self.clip, f"a frame of {name} after {self.clip.latents.shape[1] - 1} others"
+        self.go_back()
         self.session.set_config(num_inference_steps=CHECKED_STEPS)
-        made = self.session.advance(clip.actions[:, -2], noise=clip.noise[:, -1:])
-        uncached = self.pipe(
-            video_latents=clip.latents[:, :-1],
-            actions=clip.actions,
-            num_frames=1,
-            latents=clip.noise[:, -1:],
-            num_inference_steps=CHECKED_STEPS,
-            use_cache=False,
-            output_type="latent",
-        ).frames
-        differences = require_close(made, uncached[:, 0], f"{what}, without a cache").values
+        actions = {"action": clip.actions[:, -2], "own_action": clip.actions[:, -1]}
+        made = self.session.advance(**actions, noise=clip.noise[:, -1:])
+        uncached = frame_without_cache(self.pipe, clip, CHECKED_STEPS)
+        differences = require_close(made, uncached, f"{what}, without a cache").values
         if naive is not None:
             cache = naive.write(clip.latents[:, :-1], clip.fed_actions[:, :-1])
             step = partial(naive.step, actions=clip.fed_actions[:, -1:], cache=cache)
@@ -272,23 +267,34 @@ class SessionFrame:
 def measure_world(
     folder: Path, frame_counts: tuple[int, ...], step_counts: tuple[int, ...], num_rounds: int
 ) -> list[Row]:
-    """True frames of a pipeline with discrete actions, at the number of steps that it is shipped with, too."""
+    """True frames of a pipeline, in as many steps as it is shipped with, too.
+
+    Raises:
+        ValueError: It has no discrete actions, or no square size of its own.
+    """
     pipe = FARPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    size = pipe.config.height // spatial_compression(pipe.vae)
-    model, rows, difference = BenchmarkModel(folder.name, pipe.transformer.config, size), [], None
+    height, width, num_actions = pipe.config.height, pipe.config.width, pipe.transformer.config.num_actions
+    if num_actions is None or height is None or height != width:
+        raise ValueError(
+            f"{folder} has `num_actions` {num_actions}, `height` {height} and `width` {width}, but the world must take "
+            "discrete actions and be square; name another with --pipeline."
+        )
+    model = BenchmarkModel(folder.name, pipe.transformer.config, height // spatial_compression(pipe.vae))
+    rows, first = [], model.clip(min(frame_counts) + 1)
     for num_frames in frame_counts:
         clip = model.clip(num_frames + 1)
         frame = SessionFrame(pipe, clip, output_type="pt")
-        if difference is None:
-            difference = frame.compare(model.name, None)
-        numbers = sorted({*step_counts, frame.num_steps}, reverse=True)
+        numbers = sorted({*step_counts, pipe.default_inference_steps}, reverse=True)
         runs = {show_steps(number): partial(frame, number) for number in numbers}
         decode = partial(pipe.decode_frame, clip.latents[:, -1], "pt")
         timings = time_in_turn({**runs, "VAE": decode}, num_rounds, dict.fromkeys(runs, frame.go_back))
-        own = show_steps(frame.num_steps)
+        for name in runs:
+            timings[name] = Measurement(tuple(each / frame.num_frames for each in timings[name].values), "s")
+        own = show_steps(pipe.default_inference_steps)
         speed = Measurement(tuple(1 / seconds for seconds in timings[own].values), "frames/s")
-        cache = Measurement((frame.session.rollout.num_bytes,), "bytes")
+        cache = Measurement((frame.start.rollout.num_bytes,), "bytes")
         settings = {"model": model.name, "context": num_frames}
         rows.append(Row("frame", settings, timings | {f"frames/s, {own}": speed, "cache": cache}))
-    return [*rows, Row("frame", {"model": model.name, "context": frame_counts[0]}, {"difference": difference})]
+    difference = SessionFrame(pipe, first, short_cache="exact").compare(model.name, None)
+    return [*rows, Row("frame", {"model": model.name, "context": min(frame_counts)}, {"difference": difference})]

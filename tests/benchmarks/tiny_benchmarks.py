@@ -30,7 +30,7 @@ PLACES = ((BASE, (3, 5)), (LONG, (3, 8)))
 
 SIZES: dict[str, dict[str, Any]] = {
     "step": {"places": PLACES},
-    "frame": {"models": (*FLOW_MAPS, SCD), "frame_counts": (3, 5), "step_counts": (3, 1)},
+    "frame": {"models": (FLOW_MAPS[1], SCD), "frame_counts": (3, 5), "step_counts": (3, 1)},
     "rollout": {"models": (BASE, LONG), "num_frames": 7},
     "prefill": {"places": PLACES},
     "training": {"places": ((BASE, 5), (LONG, 8))},
