@@ -2,10 +2,12 @@
 
 python -m benchmarks                                  # all
 python -m benchmarks step growth --output some.json   # some
+python -m benchmarks frame --frames 16 --num_rounds 2  # quick: one length
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults
@@ -23,10 +25,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num_rounds", type=int, default=9, help="Timed runs of each rival, in turn; fewer where runs are long."
     )
+    parser.add_argument("--frames", type=int, nargs="+", help="Of `frame`: only contexts of so many frames.")
+    parser.add_argument("--pipeline", type=Path, help="Of `frame`: folder of the world, of those shipped by default.")
     parser.add_argument("--output", type=Path, help="JSON file, written after every case; must not exist.")
     args = parser.parse_args()
     if args.num_rounds < 2:
         parser.error(f"--num_rounds is {args.num_rounds}; a spread needs 2 runs at least.")
+    if args.frames is not None and min(args.frames) < 2:
+        parser.error(
+            f"--frames has {min(args.frames)}; the last of them is written behind others, so pass 2 at least."
+        )
+    if args.pipeline is not None and not args.pipeline.is_dir():
+        parser.error(f"--pipeline {args.pipeline} is no folder; name one that a pipeline was saved to.")
+    sizes = {"frame_counts": args.frames and tuple(args.frames), "pipeline": args.pipeline}
+    args.sizes = {name: size for name, size in sizes.items() if size is not None}
+    if args.sizes and args.cases != ["frame"]:
+        parser.error(
+            f"--frames and --pipeline are of `frame`, but the cases are {args.cases or 'all'}; name it alone."
+        )
     if args.output is not None and args.output.exists():
         parser.error(f"--output {args.output} exists; name another file, or move it away.")
     return args
@@ -37,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     results = {"machine": describe_machine(), "seed": SEED, "num_rounds": args.num_rounds, "rows": []}
     for name in args.cases or CASES:
         # How fast large temporary tensors are made depends on what the process has freed before, so each case has its own.
-        for row in in_fresh_process(all_rows, CASES[name], args.num_rounds):
+        for row in in_fresh_process(all_rows, partial(CASES[name], **args.sizes), args.num_rounds):
             table.print(row)
             results["rows"].append(row.to_json())
         if args.output is not None:

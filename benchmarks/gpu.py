@@ -27,9 +27,18 @@ from diffusers_far.files import written_whole
 from diffusers_far.training.clips import clip_loss
 from diffusers_far.training.objective import ObjectiveDraw, TrainingObjective
 
-from .cases.frame import start_session
 from .measurement import Measurement, Row
-from .models import CONDITIONS, FAR_B, FAR_B_LONG, SEED, BenchmarkModel, Clip, latent_pipeline
+from .models import (
+    CONDITIONS,
+    FAR_B,
+    FAR_B_LONG,
+    SEED,
+    BenchmarkModel,
+    Clip,
+    frame_without_cache,
+    latent_pipeline,
+    start_session,
+)
 from .studies.flops import FORWARD_AND_BACKWARD, forward_flops
 from .table import ScreenTable
 from .timing import describe_machine, time_in_turn
@@ -218,7 +227,7 @@ class DeviceBenchmark:
 
     def session(self, transformer: FARTransformer3DModel, clip: Clip) -> FARSession:
         """A session that is about to make the last frame of a clip."""
-        session = start_session(transformer, clip)
+        session = start_session(latent_pipeline(transformer), clip)
         session.set_config(num_inference_steps=self.sizes.num_steps)
         return session
 
@@ -226,17 +235,7 @@ class DeviceBenchmark:
         return self.synchronized(partial(session.advance, clip.actions[:, -2], noise=clip.noise[:, -1:]))
 
     def frame_without_cache(self, transformer: FARTransformer3DModel, clip: Clip) -> torch.Tensor:
-        """The same frame, `(B, C, H, W)`, with the whole context computed anew at every step."""
-        made = latent_pipeline(transformer)(
-            video_latents=clip.latents[:, :-1],
-            actions=clip.actions[:, :-1],
-            latents=clip.noise[:, -1:],
-            num_frames=1,
-            num_inference_steps=self.sizes.num_steps,
-            use_cache=False,
-            output_type="latent",
-        )
-        return made.frames[:, 0]
+        return frame_without_cache(latent_pipeline(transformer), clip, self.sizes.num_steps)
 
     def synchronized(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """A run that returns when the device is done."""

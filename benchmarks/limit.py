@@ -15,7 +15,8 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 
-from diffusers_far import ContextPlan, FARTransformer3DModel
+from diffusers_far import ContextPlan
+from diffusers_far.models.transformer_far import FrameNetwork, FrameTransformer
 
 
 GROUP_SIZES = (1, 128, 256, 512, 1024)  # tokens of the queries of an attention call, at least
@@ -35,67 +36,92 @@ class BarePass:
     spans: tuple[tuple[tuple[int, int], ...], ...]
 
 
-def denoising_pass(transformer: FARTransformer3DModel, num_frames: int, size: int) -> BarePass:
+def denoising_pass(transformer: FrameTransformer, num_frames: int, size: int) -> BarePass:
     """A step of the last of `num_frames` frames, the others being cached, at latents of `size` x `size`."""
     plan = transformer.context_plan(num_frames, size, size)
+    if transformer.is_separable:
+        return _decoding_pass(transformer, plan.tokens_per_short_frame)
     return _bare_pass(transformer, plan, num_frames - 1, num_frames)
 
 
-def writing_pass(transformer: FARTransformer3DModel, num_cached: int, num_frames: int, size: int) -> BarePass:
+def writing_pass(transformer: FrameTransformer, num_cached: int, num_frames: int, size: int) -> BarePass:
     """A write of clean frames to a cache that has `num_cached` of `num_frames` frames; where frames turn long, they and all
-    short ones are encoded."""
+    short ones are encoded. Of the last layer only keys and values are read; of a separable model what it says at the last
+    frame, too."""
     before, plan = (transformer.context_plan(number + 1, size, size) for number in (num_cached, num_frames))
     first = num_cached if plan.num_long_frames == before.num_long_frames else before.num_long_frames
-    return _bare_pass(transformer, plan, first, num_frames, is_write=True)
+    return _bare_pass(transformer, plan, first, num_frames, num_read_frames=int(transformer.is_separable))
 
 
-def clip_pass(transformer: FARTransformer3DModel, num_frames: int, size: int) -> BarePass:
+def clip_pass(transformer: FrameTransformer, num_frames: int, size: int) -> BarePass:
     """A whole clip without a cache, as in training."""
     return _bare_pass(transformer, transformer.context_plan(num_frames, size, size), 0, num_frames)
 
 
 def _bare_pass(
-    transformer: FARTransformer3DModel, plan: ContextPlan, first: int, end: int, *, is_write: bool = False
+    transformer: FrameTransformer, plan: ContextPlan, first: int, end: int, num_read_frames: int | None = None
 ) -> BarePass:
-    """The frames of `plan` from `first` up to and without `end`; those before are cached."""
-    part, num_layers = plan.segment(first, end), transformer.config.num_layers
+    """The frames of `plan` from `first` up to and without `end`; those before are cached. Of the last layer the last
+    `num_read_frames` are read, by default all short ones."""
+    part, network = plan.segment(first, end), transformer.context_network
     short, long, num_frames = part.num_short_tokens, part.num_long_tokens, part.num_frames
-    products = [
-        ("x_embedder", short),
-        ("context_embedder", long),
-        ("timestep_embedder.linear_1", num_frames),
-        ("timestep_embedder.linear_2", num_frames),
-    ]
-    for layer in range(num_layers - 1):
-        products += _layer_products(f"transformer_blocks.{layer}", num_frames, short, long)
-    last = f"transformer_blocks.{num_layers - 1}"
-    if is_write:  # of the last layer only keys and values are read
-        products.append((f"{last}.norm1.linear", num_frames))
-        products += [(f"{last}.attn.{name}", short) for name in ("to_k", "to_v")]
-    else:  # and of the others only the short frames
-        products += _layer_products(last, part.num_short_frames, short, 0)
-        products += [("norm_out.linear", part.num_short_frames), ("proj_out", short)]
-        products.append((f"{last}.norm1.linear", part.num_long_frames))
-    products += [(f"{last}.attn.{name}", long) for name in ("add_k_proj", "add_v_proj")]
+    num_read = part.num_short_frames if num_read_frames is None else num_read_frames
+    read = num_read * part.tokens_per_short_frame
+    products = [("x_embedder", short), ("context_embedder", long), *_time_products(network, num_frames)]
+    *blocks, last = (f"transformer_blocks.{layer}" for layer in range(len(network.transformer_blocks)))
+    for block in blocks:
+        products += _layer_products(block, (num_frames, num_frames), (short, short), (long, long))
+    products += _layer_products(last, (num_frames, num_read), (short, read), (long, 0))
+    products += [("norm_out.linear", num_read), ("proj_out", 0 if transformer.is_separable else read)]
 
     spans = [(plan.segment(f, f + 1).num_tokens, plan.segment(0, f + 1).num_tokens) for f in range(first, end)]
-    last_spans = () if is_write else tuple(spans[part.num_long_frames :])
-    products = tuple(product for product in products if product[1])
-    return BarePass(products, (*(tuple(spans),) * (num_layers - 1), last_spans))
+    layer_spans = (tuple(spans),) * len(blocks) + (tuple(spans[len(spans) - num_read :]),)
+    return BarePass(_named(transformer, network, products), layer_spans)
 
 
-def _layer_products(block: str, num_frames: int, short: int, long: int) -> list[tuple[str, int]]:
-    products = [(f"{block}.{name}.linear", num_frames) for name in ("norm1", "norm2")]
-    products += [(f"{block}.attn.{name}", short) for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    products += [(f"{block}.attn.{name}", long) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
-    return products + [(f"{block}.mlp.{name}", short + long) for name in ("net.0.proj", "net.2")]
+def _decoding_pass(transformer: FrameTransformer, num_tokens: int) -> BarePass:
+    """A frame and its feature, which see each other; of the last layer the frame alone is read."""
+    network, both = transformer.denoising_network, 2 * num_tokens
+    products = [("x_embedder", num_tokens), *_time_products(network, 1)]
+    *blocks, last = (f"transformer_blocks.{layer}" for layer in range(len(network.transformer_blocks)))
+    for block in blocks:
+        products += _layer_products(block, (1, 1), (both, both), (0, 0))
+    products += _layer_products(last, (1, 1), (both, num_tokens), (0, 0))
+    products += [("norm_out.linear", 1), ("proj_out", num_tokens)]
+    layer_spans = (((both, both),),) * len(blocks) + (((num_tokens, both),),)
+    return BarePass(_named(transformer, network, products), layer_spans)
+
+
+def _time_products(network: FrameNetwork, num_frames: int) -> list[tuple[str, int]]:
+    embedders = [name for name in ("timestep_embedder", "r_timestep_embedder") if hasattr(network, name)]
+    return [(f"{name}.{linear}", num_frames) for name in embedders for linear in ("linear_1", "linear_2")]
+
+
+def _layer_products(
+    block: str, frames: tuple[int, int], short: tuple[int, int], long: tuple[int, int]
+) -> list[tuple[str, int]]:
+    """Of each pair the first is what has keys and values, the second what asks and goes on."""
+    products = [(f"{block}.{name}.linear", number) for name, number in zip(("norm1", "norm2"), frames)]
+    products += [(f"{block}.attn.{name}", short[0]) for name in ("to_k", "to_v")]
+    products += [(f"{block}.attn.{name}", long[0]) for name in ("add_k_proj", "add_v_proj")]
+    products += [(f"{block}.attn.{name}", short[1]) for name in ("to_q", "to_out.0")]
+    products += [(f"{block}.attn.{name}", long[1]) for name in ("add_q_proj", "to_add_out")]
+    return products + [(f"{block}.mlp.{name}", short[1] + long[1]) for name in ("net.0.proj", "net.2")]
+
+
+def _named(
+    transformer: FrameTransformer, network: FrameNetwork, products: list[tuple[str, int]]
+) -> tuple[tuple[str, int], ...]:
+    """Those that have rows, by the names that the whole model has for their weights."""
+    (prefix,) = (name for name, module in transformer.named_modules() if module is network)
+    return tuple((f"{prefix}.{name}".lstrip("."), rows) for name, rows in products if rows)
 
 
 class Limit:
     """Runs the arithmetic of some passes, one after the other.
 
     Args:
-        transformer (`FARTransformer3DModel`): Lends its weights.
+        transformer (`FARTransformer3DModel` or `SCDTransformer3DModel`): Lends its weights.
         passes (sequence of `BarePass`).
         has_backward (`bool`): Each product and attention call is differentiated too, as in training.
 
@@ -103,7 +129,7 @@ class Limit:
         group_size (`int`): Of the attention calls, the fastest of `GROUP_SIZES`.
     """
 
-    def __init__(self, transformer: FARTransformer3DModel, passes: Sequence[BarePass], *, has_backward: bool = False):
+    def __init__(self, transformer: FrameTransformer, passes: Sequence[BarePass], *, has_backward: bool = False):
         self.passes = passes
         self.has_backward = has_backward
         self.layers = {}

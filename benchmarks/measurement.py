@@ -1,7 +1,8 @@
 """What was measured: a quantity with its spread, and a row of such quantities that belong together."""
 
+import operator
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,13 @@ class Measurement:
     def per_median(self, other: "Measurement") -> "Measurement":
         """The ratio of what was measured outside of the rounds, as a run that takes minutes, to the median of `other`."""
         return Measurement(tuple(mine / other.median for mine in self.values), "x")
+
+    @classmethod
+    def total(cls, parts: Sequence[tuple["Measurement", int]]) -> "Measurement":
+        """The sum in each round of parts, each so many times."""
+        rounds = zip(*(part.values for part, _ in parts), strict=True)
+        counts = [count for _, count in parts]
+        return cls(tuple(sum(map(operator.mul, counts, values)) for values in rounds), parts[0][0].unit)
 
     def __str__(self) -> str:
         """The median; of ratios the quartiles too."""

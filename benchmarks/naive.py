@@ -104,7 +104,9 @@ class NaiveFAR:
 
         encoded, encoded_actions = latents[:, num_kept - num_cached_long :], actions[:, num_kept - num_cached_long :]
         timestep = torch.full(encoded.shape[:2], CLEAN_TIMESTEP)
-        keys = self._run(encoded, timestep, encoded_actions, plan.segment(num_kept, num_frames), kept)[1]
+        keys = self._run(encoded, timestep, encoded_actions, plan.segment(num_kept, num_frames), kept, is_write=True)[
+            1
+        ]
         num_new_long = plan.num_long_frames - num_cached_long
         return NaiveCache(keys, plan.num_long_frames, latents[:, num_new_long:], actions[:, num_new_long:])
 
@@ -118,9 +120,9 @@ class NaiveFAR:
         return self._run(noisy, timestep, actions, plan, cache.keys)[0]
 
     def _run(
-        self, latents, timestep, actions, plan: ContextPlan, cached: NaiveKeys | None
+        self, latents, timestep, actions, plan: ContextPlan, cached: NaiveKeys | None, is_write: bool = False
     ) -> tuple[torch.Tensor, NaiveKeys]:
-        """The velocity of the short frames of a pass, and the keys of the cached tokens and of the pass."""
+        """The velocity of the short frames of a pass, and, of a write, the keys of the cached tokens and of the pass."""
         num_long, last_layer = plan.num_long_tokens, self.config.num_layers - 1
         hidden_states = self._embed_patches(latents, plan)
         positions = position_ids(plan)
@@ -141,7 +143,8 @@ class NaiveFAR:
             if cached is not None:
                 cached_key, cached_value = cached.layers[number]
                 key, value = torch.cat([cached_key, key], dim=2), torch.cat([cached_value, value], dim=2)
-            layers.append((key, value))
+            if is_write:  # else each layer's are made in the memory that the one before has left
+                layers.append((key, value))
             query, key = apply_rotary_emb(query, query_rotary_emb), apply_rotary_emb(key, rotary_emb)
             states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             states = states.permute(0, 2, 1, 3).contiguous().flatten(2)

@@ -64,17 +64,20 @@ class FARStep:
 
     @torch.no_grad()
     def __init__(self, transformer: FARTransformer3DModel, clip: Clip):
-        context = clip.latents[:, :-1]
         self.transformer, self.clip = transformer, clip
-        self.kv_cache = transformer.init_kv_cache(1, *context.shape[-2:], max_frames=clip.latents.shape[1])
-        transformer(context, -1, actions=clip.fed_actions[:, :-1], kv_cache=self.kv_cache, update_cache=True)
-        noisy = FrameBatch(clip.noise[:, -1:], clip.fed_actions[:, -1:])
-        self.modulation = transformer.frame_modulations(noisy, TIMESTEPS)[TIMESTEPS.tolist().index(TIMESTEP)]
+        self.kv_cache = transformer.init_kv_cache(1, *clip.latents.shape[-2:], max_frames=clip.latents.shape[1])
+        self._fill_cache()
+        self.noisy = FrameBatch(clip.noise[:, -1:], clip.fed_actions[:, -1:])
+        self.modulation = transformer.frame_modulations(self.noisy, TIMESTEPS)[TIMESTEPS.tolist().index(TIMESTEP)]
+
+    def _fill_cache(self) -> None:
+        context, actions = self.clip.latents[:, :-1], self.clip.fed_actions[:, :-1]
+        self.transformer(context, -1, actions=actions, kv_cache=self.kv_cache, update_cache=True)
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
         """The velocity, `(1, 1, C, H, W)`."""
-        return self.transformer(self.clip.noise[:, -1:], kv_cache=self.kv_cache, modulation=self.modulation).sample
+        return self.transformer(self.noisy.latents, kv_cache=self.kv_cache, modulation=self.modulation).sample
 
 
 class NaiveStep:
@@ -82,7 +85,10 @@ class NaiveStep:
 
     def __init__(self, transformer: FARTransformer3DModel, clip: Clip):
         self.naive, self.clip = NaiveFAR(transformer), clip
-        self.cache = self.naive.write(clip.latents[:, :-1], clip.fed_actions[:, :-1])
+        self._fill_cache()
+
+    def _fill_cache(self) -> None:
+        self.cache = self.naive.write(self.clip.latents[:, :-1], self.clip.fed_actions[:, :-1])
 
     def __call__(self) -> torch.Tensor:
         """The velocity, `(1, 1, C, H, W)`."""

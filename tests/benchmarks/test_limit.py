@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_benchmarks import BASE, LONG
+from tiny_benchmarks import BASE, FLOW_MAPS, LONG, SCD
 from tiny_models import spy_attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,6 +10,7 @@ from benchmarks.limit import Limit, clip_pass, denoising_pass, grouped, writing_
 
 
 NUM_FRAMES = 7
+MODELS = [BASE, LONG, *FLOW_MAPS, SCD]
 
 
 def product_flops(run) -> int:
@@ -28,18 +29,22 @@ def far_calls(model, transformer):
     def write(first: int, end: int):
         window = slice(first, end)
         inputs = {"actions": clip.fed_actions[:, window], "kv_cache": kv_cache, "update_cache": True}
+        if transformer.is_separable:
+            inputs["next_action"] = clip.fed_actions[:, end]
         return lambda: transformer(clip.latents[:, window], -1, **inputs)
 
     noisy = {"actions": clip.fed_actions[:, :1], "kv_cache": kv_cache}
     yield write(0, NUM_FRAMES - 2), writing_pass(transformer, 0, NUM_FRAMES - 2, size)
     yield write(NUM_FRAMES - 2, NUM_FRAMES - 1), writing_pass(transformer, NUM_FRAMES - 2, NUM_FRAMES - 1, size)
     yield lambda: transformer(clip.noise[:, :1], 500, **noisy), denoising_pass(transformer, NUM_FRAMES, size)
+    if transformer.is_separable:
+        return  # its clips are two networks'
     timestep = torch.full((1, NUM_FRAMES), 500.0)
     whole = clip_pass(transformer, NUM_FRAMES, size)
     yield lambda: transformer(clip.latents, timestep, actions=clip.fed_actions), whole
 
 
-@pytest.mark.parametrize("model", [BASE, LONG], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.name} {model.config.get('flow_map')}")
 @torch.no_grad()
 def test_products_are_those_of_the_network(model):
     transformer = model.build()
@@ -47,7 +52,7 @@ def test_products_are_those_of_the_network(model):
         assert product_flops(Limit(transformer, [bare_pass])) == product_flops(far)
 
 
-@pytest.mark.parametrize("model", [BASE, LONG], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.name} {model.config.get('flow_map')}")
 @torch.no_grad()
 def test_attention_is_over_what_each_frame_may_see(model):
     transformer = model.build()

@@ -98,6 +98,17 @@ def test_every_step_rotates_all_keys_in_every_layer_and_masks_all_tokens(monkeyp
     assert masked == [plan.num_tokens]
 
 
+def test_only_a_write_keeps_the_keys_of_all_layers(monkeypatch):
+    """Else each step would ask the system for memory as large as the cache."""
+    model, clip = model_and_clip({})
+    naive, kept = NaiveFAR(model), []
+    run = naive._run
+    monkeypatch.setattr(naive, "_run", lambda *inputs, **named: kept.append(run(*inputs, **named)) or kept[-1])
+    cache = write(naive, clip, [6])
+    naive.step(clip.latents[:, -1:], 400.0, clip.actions[:, -1:], cache)
+    assert [len(keys.layers) for _, keys in kept] == [model.config.num_layers, 0]
+
+
 def test_its_head_names_rooms_that_exist():
     names = re.findall(r"`([a-z_]+\.[a-z_]+\.[A-Za-z_]+)`", naive_module.__doc__)
     assert len(names) > 6

@@ -1,12 +1,14 @@
 """The benchmarks at sizes that take no time."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from benchmarks.cases import CASES
 from benchmarks.measurement import Measurement, Row
 from benchmarks.models import CONDITIONS, BenchmarkModel
+from diffusers_far import SCDTransformer3DModel
 
 
 CONFIG = {
@@ -20,11 +22,15 @@ CONFIG = {
 }
 BASE = BenchmarkModel("tiny", CONFIG, latent_size=4)
 LONG = BenchmarkModel("tiny-long", {**CONFIG, "long_patch_size": 2}, latent_size=4)
+FLOW_MAPS = tuple(replace(model, config={**model.config, "flow_map": True}) for model in (BASE, LONG))
+LAYERS = {"num_encoder_layers": 2, "num_decoder_layers": 2}
+SCD_CONFIG = {**{name: value for name, value in CONFIG.items() if name != "num_layers"}, **LAYERS, "flow_map": True}
+SCD = BenchmarkModel("tiny-scd", SCD_CONFIG, latent_size=4, transformer_class=SCDTransformer3DModel)
 PLACES = ((BASE, (3, 5)), (LONG, (3, 8)))
 
 SIZES: dict[str, dict[str, Any]] = {
     "step": {"places": PLACES},
-    "frame": {"places": PLACES, "step_counts": (2, 3)},
+    "frame": {"models": (FLOW_MAPS[1], SCD), "frame_counts": (3, 5), "step_counts": (3, 1)},
     "rollout": {"models": (BASE, LONG), "num_frames": 7},
     "prefill": {"places": PLACES},
     "training": {"places": ((BASE, 5), (LONG, 8))},
