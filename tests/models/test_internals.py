@@ -27,6 +27,7 @@ PRIVATE = {
     "models/internals.py": {
         "_AttentionBackendRegistry",
         "_attention_backend",
+        "_mixed_precision",
         "_compiled_call_impl",
         "_call_impl",
         "_hf_hook",
