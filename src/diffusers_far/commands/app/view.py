@@ -51,9 +51,8 @@ def scene_html(world: World, branch: int = 0, num_branches: int = 1) -> str:
             else "The truth, after a step."
         )
         pair += f'<figure><div class="far-blank">{left}</div></figure>'
-    tile_map = world.draw_map()
-    if tile_map is not None:
-        pair += figure(tile_map, "All that the frames showed of the world", "Map of what was drawn so far")
+    if world.tile_map is not None:
+        pair += figure(world.tile_map.draw(), "All that the frames showed of the world", "Map of what was drawn so far")
     return (
         f'<div class="far-scene" data-new-frames="{world.num_new_frames}"><div class="far-pair">{pair}</div>'
         f"{strip_html(world)}<div class='far-status'>{escape(status(world, branch, num_branches))}</div></div>"
