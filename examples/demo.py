@@ -99,22 +99,20 @@ def draw_sheet(predictions: Predictions, frames: list[int], output_dir: Path) ->
 def print_table(known: dict, frames: list[int]) -> None:
     """The share of tiles that are right, by what could be known of them, and PSNR."""
 
-    def row(title: str, cells: list[str]) -> str:
-        return f"{title:<40}" + "".join(f"{cell:>15}" for cell in cells)
+    def cell(of_source: dict, frame: int, factor: int = 1) -> str:
+        ours, theirs = (of_source[name]["by_frame"][frame]["mean"] for name in ("predicted", "repeated"))
+        return "none" if ours is None else f"{factor * ours:.1f} ({factor * theirs:.1f})"
 
-    def figures(of_source: dict, factor: int = 1) -> list[str]:
-        pairs = [
-            [of_source[name]["by_frame"][frame]["mean"] for name in ("predicted", "repeated")] for frame in frames
-        ]
-        return [
-            f"{factor * ours:.1f} ({factor * theirs:.1f})" if ours is not None else "none" for ours, theirs in pairs
-        ]
-
-    print(row("tiles right in %", [f"frame {frame + 1}" for frame in frames]))
-    print(row("share of tiles that are scored", [f"{known['share_scored'][frame]:.0%}" for frame in frames]))
+    rows = {
+        "tiles right in %": [f"frame {frame + 1}" for frame in frames],
+        "share of tiles that are scored": [f"{known['share_scored'][frame]:.0%}" for frame in frames],
+    }
     for label, of_label in known["accuracy"].items():
-        print(row(f"{label}, {of_label['share_of_tiles']:.1%} of all tiles", figures(of_label, factor=100)))
-    print(row("PSNR in dB", figures(known["psnr"])))
+        title = f"{label}, {of_label['share_of_tiles']:.1%} of all tiles"
+        rows[title] = [cell(of_label, frame, factor=100) for frame in frames]
+    rows["PSNR in dB"] = [cell(known["psnr"], frame) for frame in frames]
+    for title, cells in rows.items():
+        print(f"{title:<40}" + "".join(f"{each:>15}" for each in cells))
 
 
 if __name__ == "__main__":
