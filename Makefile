@@ -42,7 +42,7 @@ space:
 	mkdir -p outputs
 	rm -rf outputs/space
 	cp -r examples/space outputs/space
-	cp -r examples/mazes checkpoints/far-maze src/diffusers_far outputs/space
+	cp -r examples/crafter_walks checkpoints/far-crafter src/diffusers_far outputs/space
 	find outputs/space -name __pycache__ -prune -exec rm -r {} +
 
 clean:

@@ -1,4 +1,4 @@
-"""Play in the browser: `far play`, by default with the model and the mazes of this repository."""
+"""Play in the browser: `far play`, by default with the model and the walks through Crafter of this repository."""
 
 import argparse
 import sys
@@ -10,11 +10,11 @@ from diffusers_far.commands.arguments import parse_play
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MAZE_MODEL, MAZES = str(ROOT / "checkpoints" / "far-maze"), str(ROOT / "examples" / "mazes")
+MODEL, WALKS = str(ROOT / "checkpoints" / "far-crafter"), str(ROOT / "examples" / "crafter_walks")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    return parse_play(arguments, model=MAZE_MODEL, dataset_name=MAZES)
+    return parse_play(arguments, model=MODEL, dataset_name=WALKS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the README's moving picture: held-out mazes, what was recorded above what the model predicts.
+"""Draw the README's moving picture: held-out walks, what was recorded above what the model predicts.
 
     python scripts/animate_prediction.py --output docs/images/prediction.webp
 
@@ -24,24 +24,28 @@ FONT_SIZE = 15
 
 INK, PALE, MARKED = "#24292f", "#8c959f", "#e8590c"
 ARROWS = {  # corners in a square from -1 to 1, y down
-    "forward": [(0, -0.8), (0.8, 0.6), (-0.8, 0.6)],
+    "up": [(0, -0.8), (0.8, 0.6), (-0.8, 0.6)],
+    "down": [(0, 0.8), (0.8, -0.6), (-0.8, -0.6)],
     "left": [(-0.8, 0), (0.6, -0.8), (0.6, 0.8)],
     "right": [(0.8, 0), (-0.6, -0.8), (-0.6, 0.8)],
 }
+ARROWS["forward"] = ARROWS["up"]
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
-    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "far-maze"), help="Pipeline folder or Hub id.")
-    parser.add_argument("--mazes", default=str(ROOT / "examples" / "mazes"), help="Dataset with recorded walks.")
+    model, walks = ROOT / "checkpoints" / "far-crafter", ROOT / "examples" / "crafter_walks"
+    parser.add_argument("--model", default=str(model), help="Pipeline folder or Hub id.")
+    parser.add_argument("--dataset_name", default=str(walks), help="Folder or Hub id of recorded walks.")
+    parser.add_argument("--dataset_split", default="test")
     parser.add_argument("--walks", type=int, nargs="+", default=[0, 1, 2, 3], help="Which of them, from 0.")
-    parser.add_argument("--first_context_frame", type=int, default=68)
+    parser.add_argument("--first_context_frame", type=int, default=96)
     parser.add_argument("--num_context_frames", type=int, default=32)
     parser.add_argument("--num_frames", type=int, default=64, help="Frames to predict.")
     parser.add_argument("--num_shown_context_frames", type=int, default=10, help="The last ones of the context.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=int, default=3, help="Enlarges the frames.")
-    parser.add_argument("--quality", type=int, default=75, help="Of the webp, 0 to 100.")
+    parser.add_argument("--scale", type=int, default=3, help="Repeats pixels.")
+    parser.add_argument("--quality", type=int, help="Of the webp, 0 to 100; by default it is lossless.")
     parser.add_argument("--output", type=Path, required=True, help="A .webp; replaced.")
     return parser.parse_args(arguments)
 
@@ -93,7 +97,7 @@ class Panel:
         for top, label, frames, ink in zip(self.tops, labels, (recorded, predicted), (INK, colour)):
             self._write(canvas, (GAP, top + self.height / 2), label, ink)
             for left, frame in zip(self.lefts, frames):
-                enlarged = Image.fromarray(frame).resize((self.width, self.height), Image.Resampling.BICUBIC)
+                enlarged = Image.fromarray(frame).resize((self.width, self.height), Image.Resampling.NEAREST)
                 image.paste(enlarged, (left, top))
         for left, action in zip(self.lefts, actions):
             centre = (left + self.width / 2, self.tops[0] + self.height + ARROW_HEIGHT / 2)
@@ -104,18 +108,21 @@ class Panel:
         canvas.text(place, text, fill=ink, font=self.font, anchor="lm")
 
     def _draw_action(self, canvas: ImageDraw.ImageDraw, centre: tuple[float, float], name: str) -> None:
-        if name not in ARROWS:
+        directions = [word for word in name.split("_") if word in ARROWS]  # of "move_left", "left"
+        if not directions:
             canvas.text(centre, name, fill=INK, font=self.font, anchor="mm")
             return
         radius = ARROW_HEIGHT / 2 - 4
-        canvas.polygon([(centre[0] + radius * x, centre[1] + radius * y) for x, y in ARROWS[name]], fill=INK)
+        canvas.polygon([(centre[0] + radius * x, centre[1] + radius * y) for x, y in ARROWS[directions[0]]], fill=INK)
 
 
 def read_walks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Frames `(walks, F, h, w, 3)`, uint8, and actions `(walks, F)` of context and new frames."""
-    rows = load_dataset(args.mazes, split="test").select(args.walks)
+    rows = load_dataset(args.dataset_name, split=args.dataset_split).select(args.walks)
     end = args.first_context_frame + args.num_context_frames + args.num_frames
-    frames = [[np.asarray(image) for image in row["video"][args.first_context_frame : end]] for row in rows]
+    frames = [
+        [np.asarray(image.convert("RGB")) for image in row["video"][args.first_context_frame : end]] for row in rows
+    ]
     actions = [row["actions"][args.first_context_frame : end] for row in rows]
     return np.array(frames), np.array(actions)
 
@@ -160,7 +167,9 @@ def main(args: argparse.Namespace) -> None:
     first, *others = draw_moments(recorded, predicted, actions, list(pipe.config.action_names), args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     durations = [round(1000 / pipe.config.fps)] * len(others) + [2000]  # rests at the end
-    first.save(args.output, save_all=True, append_images=others, duration=durations, loop=0, quality=args.quality)
+    lossless = {"lossless": True, "quality": 60, "method": 4}  # there quality is the effort
+    encoding = lossless if args.quality is None else {"quality": args.quality}
+    first.save(args.output, save_all=True, append_images=others, duration=durations, loop=0, **encoding)
     print(
         f"{args.output}: {len(others) + 1} frames of {first.width}x{first.height}, {args.output.stat().st_size} bytes"
     )

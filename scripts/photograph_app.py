@@ -24,10 +24,13 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
-    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "far-maze"), help="Pipeline folder or Hub id.")
-    parser.add_argument("--mazes", default=str(ROOT / "examples" / "mazes"), help="Dataset with recorded walks.")
+    parser.add_argument(
+        "--model", default=str(ROOT / "checkpoints" / "far-crafter"), help="Pipeline folder or Hub id."
+    )
+    walks = str(ROOT / "examples" / "crafter_walks")
+    parser.add_argument("--dataset_name", default=walks, help="Recorded walks to start from.")
     parser.add_argument("--num_steps", type=int, default=4, help="Along the recorded walk.")
-    parser.add_argument("--size", type=int, nargs=2, default=[1000, 860], help="Width and height in pixels.")
+    parser.add_argument("--size", type=int, nargs=2, default=[1120, 860], help="Width and height in pixels.")
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="Playwright's own by default.")
     parser.add_argument("--output", type=Path, required=True, help="A .png; replaced.")
     return parser.parse_args(arguments)
@@ -54,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     limits = WorldLimits()
     model = WorldModel(FARPipeline.from_pretrained(args.model))
     model.pipe.set_progress_bar_config(disable=True)
-    walks = RecordedWalks(args.mazes, model.size, limits, num_actions=len(model.action_names))
+    walks = RecordedWalks(args.dataset_name, model.size, limits, num_actions=len(model.action_names))
     actions = walks.start(FIRST_WALK, FIRST_FRAME, num_context_frames=1).true_actions[: args.num_steps]
     app = serve(AppParts(model, walks, limits), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:
@@ -67,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
             page.wait_for_selector('.far-scene[data-new-frames="0"]')
             walk_along(page, actions)
             page.mouse.move(0, 0)
+            page.evaluate("scrollTo(0, 0)")
             page.wait_for_timeout(1000)  # the last button fades
             args.output.parent.mkdir(parents=True, exist_ok=True)
             page.screenshot(path=args.output)

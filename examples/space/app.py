@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE if (HERE / "mazes").is_dir() else HERE.parent  # beside this file in a Space
+EXAMPLES = HERE if (HERE / "crafter_walks").is_dir() else HERE.parent  # beside this file in a Space
 CHECKPOINTS = EXAMPLES if EXAMPLES == HERE else EXAMPLES.parent / "checkpoints"
 sys.path.insert(0, str(HERE))
 
@@ -20,8 +20,8 @@ from diffusers_far.commands.inputs import load_pipeline  # noqa: E402
 
 
 def main() -> None:
-    model_name = os.environ.get("FAR_MODEL", str(CHECKPOINTS / "far-maze"))
-    dataset_name = os.environ.get("FAR_DATASET", "" if "FAR_MODEL" in os.environ else str(EXAMPLES / "mazes"))
+    model_name = os.environ.get("FAR_MODEL", str(CHECKPOINTS / "far-crafter"))
+    dataset_name = os.environ.get("FAR_DATASET", "" if "FAR_MODEL" in os.environ else str(EXAMPLES / "crafter_walks"))
     allowed_hosts = hosts_of_a_space(os.environ.get("SPACE_HOST")) + os.environ.get("FAR_ALLOWED_HOSTS", "").split()
     model, limits = WorldModel(load_pipeline(model_name)), WorldLimits()
     walks = None

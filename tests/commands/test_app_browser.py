@@ -27,12 +27,12 @@ MAX_NEW_FRAMES = 12
 
 @pytest.fixture(scope="module")
 def address():
-    transformer = tiny_transformer(num_actions=3, action_shift=1, long_patch_size=2, trained_frames=40)
-    names = ["forward", "left", "right"]
+    transformer = tiny_transformer(num_actions=4, action_shift=1, long_patch_size=2, trained_frames=40)
+    names = ["forward", "left", "right", "do"]
     own = {"num_inference_steps": 2, "guidance_scale": 1.4}
     model = WorldModel(tiny_pipeline(transformer, height=16, width=16, action_names=names, **own))
     limits = WorldLimits(max_new_frames=MAX_NEW_FRAMES)
-    walks = RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits, num_actions=3)
+    walks = RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits, num_actions=4)
     app = serve(AppParts(model, walks, limits), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     yield app.local_url
     app.close()
@@ -89,6 +89,15 @@ def test_keys_and_buttons_make_the_next_frame(page):
     wait_for_frames(page, 2)
     page.keyboard.press("ArrowRight")
     wait_for_frames(page, 3)
+
+
+def test_the_space_bar_presses_its_own_button_and_not_the_one_in_focus(page):
+    page.click("#action-0")
+    wait_for_frames(page, 1)
+    page.keyboard.press(" ")
+    wait_for_frames(page, 2)
+    page.wait_for_timeout(500)
+    assert page.locator('.far-scene[data-new-frames="2"]').count() == 1
 
 
 def test_a_new_world_begins_from_nothing(page):

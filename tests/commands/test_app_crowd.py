@@ -367,6 +367,7 @@ def test_a_folder_that_another_upload_removes_meanwhile_is_passed_over(tmp_path,
         (["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE"], ["0", "2", "ArrowRight", "ArrowLeft", "5"]),
         (["turn_left", "moveRight", "move back", "left"], ["1", "ArrowRight", "ArrowDown", "ArrowLeft"]),
         (["up left", "do nothing", "jump"], ["1", "0", "3"]),
+        (["move_up", "do", "do more"], ["ArrowUp", "Space", "3"]),
         (["action 0", "action 1"], ["1", "2"]),
     ],
 )
@@ -383,9 +384,9 @@ def test_no_key_means_two_actions_and_more_actions_than_keys_have_buttons_alone(
         assert len(pressed) == len(set(pressed))
 
 
-def test_mazes_are_the_default_of_the_maze_model_alone():
+def test_the_shipped_walks_are_the_default_of_the_shipped_model_alone():
     app = load_script("app")
-    assert app.parse_args([]).dataset_name == str(EXAMPLES / "mazes")
+    assert app.parse_args([]).dataset_name == str(EXAMPLES / "crafter_walks")
     assert app.parse_args(["--model", "far-pong"]).dataset_name == ""
     assert app.parse_args(["--model", "far-pong", "--dataset_name", "pong"]).dataset_name == "pong"
     assert app.parse_args(["--mazes", "others"]).dataset_name == "others"

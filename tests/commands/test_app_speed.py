@@ -25,12 +25,12 @@ NUM_FRAMES = 12
 
 def test_a_frame_takes_less_than_a_second():
     """From the press to the page that is sent back; the quickest one, since the machine may be busy."""
-    pipe = FARPipeline.from_pretrained(EXAMPLES.parent / "checkpoints" / "far-maze")
+    pipe = FARPipeline.from_pretrained(EXAMPLES.parent / "checkpoints" / "far-crafter")
     pipe.set_progress_bar_config(disable=True)
     model, limits = WorldModel(pipe), WorldLimits()
     own = model.default_settings
     settings = (own.num_inference_steps, own.guidance_scale, own.flex_rope_slope, own.short_cache, 0)
-    walks = RecordedWalks(str(EXAMPLES / "mazes"), model.size, limits, num_actions=3)
+    walks = RecordedWalks(str(EXAMPLES / "crafter_walks"), model.size, limits, num_actions=5)
     handlers = Handlers(AppParts(model, walks, limits))
     handlers.begin_recorded(VISITOR, 0, 100, 32, *settings)
     seconds = []

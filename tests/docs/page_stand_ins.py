@@ -14,7 +14,7 @@ from diffusers_far.evaluation.media import encode_mp4
 
 
 ROOT = Path(__file__).parents[2]
-FAR_MAZE = ROOT / "checkpoints" / "far-maze"
+FAR_MAZE, FAR_CRAFTER = ROOT / "checkpoints" / "far-maze", ROOT / "checkpoints" / "far-crafter"
 
 PUSH = """
     import sys
@@ -37,12 +37,12 @@ def lay_out(page: Path, folder: Path, hub: LocalHub) -> None:
 
 
 def clip(folder: Path, hub: LocalHub) -> None:
-    walk = load_dataset(str(ROOT / "examples" / "mazes"), split="test").with_format("numpy")[0]
-    encode_mp4(folder / "clip.mp4", walk["video"][68:100], fps=8)
+    walk = load_dataset(str(ROOT / "examples" / "crafter_walks"), split="test").with_format("numpy")[0]
+    encode_mp4(folder / "clip.mp4", walk["video"][96:128], fps=8)
 
 
 def trained_model(folder: Path, hub: LocalHub) -> None:
-    (folder / "far-maze").symlink_to(FAR_MAZE)
+    (folder / "far-crafter").symlink_to(FAR_CRAFTER)
 
 
 def walks(folder: Path, hub: LocalHub) -> None:

@@ -78,7 +78,7 @@ def wait_for_address(process: subprocess.Popen, log: Path) -> str:
 def test_the_space_holds_no_link_and_nothing_compiled(space):
     assert not [path for path in space.rglob("*") if path.is_symlink() or path.name == "__pycache__"]
     assert {path.name for path in space.iterdir()} == {
-        "README.md", "app.py", "diffusers_far", "far-maze", "mazes", "requirements.txt"
+        "README.md", "app.py", "crafter_walks", "diffusers_far", "far-crafter", "requirements.txt"
     }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_the_page_is_served(address):
     assert page.status_code == 200 and "FlexRoPE slope" in page.text
     config = httpx.get(f"{address}/config", timeout=START_TIME).json()
     steps = [part["props"] for part in config["components"] if part["props"].get("elem_id") == "steps"]
-    own = json.loads((ROOT / "checkpoints" / "far-maze" / "model_index.json").read_text())
+    own = json.loads((ROOT / "checkpoints" / "far-crafter" / "model_index.json").read_text())
     assert [slider["value"] for slider in steps] == [own["num_inference_steps"]]
 
 

@@ -26,7 +26,7 @@ def test_the_notebook_is_kept_without_outputs():
 def test_every_cell_runs_and_the_pictures_have_their_frames(tmp_path):
     # The notebook's folder is where Jupyter starts it. The last expression of a cell is what Jupyter shows.
     script = tmp_path / "notebook.py"
-    script.write_text("\n\n".join(read_cells("code")) + "\n\nprint(strip(look).size, strip(straight_on).size)\n")
+    script.write_text("\n\n".join(read_cells("code")) + "\n\nprint(strip(look).size, strip(upwards).size)\n")
     result = subprocess.run(
         [sys.executable, str(script)],
         cwd=NOTEBOOK.parent,
@@ -36,6 +36,6 @@ def test_every_cell_runs_and_the_pictures_have_their_frames(tmp_path):
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "['forward', 'left', 'right'] 5 steps a frame" in result.stdout
+    assert "['move_left', 'move_right', 'move_up', 'move_down', 'do'] " in result.stdout
     assert result.stdout.count("dB if nothing changed") == 4
-    assert "(384, 96) (384, 96)" in result.stdout
+    assert "(512, 128) (512, 128)" in result.stdout

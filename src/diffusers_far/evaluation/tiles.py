@@ -179,11 +179,23 @@ class WorldConsistency:
     came_in: np.ndarray
 
 
+def where_it_leads(view: np.ndarray, action: int) -> tuple[int, int]:
+    """What an action adds to the player's (x, y), by the rule of the world: the player moves if the tile ahead can be walked
+    on, and else stands still.
+
+    Args:
+        view (`np.ndarray` of shape `(8, 6)`): Material numbers of the frame at which the action is taken.
+        action (`int`): Index of `ACTION_NAMES`.
+    """
+    step = STEPS[action]
+    return step if view[_sum(PLAYER, step)] in WALKABLE else (0, 0)
+
+
 def follow_world(tiles: np.ndarray, actions: Sequence[int] | np.ndarray) -> WorldConsistency:
     """Follow the player through a world that a model makes up, and compare what it draws with what it drew before.
 
-    No truth is needed, as the rule of the world says what each action does: the player moves if the tile ahead, as the
-    model drew it, can be walked on, and else stands still.
+    No truth is needed, as the rule of the world says what each action does, see [`where_it_leads`]; the tile ahead is the
+    one that the model drew.
 
     Args:
         tiles (`np.ndarray` of shape `(F, 8, 6)`): Material numbers, as [`read_tiles`] gives them.
@@ -201,9 +213,8 @@ def follow_world(tiles: np.ndarray, actions: Sequence[int] | np.ndarray) -> Worl
     for t, view in enumerate(tiles):
         step = (0, 0)
         if t:
-            wanted = STEPS[actions[t - 1]]
-            step = wanted if tiles[t - 1][_sum(PLAYER, wanted)] in WALKABLE else (0, 0)
-            num_moves += wanted != (0, 0)
+            step = where_it_leads(tiles[t - 1], actions[t - 1])
+            num_moves += STEPS[actions[t - 1]] != (0, 0)
             num_moved += step != (0, 0)
             place = _sum(place, step)
 

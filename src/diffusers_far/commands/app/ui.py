@@ -22,7 +22,7 @@ from .world import WorldModel
 
 DEFAULT_FPS = 8.0
 DOWNLOAD_SIDE = 256  # pixels that the shorter side of a download has at least
-ARROWS = {
+KEYS = {  # of a word in an action's name
     "up": "ArrowUp",
     "forward": "ArrowUp",
     "forwards": "ArrowUp",
@@ -32,6 +32,7 @@ ARROWS = {
     "backwards": "ArrowDown",
     "left": "ArrowLeft",
     "right": "ArrowRight",
+    "do": "Space",
 }
 SIGNS = {"ArrowUp": "↑", "ArrowDown": "↓", "ArrowLeft": "←", "ArrowRight": "→"}
 
@@ -41,7 +42,8 @@ KEYS_SCRIPT = """
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.target.closest("input, textarea, select, [contenteditable], [role=listbox]")) return;
-  const button = /^[A-Za-z0-9]+$/.test(event.key) && document.querySelector(`button.key-${event.key}`);
+  const key = event.key === " " ? "Space" : event.key;
+  const button = /^[A-Za-z0-9]+$/.test(key) && document.querySelector(`button.key-${key}`);
   if (!button) return;
   event.preventDefault();
   if (!button.disabled) button.click();
@@ -214,35 +216,32 @@ def build_app(handlers: Handlers) -> gr.Blocks:
     alone = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title="diffusers-far", fill_width=True, analytics_enabled=False, delete_cache=(60, 600)) as app:
         gr.Markdown(
-            "## Play in a world that a model makes up\nArrow keys, number keys or buttons; each press is one frame."
+            "## Play in a world that a model makes up\n"
+            "The keys that stand on the buttons, number keys, or the buttons; each press is one frame."
         )
+        scene = gr.HTML(elem_id="scene")
+        buttons = action_buttons(parts.model.action_names)
         with gr.Row():
-            with gr.Column(scale=3, min_width=340):
-                scene = gr.HTML(elem_id="scene")
-                buttons = action_buttons(parts.model.action_names)
-                with gr.Row():
-                    back_one = gr.Button(
-                        "Back 1", size="sm", min_width=90, elem_id="back-1", elem_classes="key-Backspace"
-                    )
-                    back_many = gr.Button("Back 8", size="sm", min_width=90, elem_id="back-8")
-                    fork = gr.Button("Fork", size="sm", min_width=90, elem_id="fork")
-                    save = gr.Button("Make mp4", size="sm", min_width=90, elem_id="save")
-                with gr.Row():
-                    autoplay = gr.Checkbox(
-                        label="Autoplay: the recorded way, then the last action again", elem_id="autoplay"
-                    )
-                    branch = gr.Radio([], label="Branch", visible=False, elem_id="branch")
-                download = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
-            with gr.Column(scale=2, min_width=280):
+            back_one = small_button("Back 1", "back-1", elem_classes="key-Backspace")
+            back_many = small_button("Back 8", "back-8")
+            fork = small_button("Fork", "fork")
+            save = small_button("Make mp4", "save")
+            new = small_button("New world", "new-world", visible=parts.model.size is not None)
+        with gr.Row():
+            autoplay = gr.Checkbox(label="Autoplay: the recorded way, then the last action again", elem_id="autoplay")
+            branch = gr.Radio([], label="Branch", visible=False, elem_id="branch")
+        download = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
+        with gr.Row():
+            with gr.Column(min_width=280):
                 num_context = slider(1, parts.limits.max_context_frames, 32, step=1, label="Frames of context")
                 recorded = recorded_controls(parts.walks)
-                new = gr.Button("New world", elem_id="new-world", visible=parts.model.size is not None)
                 upload = gr.File(
                     label=f"Your own clip or image, up to {parts.limits.upload.max_bytes // 2**20} MiB",
                     file_types=list(MEDIA_SUFFIXES),
                     height=150,
                     elem_id="upload",
                 )
+            with gr.Column(min_width=280):
                 settings = settings_controls(parts.model)
         timer = gr.Timer(0.2, active=False)
 
@@ -267,6 +266,10 @@ def build_app(handlers: Handlers) -> gr.Blocks:
     return app.queue(max_size=None, default_concurrency_limit=1, api_open=False)
 
 
+def small_button(label: str, elem_id: str, **options: object) -> gr.Button:
+    return gr.Button(label, size="sm", min_width=90, elem_id=elem_id, **options)
+
+
 def action_buttons(action_names: list[str]) -> list[gr.Button]:
     """A button per action, with its keys."""
     buttons = []
@@ -283,9 +286,9 @@ def action_buttons(action_names: list[str]) -> list[gr.Button]:
 def action_keys(action_names: list[str]) -> list[list[str]]:
     """The keys of each action, the one that is shown first.
 
-    An action whose name is a direction, or has one in it ("move_left"), has that arrow; the first of several that mean the
-    same arrow has it, plain names before others. One that does nothing ("noop") has 0, and all have the number key of their
-    place, as far as there are such keys.
+    An action whose name is a direction, or has one in it ("move_left"), has that arrow, and "do" the space bar; the first of
+    several that mean the same key has it, plain names before others. One that does nothing ("noop") has 0, and all have the
+    number key of their place, as far as there are such keys.
 
     Returns:
         `list[list[str]]`: As browsers name keys; of a model without actions those of the one button.
@@ -296,7 +299,7 @@ def action_keys(action_names: list[str]) -> list[list[str]]:
     keys: list[list[str]] = [[] for _ in action_names]
     taken = set()
     for index in sorted(range(len(words)), key=lambda index: len(words[index])):
-        meant = {ARROWS[word] for word in words[index] if word in ARROWS}
+        meant = {KEYS[word] for word in words[index] if word in KEYS}
         if "".join(words[index]) in NOOP_NAMES:
             meant = {"0"}
         if len(meant) == 1 and not meant <= taken:

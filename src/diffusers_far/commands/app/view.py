@@ -12,16 +12,16 @@ from .world import World
 STRIP_FRAMES = 10
 
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto !important; }
 .far-scene { display: flex; flex-direction: column; gap: 10px; }
 .far-scene img { image-rendering: pixelated; border-radius: 4px; display: block; }
-.far-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 300px)); gap: 12px; }
+.far-pair { display: grid; grid-template-columns: repeat(auto-fit, min(100%, 320px)); gap: 12px; }
 .far-pair figure { margin: 0; }
 .far-pair img, .far-pair .far-blank { width: 100%; aspect-ratio: 1; object-fit: contain; }
 .far-blank { border: 1px dashed var(--border-color-primary); border-radius: 4px; display: flex; align-items: center;
   justify-content: center; text-align: center; color: var(--body-text-color-subdued); padding: 12px; box-sizing: border-box; }
 .far-pair figcaption, .far-strip figcaption { font-size: 0.85em; color: var(--body-text-color-subdued); padding: 2px 0; }
-.far-strip { display: grid; grid-template-columns: 5em repeat(10, 1fr); gap: 3px; align-items: center;
+.far-strip { display: grid; grid-template-columns: 5em repeat(10, minmax(0, 64px)); gap: 3px; align-items: center;
   font-size: 0.8em; color: var(--body-text-color-subdued); }
 .far-strip img { width: 100%; }
 .far-status { font-size: 0.95em; }
@@ -42,6 +42,10 @@ def scene_html(world: World, branch: int = 0, num_branches: int = 1) -> str:
     present = world.frames[-1]
     made = "predicted frame" if world.num_new_frames else "last frame of the context"
     pair = figure(present, f"The {made}", made.capitalize())
+    if world.tile_map is not None:
+        pair += figure(
+            world.tile_map.draw(), "All that the frames showed of the world", "Map of what was drawn so far"
+        )
     if truth is not None:
         pair += figure(truth, "The recorded frame", f"Recorded frame ({psnr(present, truth):.1f} dB)")
     elif world.start.true_frames is not None:
@@ -51,9 +55,6 @@ def scene_html(world: World, branch: int = 0, num_branches: int = 1) -> str:
             else "The truth, after a step."
         )
         pair += f'<figure><div class="far-blank">{left}</div></figure>'
-    tile_map = world.draw_map()
-    if tile_map is not None:
-        pair += figure(tile_map, "All that the frames showed of the world", "Map of what was drawn so far")
     return (
         f'<div class="far-scene" data-new-frames="{world.num_new_frames}"><div class="far-pair">{pair}</div>'
         f"{strip_html(world)}<div class='far-status'>{escape(status(world, branch, num_branches))}</div></div>"

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...evaluation.tiles import ACTION_NAMES, COLUMNS, TILE_SIZE, load_textures
+from ...evaluation.tiles import ACTION_NAMES, COLUMNS, DO, TILE_SIZE, load_textures
 from ...hooks.flex_rope import FlexRoPEConfig
 from ...pipelines import FARPipeline, FARSession
 from ..inputs import ActionSpace
 from .settings import Settings, WorldError, WorldLimits
 from .starts import Start
-from .tile_map import draw_map
+from .tile_map import TileMap
 
 
 class WorldModel:
@@ -83,6 +83,7 @@ class World:
 
     Attributes:
         actions (`list[int]`): N, those taken since the start.
+        tile_map ([`TileMap`], *optional*): All that the frames showed, where the model's world is one of tiles.
 
     Raises:
         ValueError: Settings that this model does not know.
@@ -107,6 +108,7 @@ class World:
             )
             if is_new:
                 self.start = replace(start, frames=_as_array(self.session.step()[0])[None])
+        self.tile_map = self._mapped()
 
     @property
     def num_new_frames(self) -> int:
@@ -137,17 +139,6 @@ class World:
                 break
             num_true += 1
         return self.start.true_frames[:num_true]
-
-    def draw_map(self) -> np.ndarray | None:
-        """All that the frames showed of a world of tiles, `(h, w, 3)`, uint8; `None` of another world.
-
-        The actions of a clip that a visitor brought are only assumed, so there the map begins with its last frame.
-        """
-        if self.model.tile_textures is None:
-            return None
-        first = len(self.start.frames) - 1 if self.start.true_frames is None else 0
-        actions = [*self.start.actions[first:], *self.actions]
-        return draw_map(self.frames[first:], actions, self.model.tile_textures)
 
     @property
     def recorded_action(self) -> int | None:
@@ -182,6 +173,8 @@ class World:
         frame = _as_array(image)
         self._new_frames.append(frame)
         self.actions.append(action if num_actions else 0)
+        if self.tile_map is not None:
+            self.tile_map.show(frame, action)
         return frame
 
     def autoplay_action(self) -> int | None:
@@ -209,6 +202,7 @@ class World:
         with self.model.taking_turns(self.settings.flex_rope_slope):
             self.session.rewind(num_frames)
         del self._new_frames[-num_frames:], self.actions[-num_frames:]
+        self.tile_map = self._mapped()
 
     def fork(self) -> "World":
         """Another walk with the same past."""
@@ -217,6 +211,7 @@ class World:
         with self.model.taking_turns(self.settings.flex_rope_slope):
             twin.session = self.session.fork()
         twin.actions, twin._new_frames = list(self.actions), list(self._new_frames)
+        twin.tile_map = twin._mapped()
         return twin
 
     def configure(self, settings: Settings) -> None:
@@ -232,6 +227,17 @@ class World:
                 num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale
             )
         self.settings = settings
+
+    def _mapped(self) -> TileMap | None:
+        """A map of the frames so far. The actions of a clip that a visitor brought are only assumed, so there it begins with
+        the clip's last frame."""
+        if self.model.tile_textures is None:
+            return None
+        tile_map = TileMap(self.model.tile_textures)
+        first = len(self.start.frames) - 1 if self.start.true_frames is None else 0
+        for frame, action in zip(self.frames[first:], [DO, *self.start.actions[first:], *self.actions]):
+            tile_map.show(frame, action)
+        return tile_map
 
 
 def _as_array(image) -> np.ndarray:
