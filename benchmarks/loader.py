@@ -25,8 +25,9 @@ from diffusers_far.command_line import HelpWithDefaults
 from diffusers_far.models.codec import encode_video
 from diffusers_far.models.presets import PRESETS
 from diffusers_far.training.clips import StepBatches, clip_loss, encode_batches
-from diffusers_far.training.config import FARSettings, build_optimizer
+from diffusers_far.training.config import FARSettings
 from diffusers_far.training.data import open_clips, training_batches
+from diffusers_far.training.optimizers import build_optimizer
 
 from .loader_sets import UCF_SIZE, DataSets, make_sets, prepare
 from .measurement import Measurement, Row
@@ -170,7 +171,7 @@ class LoaderBenchmark:
     def measure_training(self, model: FARTransformer3DModel, form: LoaderForm) -> Measurement:
         """Frames a second of a model's steps on one batch of the longest clips; to load it does not count."""
         model = model.to(self.accelerator.device).train()
-        optimizer = build_optimizer(self.training_settings(form), model.parameters())
+        optimizer = build_optimizer(self.training_settings(form), model)
         loaded = encode_batches(self.batches(form, model.config).longest.load(0, 1), self.vae)
         clips, draw = (part.to(self.accelerator.device) for part in next(loaded))
         speeds = []
