@@ -17,8 +17,7 @@ import torch
 
 from diffusers_far import FARPipeline
 from diffusers_far.models.codec import spatial_compression
-from diffusers_far.models.frames import FrameBatch, blank_tensors
-from diffusers_far.models.transformer_far import CLEAN_TIMESTEP
+from diffusers_far.models.frames import CLEAN_TIMESTEP, FrameBatch, blank_tensors
 
 from ..anyflow import AnyFlowStep
 from ..checks import require_close
