@@ -41,6 +41,22 @@ def test_steps_are_bit_equal_to_the_call_and_the_stream(config, options):
     assert torch.equal(steps, torch.stack(list(stream), dim=1))
 
 
+@pytest.mark.parametrize("config", MODELS)
+@pytest.mark.parametrize("options", [{}, {"max_long_frames": 4}, {"short_cache": "rolling"}])
+def test_inference_mode_changes_no_frame_and_the_model_learns_afterwards(config, options):
+    if config.get("long_patch_size", 2) is None and options:
+        pytest.skip("no frame is long")
+    pipe = pipeline(**config)
+    video, actions = walk(pipe)
+    expected = go_on(start(pipe, **options), actions)
+    latents, model = torch.ones(2, 4, 4, 4, 6), pipe.transformer
+    with torch.inference_mode():
+        assert torch.equal(go_on(start(pipe, **options), actions), expected)
+        model(latents, 500.0, actions=actions[:, :4])  # what is kept of its positions is then of this mode
+    model.train()(latents, 500.0, actions=actions[:, :4]).sample.sum().backward()
+    assert model.proj_out.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "output_type, kind, shape",
     [("pil", list, (2,)), ("np", np.ndarray, (2, 8, 12, 3)), ("pt", torch.Tensor, (2, 3, 8, 12))],
