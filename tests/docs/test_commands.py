@@ -20,7 +20,8 @@ def shell_block(code: str) -> CodeBlock:
 def test_commands_are_accepted(block, tmp_path, monkeypatch):
     commands = recorded_commands(block, tmp_path / "shell")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "examples").symlink_to(ROOT / "examples")  # where a command names a recipe
+    for folder in ("examples", "checkpoints"):  # where a command names a recipe or a shipped model
+        (tmp_path / "empty" / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path / "empty")
     for command in commands:
         check_command(command)
