@@ -44,7 +44,9 @@ class MuonAdamW(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
-            momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = state["momentum_buffer"]
             momentum.lerp_(parameter.grad, 1 - MOMENTUM)
             update = orthogonalized(parameter.grad.lerp(momentum, MOMENTUM))
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
