@@ -165,14 +165,3 @@ def test_the_block_mask_allows_what_the_dense_mask_allows():
     block_mask = frame_causal_block_mask(frames, frames)
     dense = create_mask(block_mask.mask_mod, 1, 1, len(frames), len(frames), device="cpu")[0, 0]
     assert torch.equal(dense, frame_causal_mask(frames, frames))
-
-
-def test_positions_that_a_rollout_in_inference_mode_left_are_of_use_to_a_training():
-    plan = ContextPlan.for_frames(3, short_window=3, height=2, width=6, patch_size=1)  # of no other test
-    with torch.inference_mode():
-        expected = rotary_embedding(position_ids(plan), AXES_DIMS).clone()
-    rotary_emb = rotary_embedding(position_ids(plan), AXES_DIMS)
-    assert torch.equal(rotary_emb, expected) and not rotary_emb.is_inference()
-    states = torch.randn(1, plan.num_tokens, 1, sum(AXES_DIMS), requires_grad=True)
-    apply_rotary_embedding(states, rotary_emb).square().sum().backward()
-    torch.testing.assert_close(states.grad, 2 * states.detach())

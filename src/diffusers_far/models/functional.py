@@ -7,7 +7,6 @@ B batch, F frames, C latent channels, H/W latent height/width, P patch size, L t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -44,14 +43,12 @@ def unpatchify(patches: torch.Tensor, patch_size: int, height: int, width: int) 
     return latents.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
 
 
-@lru_cache(maxsize=8)  # a noisy frame stands where it stood in the step before
 def position_ids(plan: ContextPlan, device: torch.device | None = None, has_twins: bool = False) -> torch.Tensor:
     """Where each token of a pass stands. A long token stands at the first short token that its patch covers, and a noisy twin
     of a short frame where that frame's tokens do.
 
     Returns:
-        `torch.Tensor` of shape `(L, 3)`, int64: frame, row and column, the latter two in short tokens. Others get the same
-        tensor; change a copy.
+        `torch.Tensor` of shape `(L, 3)`, int64: frame, row and column, the latter two in short tokens.
     """
 
     def grid(first_frame: int, end_frame: int, patch_size: int) -> torch.Tensor:
@@ -92,17 +89,12 @@ def rotary_embedding(position_ids: torch.Tensor, axes_dims: tuple[int, ...], the
         `torch.Tensor` of shape `(L, D / 2)`, complex64 whatever the model's dtype: in bfloat16 every frame index above
         256 would be rounded.
     """
-    axes, wavelengths = _rotary_axes(tuple(axes_dims), theta, position_ids.device)
-    angles = position_ids.float()[:, axes] / wavelengths
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
+        angles.append(position_ids[:, axis, None].float() / theta**exponents)
+    angles = torch.cat(angles, dim=-1)
     return torch.polar(torch.ones_like(angles), angles)
-
-
-@lru_cache(maxsize=8)
-def _rotary_axes(axes_dims: tuple[int, ...], theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each channel pair the axis that turns it, and over how many positions it turns by 1 radian, `(D / 2,)` each."""
-    axes = [torch.full((dim // 2,), axis, device=device) for axis, dim in enumerate(axes_dims)]
-    wavelengths = [theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim) for dim in axes_dims]
-    return torch.cat(axes), torch.cat(wavelengths)
 
 
 def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: torch.Tensor) -> torch.Tensor:

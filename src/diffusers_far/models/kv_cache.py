@@ -139,8 +139,7 @@ class LayerKVCache:
             if num_long:
                 long_frames = states[:, :num_long].unflatten(1, (-1, self.cache_pass.tokens_per_long_frame))
                 store[:, long_start : long_start + num_long] = long_frames.flip(1).flatten(1, 2)
-            short_frames = states[:, num_long:] if num_long else states
-            store[:, short_start : short_start + short_frames.shape[1]] = short_frames
+            store[:, short_start : short_start + states.shape[1] - num_long] = states[:, num_long:]
 
     def view(self, span: QuerySpan) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that a frame's queries see, as views."""

@@ -94,15 +94,19 @@ def build_optimizer(settings: OptimizerSettings, network: nn.Module) -> torch.op
         return getattr(bitsandbytes.optim, f"{CLASSES[settings.optimizer].__name__}8bit")(groups, rate, **options)
     if settings.optimizer != "muon":
         return CLASSES[settings.optimizer](groups, rate, **options)
+    return MuonAdamW(_with_matrices_apart(groups, network), rate, **options)
+
+
+def _with_matrices_apart(groups: list[dict], network: nn.Module) -> list[dict]:
+    """Each group as two: the matrices of the network's blocks, for Muon, and all else."""
     in_blocks = {
         id(parameter)
         for name, parameter in network.named_parameters()
         if "transformer_blocks." in name and parameter.ndim == 2
     }
-    groups = [
+    return [
         group
         | {"params": [each for each in group["params"] if (id(each) in in_blocks) == is_muon], "is_muon": is_muon}
         for group in groups
         for is_muon in (True, False)
     ]
-    return MuonAdamW(groups, rate, **options)
