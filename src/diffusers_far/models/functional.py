@@ -109,7 +109,7 @@ def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: torch.Tensor
     """
     # One complex product: far fewer passes over memory than the same sums written out on even and odd channels.
     pairs = torch.view_as_complex(hidden_states.float().unflatten(-1, (-1, 2)))
-    rotated = torch.view_as_real(pairs * rotary_emb[:, None]).flatten(-2)
+    rotated = torch.view_as_real(pairs * rotary_emb.unflatten(0, (-1, 1))).flatten(-2)
     return rotated.to(hidden_states.dtype)
 
 
