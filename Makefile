@@ -10,7 +10,7 @@ DOCS_READY := $(DOCS_VENV)/.ready
 TEST_PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -q
 
-.PHONY: demo test test-full lint bench app docs space clean
+.PHONY: demo test test-full lint bench app web docs space clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/demo.py --output_dir outputs/demo
@@ -32,6 +32,10 @@ bench: $(READY)
 # Play in the browser; nobody else on the network can.
 app: $(READY)
 	$(VENV)/bin/python examples/app.py
+
+# Play in the browser with no server that computes: a static page, ready to be served or to be pushed to a static Space.
+web: $(READY)
+	$(VENV)/bin/python examples/export_web.py --output_dir outputs/web
 
 # Static pages that load nothing from elsewhere: open outputs/docs/index.html.
 docs: $(DOCS_READY)

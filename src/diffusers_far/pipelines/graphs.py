@@ -142,7 +142,9 @@ class HandedKVCache:
     def layers(self, cache_pass: CachePass) -> list[HandedLayer]:
         parts = [range(start, start + 2) for start in range(0, len(self.short), 2)]
         self._layers = [
-            HandedLayer([self.long[part] for part in pair if self.long], [self.short[part] for part in pair], cache_pass)
+            HandedLayer(
+                [self.long[part] for part in pair if self.long], [self.short[part] for part in pair], cache_pass
+            )
             for pair in parts
         ]
         return self._layers
@@ -161,7 +163,9 @@ class WriteFrame(torch.nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, latents, actions, long: list[torch.Tensor], short: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, latents, actions, long: list[torch.Tensor], short: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         """`latents` (1, F, C, H, W) and the `actions` that they are fed (1, F), of one frame or two; the null action is
         `num_actions`."""
         frames = FrameBatch(latents, actions)
