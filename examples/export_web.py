@@ -141,7 +141,7 @@ def fetch_runtime(folder: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    pipe = load_pipeline(args.model, device="cpu").to(torch.float32)
+    pipe = load_pipeline(args.model, device="cpu")
     if args.num_inference_steps is not None:
         pipe.register_to_config(num_inference_steps=args.num_inference_steps)
     shutil.rmtree(args.output_dir, ignore_errors=True)

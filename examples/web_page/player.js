@@ -1,8 +1,8 @@
 import {NOTHING, World} from "./world.js";
 
 const MOST_MOMENTS = 256; // that one can go back
-const SAME_KEYS = {w: "ArrowUp", a: "ArrowLeft", s: "ArrowDown", d: "ArrowRight"};
-const SIGNS = {ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: "→", " ": "space"};
+const SAME_KEYS = {w: "ArrowUp", a: "ArrowLeft", s: "ArrowDown", d: "ArrowRight", " ": "Space"};
+const SIGNS = {ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: "→"};
 
 const element = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
@@ -102,7 +102,12 @@ function listen() {
     if (verb) verbs[verb]();
     else if (!event.repeat) { held = action; play(action); }
   });
-  for (const end of ["keyup", "pointerup", "blur"]) addEventListener(end, () => { held = null; });
+  for (const end of ["keyup", "pointerup", "blur"]) {
+    addEventListener(end, (event) => {
+      held = null;
+      if (event.key === " " && event.target.tagName === "BUTTON") event.preventDefault(); // it is not pressed as well
+    });
+  }
   form.actions.forEach(({name, keys}, action) => {
     const label = keys.length ? `${SIGNS[keys[0]] ?? keys[0]} ${name}` : name;
     const button = Object.assign(document.createElement("button"), {textContent: label, id: `action-${action}`});
