@@ -91,7 +91,7 @@ from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.identity import public_config
 from diffusers_far.models.kv_cache import CacheOptions
-from diffusers_far.pipelines.model_card import model_card
+from diffusers_far.pipelines.model_card import model_card, results_section, write_card
 from diffusers_far.training.clips import clip_loss, encode_batches
 from diffusers_far.training.data import (
     check_data,
@@ -100,7 +100,6 @@ from diffusers_far.training.data import (
     open_validation_clips,
     training_batches,
 )
-from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.optimizers import build_optimizer
 from diffusers_far.training.pretrained import as_flow_map, is_pipeline, pipeline_settings, with_conditions
@@ -227,7 +226,7 @@ def save_result(
         if measurement.predicted is not None:
             sample = SAMPLE
             write_video(pipeline, measurement, run.output_dir / sample)
-    card = model_card(pipeline, run.result_name, facts, known_metadata(run.settings, relation="finetune"))
+    card = model_card(pipeline, run.result_name, facts, run.settings.known_metadata(relation="finetune"))
     write_card(run.output_dir, f"{card}\n{results_section(None, metrics, sample)}")
     pipeline.save_pretrained(run.output_dir)
     logger.info(f"Saved the pipeline to {run.output_dir}")

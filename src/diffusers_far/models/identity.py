@@ -70,7 +70,7 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 def _computing_values(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, Any]]:
     """What a model computes with: names, as they are without adapters and compilation, the modules that hold the values,
     under which attribute, and the values."""
-    layers = adapter_layers(model)
+    layers = adapter_layers(model) if getattr(model, "peft_config", None) else {}
     for path, value in model.state_dict(keep_vars=True).items():
         parent, _, attribute = path.rpartition(".")
         module = _submodule(model, parent)

@@ -31,6 +31,7 @@ from accelerate.utils import (
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..command_line import Progress
@@ -38,14 +39,14 @@ from ..data.clips import ClipBatch
 from ..models.context_parallel import ClipGroup
 from ..models.internals import set_mixed_precision
 from ..models.loading import name_some
+from ..pipelines.hub import push_folder
 from ..pipelines.precision import DtypeComparison, candidate_dtypes, compare_dtypes
 from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, read_run, save_checkpoint, way_back
 from .clips import step_generator
 from .config import FARSettings, RunSettings, check_context_parallel
-from .hub import open_repo, push_folder
 from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
-from .shards import Shards, gathered, held_bytes, own_part
+from .shards import Shards, gathered, held_bytes
 
 
 logger = get_logger(__name__)
@@ -216,7 +217,9 @@ class TrainingRun:
             self.ema.to(self.device)
         if self.is_main and not settings.dry_run:
             if getattr(settings, "push_to_hub", False):
-                self.repo_id = open_repo(self.output_dir, settings.hub_model_id, settings.hub_token)
+                # Before the run, so that a missing token stops it at once and not at its end.
+                name = settings.hub_model_id or self.output_dir.resolve().name
+                self.repo_id = create_repo(name, exist_ok=True, token=settings.hub_token).repo_id
             self.output_dir.mkdir(parents=True, exist_ok=True)
             known = hyperparameters(settings, self.accelerator, facts)
             self.accelerator.init_trackers(settings.tracker_project_name or project, known)
@@ -293,7 +296,7 @@ class TrainingRun:
     def update_weights(self, outcome: StepOutcome) -> None:
         """The first half of `step`."""
         gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        self.gradient_norm = gathered(gradient_norm)
+        self.gradient_norm = gradient_norm if self.shards is None else gathered(gradient_norm)
         self.require_finite(outcome.loss, self.gradient_norm, outcome.faulty_clips)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -302,7 +305,7 @@ class TrainingRun:
     def average_weights(self) -> None:
         """The second half of `step`."""
         if self.ema is not None:
-            self.ema.step([own_part(parameter) for parameter in self.network.parameters()])
+            self.ema.step(self.network.parameters()) if self.shards is None else self.shards.average.step()
 
     def require_finite(
         self, loss: float, gradient_norm: torch.Tensor | float, faulty_clips: Sequence[str] = ()
