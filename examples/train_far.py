@@ -82,7 +82,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoModel, FlowMapEulerDiscreteScheduler
+from diffusers import AutoModel, FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_far import FARPipeline, FARTransformer3DModel, SCDTransformer3DModel, VideoDiTPipeline
@@ -91,7 +91,7 @@ from diffusers_far.evaluation.media import contact_sheet, write_mp4
 from diffusers_far.models.codec import spatial_compression
 from diffusers_far.models.identity import public_config
 from diffusers_far.models.kv_cache import CacheOptions
-from diffusers_far.pipelines.model_card import model_card
+from diffusers_far.pipelines.model_card import model_card, results_section, write_card
 from diffusers_far.training.clips import clip_loss, encode_batches
 from diffusers_far.training.data import (
     check_data,
@@ -100,7 +100,6 @@ from diffusers_far.training.data import (
     open_validation_clips,
     training_batches,
 )
-from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.optimizers import build_optimizer
 from diffusers_far.training.pretrained import as_flow_map, is_pipeline, pipeline_settings, with_conditions
@@ -133,14 +132,7 @@ def transformer_class(config: dict, source: str) -> type[Transformer]:
 def build_transformer(settings: TrainFARSettings, in_channels: int, num_actions: int | None) -> Transformer:
     """The model to train, new or pretrained; what the config leaves open is taken from the data."""
     if settings.pretrained_model_name_or_path is not None:
-        start = settings.pretrained_model_name_or_path
-        place = {"subfolder": "transformer" if is_pipeline(start) else None, "revision": settings.revision}
-        config = FARTransformer3DModel.load_config(start, **place)
-        its_class = transformer_class(config, f"`--pretrained_model_name_or_path` {start!r}")
-        transformer = its_class.from_pretrained(start, torch_dtype=torch.float32, **place)
-        if num_actions is not None and num_actions > (transformer.config.num_actions or 0):
-            return with_conditions(transformer, num_actions=num_actions, action_dim=None)
-        return transformer
+        return load_transformer(settings, num_actions)
     if settings.transformer_config is None:
         raise ValueError(
             "`--transformer_config` is missing; give a preset or a JSON file, or `--pretrained_model_name_or_path`."
@@ -160,21 +152,30 @@ def build_transformer(settings: TrainFARSettings, in_channels: int, num_actions:
         raise ValueError(f"{source} does not fit: {error}.") from error
 
 
+def load_transformer(settings: TrainFARSettings, num_actions: int | None) -> Transformer:
+    """The pretrained model; it gets a new embedding where the data have more actions than it knows."""
+    start = settings.pretrained_model_name_or_path
+    place = {"subfolder": "transformer" if is_pipeline(start) else None, "revision": settings.revision}
+    config = FARTransformer3DModel.load_config(start, **place)
+    its_class = transformer_class(config, f"`--pretrained_model_name_or_path` {start!r}")
+    transformer = its_class.from_pretrained(start, torch_dtype=torch.float32, **place)
+    if num_actions is not None and num_actions > (transformer.config.num_actions or 0):
+        return with_conditions(transformer, num_actions=num_actions, action_dim=None)
+    return transformer
+
+
 def build_pipeline(
     settings: TrainFARSettings, transformer: Transformer, vae: torch.nn.Module, latent_shape: tuple[int, ...]
 ) -> FARPipeline:
     """The pipeline of the objective, with the settings of the one that training starts from."""
     height, width = (size * spatial_compression(vae) for size in latent_shape[1:])
     config, start = transformer.config, settings.pretrained_model_name_or_path
-    options = pipeline_settings(start, config.num_actions, settings.revision)
+    options = {"scheduler": FlowMatchEulerDiscreteScheduler()}
+    if start is not None:
+        options |= pipeline_settings(start, config.num_actions, settings.revision)
     default_steps = DEFAULT_INFERENCE_STEPS
     if config.flow_map:
-        default_steps, scheduler = FLOW_MAP_STEPS, options["scheduler"]
-        if not isinstance(scheduler, FlowMapEulerDiscreteScheduler):  # of the flow model that became a flow map
-            options["scheduler"] = FlowMapEulerDiscreteScheduler(shift=scheduler.config.get("shift", 1.0))
-            options.pop("num_inference_steps", None)
-        if settings.flow_map_guidance is not None:
-            options["guidance_scale"] = 1.0  # it is in the weights
+        default_steps, options = FLOW_MAP_STEPS, flow_map_options(settings, options)
     # A new pipeline makes frames as they were measured.
     options.setdefault("num_inference_steps", settings.num_validation_inference_steps or default_steps)
     own = ("fps", "action_names", "num_inference_steps", "short_cache")
@@ -184,16 +185,29 @@ def build_pipeline(
         CacheOptions(options["short_cache"]).check(config.short_window, config.long_patch_size is not None)
     pipeline_class = FARPipeline
     if settings.objective == "video_dit":
-        if settings.short_cache not in (None, "exact"):
-            raise ValueError(
-                f"`--short_cache` is {settings.short_cache!r}, but a video_dit has no cache; leave it out."
-            )
-        pipeline_class = VideoDiTPipeline
-        options.pop("short_cache", None)  # there is no cache
-        options["context_mode"] = "clean" if settings.clean_prefix_ratio else "noised"
+        pipeline_class, options = VideoDiTPipeline, video_dit_options(settings, options)
     pipeline = pipeline_class(transformer, vae, height=height, width=width, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def flow_map_options(settings: TrainFARSettings, options: dict) -> dict:
+    """Those of the pipeline of a flow map, from those of the model that it started from."""
+    scheduler, options = options["scheduler"], dict(options)
+    if not isinstance(scheduler, FlowMapEulerDiscreteScheduler):  # of the flow model that became a flow map
+        options["scheduler"] = FlowMapEulerDiscreteScheduler(shift=scheduler.config.get("shift", 1.0))
+        options.pop("num_inference_steps", None)
+    if settings.flow_map_guidance is not None:
+        options["guidance_scale"] = 1.0  # it is in the weights
+    return options
+
+
+def video_dit_options(settings: TrainFARSettings, options: dict) -> dict:
+    """Those of a [`VideoDiTPipeline`], from those of a [`FARPipeline`]."""
+    if settings.short_cache not in (None, "exact"):
+        raise ValueError(f"`--short_cache` is {settings.short_cache!r}, but a video_dit has no cache; leave it out.")
+    options = {name: option for name, option in options.items() if name != "short_cache"}
+    return options | {"context_mode": "clean" if settings.clean_prefix_ratio else "noised"}
 
 
 def log_measurement(run: TrainingRun, pipeline: FARPipeline, measurement: Measurement, step: int) -> None:
@@ -227,7 +241,7 @@ def save_result(
         if measurement.predicted is not None:
             sample = SAMPLE
             write_video(pipeline, measurement, run.output_dir / sample)
-    card = model_card(pipeline, run.result_name, facts, known_metadata(run.settings, relation="finetune"))
+    card = model_card(pipeline, run.result_name, facts, run.settings.known_metadata(relation="finetune"))
     write_card(run.output_dir, f"{card}\n{results_section(None, metrics, sample)}")
     pipeline.save_pretrained(run.output_dir)
     logger.info(f"Saved the pipeline to {run.output_dir}")

@@ -57,6 +57,7 @@ from accelerate.logging import get_logger
 from diffusers_far import FARPipeline
 from diffusers_far.evaluation.media import write_mp4
 from diffusers_far.models.identity import model_identity
+from diffusers_far.pipelines.model_card import results_section, write_card
 from diffusers_far.training.clips import clip_loss, encode_batches
 from diffusers_far.training.data import (
     check_data,
@@ -65,7 +66,6 @@ from diffusers_far.training.data import (
     open_validation_clips,
     training_batches,
 )
-from diffusers_far.training.hub import known_metadata, results_section, write_card
 from diffusers_far.training.launch import Launch, launched
 from diffusers_far.training.lora import (
     add_lora,
@@ -96,7 +96,7 @@ def save_result(
         sample = SAMPLE
         video = side_by_side(after.truth, after.predicted)
         write_mp4(run.output_dir / sample, video, fps=pipeline.config.fps or DEFAULT_FPS, scale=2)
-    metadata = known_metadata(settings, relation="adapter")
+    metadata = settings.known_metadata(relation="adapter")
     card = lora_card(pipeline, run.result_name, settings.pretrained_model_name_or_path, facts, metadata)
     metrics = [None if measured is None else measured.metrics for measured in (before, after)]
     write_card(run.output_dir, f"{card}\n{results_section(*metrics, sample)}")

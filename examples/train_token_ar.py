@@ -110,11 +110,12 @@ def main(settings: TrainTokenSettings, launch: Launch) -> None:
     # 2. Optimizer, and the run that is resumed
     ema = EMAModel(token_ar.parameters(), decay=settings.ema_decay, foreach=True) if settings.use_ema else None
     optimizer = build_optimizer(settings, token_ar)
-
-    def trial():
-        return partial(token_loss, token_ar, config, *(part.to(run.device) for part in batches[0]))
-
-    run.prepare(token_ar, optimizer, ema, trial=trial)
+    run.prepare(
+        token_ar,
+        optimizer,
+        ema,
+        trial=lambda: partial(token_loss, token_ar, config, *(part.to(run.device) for part in batches[0])),
+    )
     run.start("train_token_ar", dataset=codes.dataset_fingerprint, vae=codes.vae_hash, model=config_arguments)
     logger.info(
         f"{token_ar.num_parameters() / 1e6:.2f} M parameters; {batches.description} of {config.tokens_per_frame} codes; from "

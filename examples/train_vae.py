@@ -163,17 +163,16 @@ def main(settings: TrainVAESettings, launch: Launch) -> None:
     def as_target(frames: torch.Tensor) -> torch.Tensor:
         return (frames.to(run.device) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
-    def trial():
-        """One frame many times; LPIPS and discriminator are not tried."""
-        target = as_target(torch.stack([train_frames.sample[0]] * settings.train_batch_size))
-
-        def loss() -> torch.Tensor:
-            images = autoencoding(target, torch.Generator().manual_seed(0)).images
-            return reconstruction_loss(images.float(), target, settings.mse_weight)
-
-        return loss
-
-    run.prepare(autoencoding, optimizer, ema, order=("ema", "lr_scheduler"), trial=trial, codebook_restart=restart)
+    run.prepare(
+        autoencoding,
+        optimizer,
+        ema,
+        order=("ema", "lr_scheduler"),
+        trial=lambda: autoencoding.trial(
+            as_target(torch.stack([train_frames.sample[0]] * settings.train_batch_size)), settings.mse_weight
+        ),
+        codebook_restart=restart,
+    )
     if settings.disc_start is not None:
         discriminator = PatchDiscriminator(3, settings.disc_channels, settings.disc_layers)
         disc_optimizer = torch.optim.AdamW(discriminator.parameters(), settings.learning_rate, betas=(0.5, 0.9))

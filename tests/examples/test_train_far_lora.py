@@ -24,7 +24,7 @@ from tiny_models import tiny_dc, tiny_pipeline, tiny_transformer
 from diffusers_far import FARPipeline
 from diffusers_far.data.latents import LatentDataset, LatentSource, write_shard
 from diffusers_far.models.identity import model_identity, vae_hash
-from diffusers_far.training.hub import is_unedited
+from diffusers_far.pipelines.model_card import is_unedited
 from diffusers_far.training.validation import held_out_losses, validation_clips
 
 

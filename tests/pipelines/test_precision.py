@@ -113,17 +113,6 @@ def test_a_dtype_that_is_too_far_is_not_moved_to_and_weights_keep_their_bits(hal
     assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.transformer.state_dict().items())
 
 
-def test_measuring_leaves_torch_its_threads_and_says_what_one_alone_would_bring():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        comparison = tiny_pipeline(tiny_transformer()).to_fastest(height=16, width=16, dtypes=[])
-        assert torch.get_num_threads() == 2 and comparison.one_thread_speedup > 0
-        assert comparison.chosen == torch.float32 and "on one thread" in str(comparison)
-    finally:
-        torch.set_num_threads(num_threads)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

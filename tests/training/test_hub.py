@@ -3,9 +3,8 @@ from huggingface_hub import ModelCard
 from local_hub import run_python
 from tiny_models import tiny_pipeline
 
-from diffusers_far.pipelines.model_card import model_card
+from diffusers_far.pipelines.model_card import is_unedited, model_card, results_section, signed, write_card
 from diffusers_far.training.config import FARSettings, parse_settings
-from diffusers_far.training.hub import is_unedited, known_metadata, results_section, signed, write_card
 from diffusers_far.training.lora import add_lora, lora_card
 
 
@@ -33,7 +32,7 @@ def parse(*arguments: str) -> FARSettings:
     ],
 )
 def test_a_card_tells_the_hub_what_was_said_or_has_an_id_and_invents_nothing(arguments, known):
-    assert known_metadata(parse(*arguments.split()), relation="finetune") == known
+    assert parse(*arguments.split()).known_metadata(relation="finetune") == known
     card = ModelCard(model_card(tiny_pipeline(), "me/far", {}, known)).data.to_dict()
     assert card.items() >= {**known, "library_name": "diffusers", "pipeline_tag": "video-to-video"}.items()
     assert "arxiv:2503.19325" in card["tags"]
@@ -100,12 +99,12 @@ def test_a_folder_is_pushed_without_checkpoints_and_logs_and_keeps_a_card_edited
     code = """
         import sys
         from pathlib import Path
-        from huggingface_hub import hf_hub_download, upload_file
-        from diffusers_far.training.hub import open_repo, push_folder, write_card
+        from huggingface_hub import create_repo, hf_hub_download, upload_file
+        from diffusers_far.pipelines.hub import push_folder
+        from diffusers_far.pipelines.model_card import write_card
 
         folder = Path(sys.argv[1])
-        repo_id = open_repo("runs/doom", None)
-        assert repo_id == open_repo("runs/doom", None) == "local-user/doom"
+        repo_id = create_repo("doom").repo_id
 
         def push(card):
             write_card(folder, card)

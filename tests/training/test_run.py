@@ -212,8 +212,12 @@ SHARDING = {"activation_checkpointing": False, "cpu_offload": OffloadPolicy()}
 )
 def test_what_was_never_tried_in_shards_is_refused_by_name(tmp_path, settings, plugin, message):
     given = settings_of(tmp_path, mixed_precision="bf16")
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING | plugin)))
-    check_sharding(given, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING))))
+    accelerator = SimpleNamespace(
+        is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING | plugin))
+    )
+    check_sharding(
+        given, SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING)))
+    )
     for name, value in settings.items():
         setattr(given, name, value)
     with pytest.raises(ValueError, match=message):
@@ -222,7 +226,7 @@ def test_what_was_never_tried_in_shards_is_refused_by_name(tmp_path, settings, p
 
 def test_scripts_that_were_never_tried_in_shards_refuse_them(tmp_path):
     settings = FrameSettings(dataset_name="frames", output_dir=str(tmp_path))
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING)))
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**SHARDING)))
     with pytest.raises(ValueError, match="this script was never tried; launch it with multi_gpu.yaml"):
         check_sharding(settings, accelerator)
 

@@ -98,7 +98,8 @@ class FrameTransformer(
     def _apply(self, fn, recurse: bool = True):
         """What `to`, `half`, `cuda` and the like do, where it can be done."""
         moved = fn(torch.empty(0, dtype=self.dtype))
-        self.check_int8_move(moved)
+        if self.is_int8:
+            self.check_int8_move(moved)
         keeps_copies = any(
             group.offload_to_disk_path is not None or group.stream is not None for group in group_offloading(self)
         )

@@ -36,9 +36,9 @@ def model_identity(model: torch.nn.Module, rounded_to: torch.dtype | None = None
     start = f"{name} {settings_hash(config)}" if rounded_to is None else json.dumps([name, config], **_JSON)
     digest = hashlib.sha256(start.encode())
     disk_groups = _disk_groups(model)
-    for name, module, attribute, value in sorted(_computing_values(model), key=lambda entry: entry[0]):
-        if isinstance(value, torch.Tensor):
-            value = _with_values(name, module, attribute, value, disk_groups)
+    for name, path, value in sorted(_computing_values(model), key=lambda entry: entry[0]):
+        if isinstance(value, torch.Tensor) and (value.is_meta or id(value) in disk_groups):
+            value = _offloaded_values(model, name, path, value, disk_groups)
         _add(digest, name, value, rounded_to)
     return digest.hexdigest()
 
@@ -67,32 +67,23 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(public_config(settings), **_JSON).encode()).hexdigest()
 
 
-def _computing_values(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, Any]]:
-    """What a model computes with: names, as they are without adapters and compilation, the modules that hold the values,
-    under which attribute, and the values."""
-    layers = adapter_layers(model)
-    for path, value in model.state_dict(keep_vars=True).items():
-        parent, _, attribute = path.rpartition(".")
-        module = _submodule(model, parent)
+def _computing_values(model: torch.nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """What a model computes with: names, as they are without adapters and compilation, the names that the model has for the
+    values, and these."""
+    layers = adapter_layers(model) if getattr(model, "peft_config", None) else {}
+    for own_path, value in model.state_dict(keep_vars=True).items():
+        path = own_path
         owner = next((name for name in layers if path.startswith(f"{name}.")), None)
         if owner is not None:
             path = _name_in_layer(layers[owner], path.removeprefix(f"{owner}."))
             if path is None:
                 continue
             path = f"{owner}.{path}"
-        yield path.replace(COMPILED, ""), module, attribute, value
+        yield path.replace(COMPILED, ""), own_path, value
     for owner, layer in layers.items():
         for number, adapter in enumerate(_counting_adapters(layer)):
             if adapter in layer.scaling:
-                yield f"{owner}.scaling.{number}".replace(COMPILED, ""), layer, "scaling", layer.scaling[adapter]
-
-
-def _submodule(model: torch.nn.Module, path: str) -> torch.nn.Module | None:
-    """The module at a path; `None` where a state dict has levels of its own, as that of a quantised layer does."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
+                yield f"{owner}.scaling.{number}".replace(COMPILED, ""), owner, layer.scaling[adapter]
 
 
 def _counting_adapters(layer: torch.nn.Module) -> list[str]:
@@ -112,10 +103,10 @@ def _name_in_layer(layer: torch.nn.Module, path: str) -> str | None:
     return f"{kind}.{counting.index(adapter)}.{rest}" if adapter in counting else None
 
 
-def _with_values(
-    name: str, module: torch.nn.Module | None, attribute: str, tensor: torch.Tensor, disk_groups: dict[int, Any]
+def _offloaded_values(
+    model: torch.nn.Module, name: str, path: str, tensor: torch.Tensor, disk_groups: dict[int, Any]
 ) -> torch.Tensor:
-    """A weight with its values, brought from where offloading put them.
+    """The values of a weight that are not in the model, brought from where offloading put them.
 
     Raises:
         ValueError: There are none.
@@ -124,7 +115,12 @@ def _with_values(
     if group is not None:
         with safe_open(group.safetensors_file_path, framework="pt") as file:
             return file.get_tensor(group.tensor_to_key[tensor])
-    if tensor.is_meta and module is not None:
+    parent, _, attribute = path.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:  # a state dict has levels of its own, as that of a quantised layer does
+        module = None
+    if module is not None:
         with align_module_device(module):
             tensor = getattr(module, attribute)
     if tensor.is_meta:

@@ -5,7 +5,6 @@ from functools import wraps
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.modeling_utils import ModelMixin
 
 
 SAVE_FIRST = (
@@ -65,23 +64,12 @@ class Int8Mixin:
         Args:
             moved (`torch.Tensor`): A float32 tensor of the CPU, after the same move.
         """
-        if self.is_int8 and (moved.dtype != torch.float32 or moved.device.type != "cpu"):
+        if moved.dtype != torch.float32 or moved.device.type != "cpu":
             raise ValueError(
                 f"This model cannot become {moved.dtype} on {moved.device}: {SAVE_FIRST} Int8 is for the CPU and float32."
             )
 
-    # These signatures are read by diffusers, so they must be those underneath.
-    @wraps(ModelMixin.save_pretrained, assigned=())
-    def save_pretrained(self, *args, **kwargs):
-        """As `ModelMixin.save_pretrained`.
-
-        Raises:
-            ValueError: The model is int8.
-        """
-        if self.is_int8:
-            raise ValueError(f"This model cannot be saved: {SAVE_FIRST}")
-        return super().save_pretrained(*args, **kwargs)
-
+    # This signature is read by diffusers, so it must be the one underneath.
     @wraps(PeftAdapterMixin.load_lora_adapter, assigned=())
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, *args, **kwargs):
         """As `PeftAdapterMixin.load_lora_adapter`.

@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
 from ..files import UNFINISHED, flush_to_disk, free_space
+from .int8 import SAVE_FIRST
 from .internals import group_offloading, offloaded_weights
 
 
@@ -52,9 +53,11 @@ class CompleteWeightsMixin:
         """As `ModelMixin.save_pretrained`, as safetensors only; other variants in the folder stay.
 
         Raises:
-            ValueError: `safe_serialization` is `False`, or weights are offloaded.
+            ValueError: `safe_serialization` is `False`, weights are offloaded, or the model is int8.
             OSError: The disk is full, or the folder cannot be written; what was in it is as it was.
         """
+        if getattr(self, "is_int8", False):
+            raise ValueError(f"This model cannot be saved: {SAVE_FIRST}")
         given = inspect.signature(ModelMixin.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
         require_safetensors("safe_serialization", given.get("safe_serialization"))
         require_in_memory("The model", self)

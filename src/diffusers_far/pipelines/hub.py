@@ -25,12 +25,14 @@ from ..models.loading import (
     saved_whole,
     unset_weights,
 )
-from .model_card import model_card
+from .model_card import README, is_unedited, model_card
 
 
 logger = logging.get_logger(__name__)
 
 PACKAGE = __name__.split(".")[0]
+# Of the folder of a training: what serves to go on with the run, not to use its result.
+NOT_UPLOADED = ("checkpoint-*", "replaced-*", "unfinished-*", "validation/*", "*/.*", ".*")
 
 # Written beside the weights, for people who have not imported this package; diffusers looks for exactly one pipeline
 # class in it.
@@ -148,7 +150,7 @@ class FARHubMixin:
             super().save_pretrained(unfinished, variant=variant, max_shard_size=max_shard_size, **kwargs)
             code = CUSTOM_PIPELINE.format(pipeline=type(self).__name__)
             (unfinished / "pipeline.py").write_text(code, encoding="utf-8")
-        readme = folder / "README.md"
+        readme = folder / README
         card = card_on_hub(repo_id, token) if push_to_hub and not readme.exists() else None
         if training_facts and (readme.exists() or card is not None):
             logger.warning("There is a README.md, which is kept; `training_facts` are not written to it.")
@@ -196,9 +198,37 @@ class FARHubMixin:
 def card_on_hub(repo_id: str, token: str | bool | None) -> str | None:
     """The README.md of a repo, `None` where it has none."""
     try:
-        return Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
+        return Path(hf_hub_download(repo_id, README, token=token)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         return None
+
+
+def push_folder(
+    folder: str | Path, repo_id: str, *, commit_message: str, logging_dir: str = "logs", token: str | None = None
+) -> str:
+    """Upload the result of a run, a pipeline or an adapter, without its checkpoints and logs.
+
+    A README.md that the repo has is replaced only where a run wrote it and nobody has edited it since.
+
+    Args:
+        folder (`str` or `Path`): The run's folder.
+        repo_id (`str`): An existing repo.
+        commit_message (`str`): Of the upload.
+        logging_dir (`str`): Of the logs, which stay here.
+        token (`str`, *optional*): As for `save_pretrained`.
+
+    Returns:
+        `str`: The commit's address.
+    """
+    ignored = [*NOT_UPLOADED, f"{os.path.relpath(Path(folder) / logging_dir, folder)}/*"]
+    card = card_on_hub(repo_id, token=token)
+    if card is not None and not is_unedited(card):
+        ignored.append(README)
+        logger.warning(f"The README.md of {repo_id!r} was edited and is kept; what this run has to say is not in it.")
+    commit = upload_folder(
+        repo_id=repo_id, folder_path=str(folder), ignore_patterns=ignored, commit_message=commit_message, token=token
+    )
+    return commit.commit_url
 
 
 def require_variant(folder: str | os.PathLike, variant: str | None = None, **given) -> None:

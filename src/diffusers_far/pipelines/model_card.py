@@ -1,14 +1,24 @@
-"""The README of a saved pipeline: what the model is, how to use it and what it was trained on, told by its config."""
+"""The README of a saved pipeline: what the model is, how to use it, what it was trained on and how good it is; and who has
+written it, a training or somebody who knows more."""
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from huggingface_hub import ModelCardData
 
+from ..files import written_whole
 from ..models.codec import spatial_compression
 
+
+logger = logging.get_logger(__name__)
+
+README = "README.md"
 
 CARD = """---
 {metadata}
@@ -76,6 +86,20 @@ CONTEXT_FRAMES, NEW_FRAMES = 4, 8  # of the usage example
 # What the Hub lists every card of ours under: its task, and the paper.
 PIPELINE_TAG = "video-to-video"
 TAGS = ("diffusers-far", "video-prediction", "arxiv:2503.19325")
+
+# What a training measured, as a card tells it.
+REPORTED = {
+    "loss": "held-out loss",
+    "psnr_of_frame_1": "PSNR of the first predicted frame, dB",
+    "psnr": "PSNR, mean of the predicted frames, dB",
+    "repeated_psnr": "the same of repeating the last frame, dB",
+    "vae_psnr": "the VAE's reconstruction against the true frames, dB",
+}
+
+# The last line of a card that a run wrote. As long as the hash is that of the text, nobody has edited it.
+_SIGNATURE = re.compile(
+    r"\n<!-- Written by diffusers-far ([0-9a-f]{16}); once it is edited it is kept as it is. -->\n*\Z"
+)
 
 
 def model_card(
@@ -243,3 +267,67 @@ def count_parameters(model: torch.nn.Module) -> str:
     """In millions, or exactly below one."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{num_parameters / 1e6:.1f} M" if num_parameters >= 1e6 else f"{num_parameters:,}"
+
+
+def results_section(
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None, sample: str | None = None
+) -> str:
+    """The part of a card that says how good the model is.
+
+    Args:
+        before (`dict`, *optional*), after (`dict`, *optional*): Metrics of a [`Measurement`] without and with the
+            training; `None`: not measured.
+        sample (`str`, *optional*): A video file beside the card: truth on the left, prediction on the right.
+    """
+    measured = {heading: metrics for heading, metrics in (("before", before), ("after", after)) if metrics is not None}
+    lines = ["## Results", ""]
+    if not measured:
+        lines += ["Not measured: the run had no validation split."]
+    else:
+        lines += ["Held-out trajectories; PSNR against the VAE's reconstruction of the true frames.", ""]
+        lines += [f"| | {' | '.join(measured)} |", "|---" * (1 + len(measured)) + "|"]
+        for name, heading in REPORTED.items():
+            if all(name in metrics for metrics in measured.values()):
+                values = " | ".join(f"{metrics[name]:.4g}" for metrics in measured.values())
+                lines += [f"| {heading} | {values} |"]
+    if sample is not None:
+        lines += [
+            "",
+            "Truth on the left, prediction on the right:",
+            "",
+            f'<video controls loop src="{sample}"></video>',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def signed(card: str) -> str:
+    """The card with a last line by which `is_unedited` knows it again."""
+    text = card.rstrip("\n") + "\n"
+    return f"{text}\n<!-- Written by diffusers-far {_digest(text)}; once it is edited it is kept as it is. -->\n"
+
+
+def is_unedited(card: str) -> bool:
+    """Whether a card is as a run wrote it, down to the letter."""
+    match = _SIGNATURE.search(card)
+    return match is not None and _digest(card[: match.start()]) == match[1]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_card(folder: str | Path, card: str) -> bool:
+    """Write `card` as the README.md of a folder, unless there is one that was edited.
+
+    A card that an earlier launch of the run wrote is replaced: it tells of an earlier step.
+
+    Returns:
+        `bool`: Whether it was written.
+    """
+    readme = Path(folder) / README
+    if readme.exists() and not is_unedited(readme.read_text(encoding="utf-8")):
+        logger.warning(f"{str(readme)!r} was edited and is kept; what this run has to say is not in it.")
+        return False
+    with written_whole(readme) as unfinished:
+        unfinished.write_text(signed(card), encoding="utf-8")
+    return True

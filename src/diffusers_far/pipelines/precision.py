@@ -52,18 +52,14 @@ class DtypeComparison:
     Args:
         chosen (`torch.dtype`): The fastest of those that are near enough to float32; float32 where that gains too little.
         timings (`tuple[DtypeTiming, ...]`): Of all that were tried, float32 first.
-        one_thread_speedup (`float`, *optional*): Of the chosen one, on a CPU: what `torch.set_num_threads(1)` would bring.
     """
 
     chosen: torch.dtype
     timings: tuple[DtypeTiming, ...]
-    one_thread_speedup: float | None = None
 
     def __str__(self) -> str:
         name, timings = str(self.chosen).removeprefix("torch."), "; ".join(map(str, self.timings))
-        threads = self.one_thread_speedup
-        threads = "" if threads is None else f"; on one thread {threads:.2f} times as fast as on all"
-        return f"{name} is taken ({timings}{threads})"
+        return f"{name} is taken ({timings})"
 
 
 def candidate_dtypes(device: torch.device) -> list[torch.dtype]:
@@ -78,11 +74,6 @@ def relative_distance(values: Sequence[torch.Tensor], reference: Sequence[torch.
         for tensors in ([one.float() - other.float() for one, other in zip(values, reference)], reference)
     ]
     return norms[0] / norms[1] if norms[1] else norms[0]
-
-
-def median_ratio(seconds: Sequence[float], own: Sequence[float]) -> float:
-    """How many times as long one took as the other in the same round, the median over rounds."""
-    return statistics.median(theirs / ours for theirs, ours in zip(seconds, own))
 
 
 def compare_dtypes(
@@ -105,7 +96,7 @@ def compare_dtypes(
     seconds, outputs = seconds_in_turn(passes, device, clock)
     reference, timings = outputs.pop(torch.float32), []
     for dtype, of_dtype in seconds.items():
-        speedup = median_ratio(seconds[torch.float32], of_dtype)
+        speedup = statistics.median(theirs / ours for theirs, ours in zip(seconds[torch.float32], of_dtype))
         distances = {
             name: relative_distance(tensors, reference[name]) for name, tensors in outputs.get(dtype, {}).items()
         }
@@ -151,17 +142,4 @@ def compare_steps(
 
     contexts = {dtype: context_in(dtype) for dtype in dict.fromkeys([torch.float32, *dtypes])}
     passes = {dtype: partial(denoise, *context) for dtype, context in contexts.items()}
-    comparison = compare_dtypes(passes, device, max_distance, contexts[torch.float32][0].num_steps)
-    num_threads, steps = torch.get_num_threads(), passes[comparison.chosen]
-    if device.type != "cpu" or num_threads == 1:
-        return comparison
-
-    def on_one_thread() -> None:
-        torch.set_num_threads(1)
-        try:
-            steps()
-        finally:
-            torch.set_num_threads(num_threads)
-
-    seconds, _ = seconds_in_turn({"all": steps, "one": on_one_thread}, device)
-    return replace(comparison, one_thread_speedup=median_ratio(seconds["all"], seconds["one"]))
+    return compare_dtypes(passes, device, max_distance, contexts[torch.float32][0].num_steps)

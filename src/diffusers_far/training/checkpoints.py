@@ -79,16 +79,20 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         ValueError: If `output_dir` is in use and nothing is resumed, or the named checkpoint is not there.
     """
     output_dir = Path(output_dir)
-    present = (
-        sorted(path.name for path in output_dir.iterdir() if path.name != LOCK_FILE) if output_dir.is_dir() else []
-    )
-    if resume_from_checkpoint is None:
-        if present:
-            raise ValueError(
-                f"`output_dir` {str(output_dir)!r} is not empty and would be overwritten; pass another folder, or "
-                "`--resume_from_checkpoint latest` to go on with the run that is in it."
-            )
-        return None
+    paths = output_dir.iterdir() if output_dir.is_dir() else ()
+    present = sorted(path.name for path in paths if path.name != LOCK_FILE)
+    if resume_from_checkpoint is not None:
+        return _named_checkpoint(output_dir, resume_from_checkpoint, present)
+    if present:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} is not empty and would be overwritten; pass another folder, or "
+            "`--resume_from_checkpoint latest` to go on with the run that is in it."
+        )
+    return None
+
+
+def _named_checkpoint(output_dir: Path, resume_from_checkpoint: str, present: list[str]) -> Path | None:
+    """See [`find_checkpoint`]; `present` is what the folder holds."""
     checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
         return checkpoints[-1] if checkpoints else _find_unfinished(output_dir, present)
@@ -133,31 +137,38 @@ def checkpoint_states(accelerator: Accelerator, **states: Any) -> None:
 
     def save(models: list, weights: list, folder: str) -> None:
         for name, state in states.items():
-            values = gathered(state.state_dict(), accelerator.is_main_process)
+            values = state.state_dict()
+            if accelerator.is_fsdp2:
+                values = gathered(values, accelerator.is_main_process)
             if accelerator.is_main_process:
                 _write_state(Path(folder) / f"{name}.safetensors", values)
 
     def load(models: list, folder: str) -> None:
         for index, (name, state) in enumerate(states.items()):
-            path, pickled = Path(folder) / f"{name}.safetensors", Path(folder) / f"old-{_PICKLED_STATE.format(index)}"
-            if path.is_file():
-                saved = _read_state(path)
-            elif pickled.is_file():
-                saved = torch.load(pickled, map_location="cpu", weights_only=True)
-            else:
-                raise ValueError(f"it holds no `{name}`; resume with the settings that the run had")
-            own, found = _shapes(state.state_dict()), _shapes(saved)
-            differences = [
-                f"{key} {found.get(key, 'missing')}, in this run {own.get(key, 'missing')}"
-                for key in own.keys() | found.keys()
-                if own.get(key) != found.get(key)
-            ]
-            if differences:
-                raise ValueError(f"its `{name}` has other tensors: {name_some(differences, limit=2)}")
-            state.load_state_dict(saved)
+            _load_state(Path(folder), name, index, state)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def _load_state(folder: Path, name: str, index: int, state: Any) -> None:
+    """Load the state that was given `name`, as the one of this `index`, from a folder of `_shown` files."""
+    path, pickled = folder / f"{name}.safetensors", folder / f"old-{_PICKLED_STATE.format(index)}"
+    if path.is_file():
+        saved = _read_state(path)
+    elif pickled.is_file():
+        saved = torch.load(pickled, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"it holds no `{name}`; resume with the settings that the run had")
+    own, found = _shapes(state.state_dict()), _shapes(saved)
+    differences = [
+        f"{key} {found.get(key, 'missing')}, in this run {own.get(key, 'missing')}"
+        for key in own.keys() | found.keys()
+        if own.get(key) != found.get(key)
+    ]
+    if differences:
+        raise ValueError(f"its `{name}` has other tensors: {name_some(differences, limit=2)}")
+    state.load_state_dict(saved)
 
 
 def save_checkpoint(

@@ -344,6 +344,28 @@ class FARSettings(HubSettings, StreamSettings, OptimizerSettings):
         is_for_stream = self.streaming and self.combine_actions != "joint"
         return ActionCombiner(self.combine_actions, None if is_for_stream else self.num_actions)
 
+    def known_metadata(self, *, relation: str) -> dict[str, Any]:
+        """What a run's card tells the Hub of licence, data sets and base model: what was said, or is named by its id on the
+        Hub, and nothing that is not known.
+
+        Args:
+            relation (`str`): Of the result to the model that training starts from: `"finetune"` or `"adapter"`.
+        """
+        dataset, start = (
+            None
+            if name is None or Path(name).exists()
+            else name  # that of a folder would link to whatever repo is called so
+            for name in (self.dataset_name, self.pretrained_model_name_or_path)
+        )
+        base_model = self.base_model_id or start
+        known = {
+            "license": self.license,
+            "datasets": self.dataset_ids or ([dataset] if dataset else None),
+            "base_model": base_model,
+            "base_model_relation": relation if base_model else None,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
     def num_fed_actions(self, num_actions: int | None) -> int | None:
         """Discrete actions that the model is fed: the `num_actions` of the data, or their sequences where they are
         joined."""

@@ -48,26 +48,29 @@ def open_validation_clips(settings: FARSettings, vae: torch.nn.Module) -> Latent
     Raises:
         ValueError: As [`open_clips`], or all trajectories are shorter than a clip.
     """
+    if settings.validation_dataset_name is None and not _has_split(settings, settings.validation_split):
+        return None
+    clips = _open_held_out(settings, vae)
+    try:
+        usable_trajectories(clips, settings.num_frames, settings.frame_interval)
+    except ValueError as error:
+        raise ValueError(f"Of the split {settings.validation_split!r}, which is held out: {error}") from error
+    return clips
+
+
+def _open_held_out(settings: FARSettings, vae: torch.nn.Module) -> LatentDataset | EncodedDataset:
     split, config_name = settings.validation_split, settings.dataset_config_name
 
     def encoded(trajectories) -> EncodedDataset:
         return EncodedDataset(trajectories, vae, settings.video_column, settings.action_combiner())
 
     if settings.validation_dataset_name is not None:
-        clips = encoded(loading.load_split(settings.validation_dataset_name, split, config_name))
-    elif not _has_split(settings, split):
-        return None
-    elif settings.streaming:
+        return encoded(loading.load_split(settings.validation_dataset_name, split, config_name))
+    if settings.streaming:
         num_trajectories = max(settings.num_validation_clips, settings.num_validation_videos)
         streamed = loading.stream_split(settings.dataset_name, split, settings.video_column, config_name)
-        clips = encoded(streamed.head(num_trajectories))
-    else:
-        clips = open_clips(settings, split, vae)
-    try:
-        usable_trajectories(clips, settings.num_frames, settings.frame_interval)
-    except ValueError as error:
-        raise ValueError(f"Of the split {split!r}, which is held out: {error}") from error
-    return clips
+        return encoded(streamed.head(num_trajectories))
+    return open_clips(settings, split, vae)
 
 
 def _has_split(settings: FARSettings, split: str) -> bool:

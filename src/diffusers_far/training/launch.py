@@ -79,18 +79,22 @@ class Launch:
         is_orphan = self._launcher is not None and os.getppid() != self._launcher
         asked = torch.tensor([self._signal is not None or is_orphan, is_over], dtype=torch.int32)
         is_interrupted, is_over = accelerator.reduce(asked.to(accelerator.device)).tolist()
-        if is_interrupted:
-            self.is_interrupted = True
-            reason = "its launcher is gone" if is_orphan else "a signal came to another process"
-            reason = f"{self._signal.name} came" if self._signal is not None else reason
-            if accelerator.is_main_process:
-                logger.warning(
-                    f"Stopped after step {finished}: {reason}. The run is saved and leaves with exit code {INTERRUPTED}; go "
-                    "on with `--resume_from_checkpoint latest`."
-                )
-        elif is_over and accelerator.is_main_process:
-            logger.info(f"Stopped after step {finished}: --max_train_hours {self.max_hours} are over.")
+        self.is_interrupted = self.is_interrupted or bool(is_interrupted)
+        if (is_interrupted or is_over) and accelerator.is_main_process:
+            self._say_why(finished, is_orphan)
         return bool(is_interrupted or is_over)
+
+    def _say_why(self, finished: int, is_orphan: bool) -> None:
+        """Why the loop ends, and how to go on."""
+        if not self.is_interrupted:
+            logger.info(f"Stopped after step {finished}: --max_train_hours {self.max_hours} are over.")
+            return
+        reason = "its launcher is gone" if is_orphan else "a signal came to another process"
+        reason = f"{self._signal.name} came" if self._signal is not None else reason
+        logger.warning(
+            f"Stopped after step {finished}: {reason}. The run is saved and leaves with exit code {INTERRUPTED}; go on with "
+            "`--resume_from_checkpoint latest`."
+        )
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # torchrun hands a signal on that its processes got from the terminal themselves; that is no second one.
@@ -174,16 +178,10 @@ def _lock(path: Path):
             # Of the process, not of the open file: worker processes that outlive it do not keep it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                logger.warning(f"{str(path)!r} cannot be locked ({error}): see to it that no other run writes there.")
-                return file
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(
-                f"`output_dir` {str(path.parent)!r} is in use by {holder}; wait until that run ends or stop it, or pass "
-                "another folder."
-            ) from None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                _refuse_folder_in_use(path, file)
+            logger.warning(f"{str(path)!r} cannot be locked ({error}): see to it that no other run writes there.")
+            return file
         # Whoever had it before may have removed the file between our opening and our locking it.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
@@ -193,6 +191,17 @@ def _lock(path: Path):
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
     file.flush()
     return file
+
+
+def _refuse_folder_in_use(path: Path, file) -> None:
+    """Say who has the lock: the open `file` at `path` has the name."""
+    with file:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+    raise ValueError(
+        f"`output_dir` {str(path.parent)!r} is in use by {holder}; wait until that run ends or stop it, or pass another "
+        "folder."
+    ) from None
 
 
 def leave_signals_to_parent(worker: int) -> None:

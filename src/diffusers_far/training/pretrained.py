@@ -5,7 +5,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 
 from ..models.frame_network import FrameNetwork
 from ..models.frame_transformer import FrameTransformer
@@ -24,16 +24,16 @@ def is_pipeline(name_or_path: str) -> bool:
     return not Path(name_or_path).is_dir() or (Path(name_or_path) / "transformer").is_dir()
 
 
-def pipeline_settings(name_or_path: str | None, num_actions: int | None, revision: str | None = None) -> dict:
+def pipeline_settings(name_or_path: str, num_actions: int | None, revision: str | None = None) -> dict:
     """Scheduler and settings, as arguments of [`FARPipeline`], of the pipeline that training starts from.
 
     Args:
-        name_or_path (`str`, *optional*): Folder or Hub id. For a transformer alone, or `None`, there is only a scheduler.
+        name_or_path (`str`): Folder or Hub id. A transformer alone has none.
         num_actions (`int`, *optional*): Of the model that is trained; names of another number of actions are left out.
         revision (`str`, *optional*): On the Hub: branch, tag or commit.
     """
-    if name_or_path is None or not is_pipeline(name_or_path):
-        return {"scheduler": FlowMatchEulerDiscreteScheduler()}
+    if not is_pipeline(name_or_path):
+        return {}
     config = DiffusionPipeline.load_config(name_or_path, revision=revision)
     scheduler_class = getattr(diffusers, config["scheduler"][1])
     scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler", revision=revision)

@@ -31,6 +31,7 @@ from accelerate.utils import (
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..command_line import Progress
@@ -38,14 +39,14 @@ from ..data.clips import ClipBatch
 from ..models.context_parallel import ClipGroup
 from ..models.internals import set_mixed_precision
 from ..models.loading import name_some
+from ..pipelines.hub import push_folder
 from ..pipelines.precision import DtypeComparison, candidate_dtypes, compare_dtypes
 from .checkpoints import checkpoint_states, find_checkpoint, load_checkpoint, read_run, save_checkpoint, way_back
 from .clips import step_generator
 from .config import FARSettings, RunSettings, check_context_parallel
-from .hub import open_repo, push_folder
 from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
-from .shards import Shards, gathered, held_bytes, own_part
+from .shards import Shards, gathered, held_bytes
 
 
 logger = get_logger(__name__)
@@ -216,7 +217,9 @@ class TrainingRun:
             self.ema.to(self.device)
         if self.is_main and not settings.dry_run:
             if getattr(settings, "push_to_hub", False):
-                self.repo_id = open_repo(self.output_dir, settings.hub_model_id, settings.hub_token)
+                # Before the run, so that a missing token stops it at once and not at its end.
+                name = settings.hub_model_id or self.output_dir.resolve().name
+                self.repo_id = create_repo(name, exist_ok=True, token=settings.hub_token).repo_id
             self.output_dir.mkdir(parents=True, exist_ok=True)
             known = hyperparameters(settings, self.accelerator, facts)
             self.accelerator.init_trackers(settings.tracker_project_name or project, known)
@@ -293,7 +296,7 @@ class TrainingRun:
     def update_weights(self, outcome: StepOutcome) -> None:
         """The first half of `step`."""
         gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        self.gradient_norm = gathered(gradient_norm)
+        self.gradient_norm = gradient_norm if self.shards is None else gathered(gradient_norm)
         self.require_finite(outcome.loss, self.gradient_norm, outcome.faulty_clips)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -302,7 +305,7 @@ class TrainingRun:
     def average_weights(self) -> None:
         """The second half of `step`."""
         if self.ema is not None:
-            self.ema.step([own_part(parameter) for parameter in self.network.parameters()])
+            self.ema.step(self.network.parameters()) if self.shards is None else self.shards.average.step()
 
     def require_finite(
         self, loss: float, gradient_norm: torch.Tensor | float, faulty_clips: Sequence[str] = ()
@@ -324,19 +327,20 @@ class TrainingRun:
         is_overflow = scaler is not None and scaler.get_scale() > 1
         if math.isfinite(loss) and (is_overflow or math.isfinite(float(gradient_norm))):
             return
-        what = "The norm of the gradient is" if math.isfinite(loss) else "The loss is"
-        value = float(gradient_norm) if math.isfinite(loss) else loss
+        raise RuntimeError(self._describe_not_finite(loss, float(gradient_norm), faulty_clips))
+
+    def _describe_not_finite(self, loss: float, gradient_norm: float, faulty_clips: Sequence[str]) -> str:
+        """What is not finite, why, as far as one can see, and how to go on."""
+        what, value = ("norm of the gradient", gradient_norm) if math.isfinite(loss) else ("loss", loss)
         if faulty_clips:
             names = name_some(faulty_clips)
             reason, suspect = f"The data are not finite: NaN or infinite values in {names}. Mend or remove them,", None
         else:
             # The checkpoint of this very step has the weights that fail.
-            reason, suspect = (
-                "Lower `--learning_rate` or `--max_grad_norm`,",
-                self.output_dir / f"checkpoint-{self._step}",
-            )
-        raise RuntimeError(
-            f"{what} {value} at step {self._step}; the weights were not changed by it. {reason} and go on with "
+            suspect = self.output_dir / f"checkpoint-{self._step}"
+            reason = "Lower `--learning_rate` or `--max_grad_norm`,"
+        return (
+            f"The {what} is {value} at step {self._step}; the weights were not changed by it. {reason} and go on with "
             f"`--allow_changed_run`. {way_back(self.output_dir, but_for=suspect)}"
         )
 
@@ -524,13 +528,10 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     Raises:
         ValueError: A tracker is unknown or not installed, or the launcher was told what the scripts cannot do.
     """
-    is_fsdp2 = get_int_from_env(["FSDP_VERSION"], 1) == 2
-    for variable, name in SHARDING_VARIABLES.items():
-        if parse_flag_from_env(variable) and not (name == "FSDP 1" and is_fsdp2):
-            raise ValueError(
-                f"The launch asks for {name} (`{variable}`), but the training scripts know whole models and FSDP 2; launch "
-                "with examples/configs/accelerate/fsdp.yaml, multi_gpu.yaml or one_gpu.yaml."
-            )
+    asked = [variable for variable in SHARDING_VARIABLES if parse_flag_from_env(variable)]
+    is_fsdp2 = asked == ["ACCELERATE_USE_FSDP"] and get_int_from_env(["FSDP_VERSION"], 1) == 2
+    if asked and not is_fsdp2:
+        refuse_sharding(asked[-1])
     output_dir, is_auto = Path(settings.output_dir), settings.mixed_precision == "auto"
     accelerator = Accelerator(
         mixed_precision="no" if is_auto else settings.mixed_precision,
@@ -560,24 +561,33 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     settings.check()
     if settings.context_parallel_size > 1:
         check_context_parallel(settings, accelerator.num_processes)
-    if accelerator.is_fsdp2:
+    if is_fsdp2:
         check_sharding(settings, accelerator)
-    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        logger.warning(
-            "The launch asks for FSDP 2, but Accelerate cuts no model here: it shards over several GPUs only."
-        )
     # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
     accelerator.gradient_accumulation_steps = 1
     logger.info(describe_launch(settings, accelerator))
     return accelerator
 
 
+def refuse_sharding(variable: str) -> None:
+    """Refuse a launcher that was told to cut models as the scripts cannot; a `variable` of the environment says so."""
+    raise ValueError(
+        f"The launch asks for {SHARDING_VARIABLES[variable]} (`{variable}`), but the training scripts know whole models and "
+        "FSDP 2; launch with examples/configs/accelerate/fsdp.yaml, multi_gpu.yaml or one_gpu.yaml."
+    )
+
+
 def check_sharding(settings: RunSettings, accelerator: Accelerator) -> None:
-    """Refuse what was never tried with a model in shards.
+    """Refuse what was never tried with a model in shards, and say where none is cut.
 
     Raises:
         ValueError: Says what, and what to do instead.
     """
+    if not accelerator.is_fsdp2:
+        logger.warning(
+            "The launch asks for FSDP 2, but Accelerate cuts no model here: it shards over several GPUs only."
+        )
+        return
     plugin = accelerator.state.fsdp_plugin
     refused = [
         (not isinstance(settings, FARSettings), "this script", "launch it with multi_gpu.yaml"),
@@ -606,14 +616,14 @@ def tracker_names(report_to: str) -> list[str]:
     available = [str(tracker) for tracker in get_available_trackers()]
     if names == ["all"] and available:
         return available
-    for name in names:
-        if name not in available:
-            is_known = name in LoggerType.list() and name != "all"
-            cure = f"`pip install {name}`, or choose" if is_known else "choose"
-            raise ValueError(
-                f"`--report_to` {report_to!r} asks for {name!r}, which is {'not installed' if is_known else 'no tracker'}; "
-                f"{cure} from {', '.join([*available, 'none'])}."
-            )
+    missing = [name for name in names if name not in available]
+    if missing:
+        is_known = missing[0] in LoggerType.list() and missing[0] != "all"
+        cure = f"`pip install {missing[0]}`, or choose" if is_known else "choose"
+        raise ValueError(
+            f"`--report_to` {report_to!r} asks for {missing[0]!r}, which is {'not installed' if is_known else 'no tracker'}; "
+            f"{cure} from {', '.join([*available, 'none'])}."
+        )
     return names
 
 

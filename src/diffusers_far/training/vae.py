@@ -5,7 +5,7 @@ B batch, C or D latent channels, H/W latent height/width, N size of the codebook
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,15 @@ class Autoencoding(nn.Module):
             raise ValueError(f"`latent_noise` is {latent_noise}; it is a standard deviation, so give 0 or more.")
         self.vae = vae
         self.latent_noise = latent_noise
+
+    def trial(self, images: torch.Tensor, mse_weight: float) -> Callable[[], torch.Tensor]:
+        """What computes the same loss of `images` at every call, without LPIPS and discriminator: to try what a pass costs."""
+
+        def loss() -> torch.Tensor:
+            reconstructed = self(images, torch.Generator().manual_seed(0)).images
+            return reconstruction_loss(reconstructed.float(), images, mse_weight)
+
+        return loss
 
     def forward(self, images: torch.Tensor, generator: torch.Generator) -> Reconstruction:
         """Encode, disturb and decode `images` (B, 3, height, width) in [-1, 1]; `generator` is a CPU one."""
