@@ -117,9 +117,14 @@ def test_clips_longer_than_every_trajectory_are_refused():
         make_batches(num_frames=41)
 
 
-def test_clips_shorter_than_the_window_are_refused():
-    with pytest.raises(ValueError, match="`num_frames` is 3, but the model's short window alone has 4"):
-        make_batches(num_frames=3)
+@pytest.mark.parametrize("num_frames", [3, 4])
+def test_clips_within_the_window_have_no_long_frames_and_a_warning_says_so(num_frames, caplog):
+    batches = make_batches(num_frames=num_frames)
+    assert f"`num_frames` is {num_frames}, within the short window of 4" in caplog.text
+    for step in range(4):
+        clips, draw = batches[step]
+        assert clips.latents.shape[1] == num_frames and batches.num_long_frames(step) == 0
+        assert draw.timestep.shape[-1] == num_frames
 
 
 def test_dropped_and_missing_actions_are_null():

@@ -7,6 +7,7 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 """
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +29,9 @@ from .objective import (
     flow_map_target,
     velocity_loss,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 class ClipDataset(Protocol):
@@ -130,7 +134,8 @@ class StepBatches(Dataset):
         latent_shape (`tuple`): `(C, H, W)`.
         num_frames (`int`): Longest clip.
         short_window (`int`, *optional*): Of a long model, whose clips have a random number of long frames, the same for
-            all clips of a step; `None`: all clips have `num_frames` frames, none of them long.
+            all clips of a step, none where `num_frames` is within the window; `None`: all clips have `num_frames`
+            frames, none of them long.
         interval (`int`): Distance between the frames of a clip.
         batch_size (`int`): Clips of a batch.
         num_accumulated (`int`): Batches that a step accumulates on each process.
@@ -152,10 +157,12 @@ class StepBatches(Dataset):
     has_longest_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.short_window is not None and self.num_frames < self.short_window:
-            raise ValueError(
-                f"`num_frames` is {self.num_frames}, but the model's short window alone has {self.short_window} frames; "
-                "give at least as many."
+        if self.short_window is not None and self.num_frames <= self.short_window:
+            logger.warning(
+                "`num_frames` is %d, within the short window of %d: no frame is long, and what only long frames use learns "
+                "nothing. Train on longer clips afterwards.",
+                self.num_frames,
+                self.short_window,
             )
 
     @property
@@ -175,13 +182,13 @@ class StepBatches(Dataset):
         if self.short_window is None:
             return 0
         if self.has_longest_only:
-            return self.num_frames - self.short_window
+            return max(0, self.num_frames - self.short_window)
         generator = step_generator(self.seed, step, stream=STEP_STREAM)
         return draw_num_long_frames(self.num_frames, self.short_window, generator)
 
     def clip_length(self, step: int) -> int:
         """The frames of a step's clips."""
-        return self.num_frames if self.short_window is None else self.num_long_frames(step) + self.short_window
+        return min(self.num_frames, self.num_long_frames(step) + (self.short_window or self.num_frames))
 
     def clip_numbers(self, accumulated: int) -> range:
         """The numbers, within a step, of the clips of one batch on this process."""

@@ -463,7 +463,7 @@ def check_context_parallel(settings: RunSettings, num_processes: int, transforme
     ]
     if config is not None:
         heads = config.num_attention_heads
-        frames = settings.num_frames if config.long_patch_size is None else config.short_window
+        frames = min(settings.num_frames, config.short_window) if config.long_patch_size else settings.num_frames
         frames -= "num_decoder_layers" in config  # an encoder does not see the last frame
         refused += [
             (heads % size, f"the transformer has {heads} `num_attention_heads`", f"give a divisor of {heads}"),
