@@ -588,7 +588,7 @@ class FrameNetwork(nn.Module):
         rotary_emb = rotary_embedding(positions, self.config.axes_dims_rope, self.config.rope_theta)
 
         # 2. Blocks; of the last one only what is read
-        num_layers, is_write = len(self.transformer_blocks), cache_pass is not None and not cache_pass.is_noisy
+        num_layers = len(self.transformer_blocks)
         if num_read_frames is None:
             num_read_frames = self._num_output_frames(plan, attention_mask, has_twins)
         shared, block_temb, num_outputs = None, temb, [None] * (num_layers - 1) + [num_read_frames]
@@ -600,7 +600,7 @@ class FrameNetwork(nn.Module):
         layers = [None] * num_layers if kv_cache is None else kv_cache.layers(cache_pass)
         modulations = [None] * num_layers if modulation is None else modulation.blocks
         for block, *own in zip(self.transformer_blocks, layers, num_outputs, modulations):
-            run = self._way_to_run(block, plan, is_write)
+            run = self._way_to_run(block, plan, cache_pass)
             short_states, long_states = run(short_states, long_states, block_temb, rotary_emb, attention_mask, *own)
         if num_read_frames == 0:
             return None
@@ -636,14 +636,15 @@ class FrameNetwork(nn.Module):
         positions = position_ids(frames.plan, frames.device) + delays.repeat(caches[0].batch_size, 1)[:, None]
         return positions, [self.attention_bias(None, own) for own in each]
 
-    def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, is_write: bool) -> Callable:
+    def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, cache_pass: CachePass | None) -> Callable:
         """How a block is called: as it is, with gradient checkpointing, or as if it were not compiled."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return partial(self._gradient_checkpointing_func, block)
         # So little work as the last block's of a write is not worth compiling, nor are so many frames, whose attentions the
-        # compiler would unroll for a pass that does not come again.
-        is_long_context = plan.num_frames > 2 * self.config.short_window
-        if is_write and (is_long_context or block is self.transformer_blocks[-1]):
+        # compiler would unroll for a pass that does not come again, or those of a joint pass, one for each sample.
+        is_write = cache_pass is not None and not cache_pass.is_noisy
+        is_much_or_little = plan.num_frames > 2 * self.config.short_window or block is self.transformer_blocks[-1]
+        if (is_write and is_much_or_little) or isinstance(cache_pass, JointPass):
             return partial(call_uncompiled, block)
         return block
 

@@ -202,6 +202,11 @@ def joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return None if tensors[0] is None else torch.stack(tuple(tensors), dim=1).flatten(0, 1)
 
 
+def joined_frames(parts: Sequence[FrameBatch]) -> FrameBatch:
+    """Of the samples of each cache those of the batch."""
+    return FrameBatch(*(joined(each) for each in zip(*(vars(part).values() for part in parts))))
+
+
 class JointCache:
     """Several caches of one model, each of one sample and, with guidance, its null half, that work as one in a pass.
 
@@ -285,8 +290,7 @@ class JointCache:
     def begin_write(self, frames: FrameBatch) -> tuple[FrameBatch, ContextPlan, JointPass]:
         """Take new clean frames in and say which frames are to be encoded, as [`FARKVCache.begin_write`]."""
         encoded, plans, passes = zip(*(part.begin_write(frames.samples(rows)) for part, rows in self._rows()))
-        encoded = FrameBatch(*(joined(each) for each in zip(*(vars(frames).values() for frames in encoded))))
-        return encoded, plans[0], JointPass(plans, passes)
+        return joined_frames(encoded), plans[0], JointPass(plans, passes)
 
     def layers(self, joint: JointPass) -> list[JointLayer]:
         """The stores of every layer as this pass sees them."""

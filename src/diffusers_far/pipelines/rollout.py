@@ -17,7 +17,7 @@ from ..models.frame_network import FrameModulation
 from ..models.frame_transformer import FrameTransformer
 from ..models.frames import CLEAN_TIMESTEP, FrameBatch, repeat_batch
 from ..models.joint_cache import JointCache, joined
-from ..models.kv_cache import computing_dtype
+from ..models.kv_cache import CacheOptions, computing_dtype
 from .inputs import NUM_TIMESTEPS, check_guidance
 from .settings import GenerationSettings
 
@@ -220,6 +220,13 @@ class Rollout:
         }
         twin.restore(halves, clock)
         return twin
+
+    @property
+    def kind(self) -> tuple:
+        """Rollouts of one kind can advance in one pass, see [`JointRollout`]."""
+        settings = replace(self.config, cache_options=CacheOptions())
+        scheduler = (type(self.scheduler), repr(dict(self.scheduler.config)))
+        return id(self.transformer), self.latent_shape, self.is_guided, repr(settings), *scheduler
 
     def outline(self, writes: Sequence[int], max_frames: int | None = None) -> "Rollout":
         """What this rollout becomes by some writes, but for the values; see [`FARKVCache.outline`]."""
@@ -456,3 +463,29 @@ class Rollout:
     def _with_null_half(self, latents: torch.Tensor) -> torch.Tensor:
         """With guidance once more."""
         return torch.cat([latents, latents]) if self.is_guided else latents
+
+
+class JointRollout(Rollout):
+    """Several rollouts of one sample each, of unequal length, that advance in one pass. They stay what they are.
+
+    Args:
+        parts (`list` of [`Rollout`]): Of one `kind`, each with a cache. Those that are written to together must encode as many
+            frames, see [`FARKVCache.encoded_by_write`]; those that are denoised together must all have a past, or none.
+    """
+
+    def __init__(self, parts: list[Rollout]):
+        vars(self).update(vars(parts[0]))
+        self.parts = parts
+        self.latent_shape = (len(parts), *self.latent_shape[1:])
+        self.class_labels = joined([part.class_labels for part in parts])
+        self.kv_cache = JointCache([part.kv_cache for part in parts])
+
+    def write(self, frames: FrameBatch, coming: FrameBatch | None = None) -> None:
+        """Add clean frames to each context, as [`Rollout.write`]."""
+        try:
+            super().write(frames, coming)
+        finally:
+            for part in self.parts:
+                part.is_intact = self.is_intact
+        for part in self.parts:
+            part.num_frames += frames.num_frames
