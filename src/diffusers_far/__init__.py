@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .pipelines import FARPipeline as FARPipeline
     from .pipelines import FARPipelineOutput as FARPipelineOutput
     from .pipelines import FARSession as FARSession
+    from .pipelines import SessionPool as SessionPool
 
 
 __version__ = "0.1.0.dev0"
@@ -53,7 +54,7 @@ __getattr__, __dir__, __all__ = on_demand.import_on_demand(
             "SCDTransformer3DModel",
             "preset_config",
         ),
-        "pipelines": ("FARPipeline", "FARPipelineOutput", "FARSession"),
+        "pipelines": ("FARPipeline", "FARPipelineOutput", "FARSession", "SessionPool"),
     },
 )
 

@@ -33,6 +33,7 @@ from .functional import (
     unpatchify,
 )
 from .internals import attention_backend, call_uncompiled, is_compiled
+from .joint_cache import JointPass
 from .kv_cache import CachePass, FARKVCache, LayerKVCache
 
 
@@ -140,14 +141,14 @@ class FARAttnProcessor:
 
         query = self._project_queries(attn, query_states, long_query_states)  # (B, L_query, N, D)
         num_unread = key.shape[1] - query.shape[1]
-        query = apply_rotary_embedding(query, rotary_emb[num_unread:]).to(value.dtype)
+        query = apply_rotary_embedding(query, rotary_emb[..., num_unread:, :]).to(value.dtype)
         if isinstance(attention_mask, SharedPass):
             reads_all = num_output_tokens is None
             hidden_states = attention_mask.attend(self._attend_to_pass, query, key, value, reads_all)
         elif kv_cache is None:
             hidden_states = self._attend_to_pass(query, key, value, attention_mask)
         else:
-            hidden_states = self._attend_to_cache(query, attention_mask, kv_cache)
+            hidden_states = kv_cache.attend(self._attend, query, attention_mask)
         hidden_states = hidden_states.flatten(2)  # (B, L_query, N * D)
 
         num_long_tokens = 0 if long_query_states is None else long_query_states.shape[1]
@@ -191,21 +192,6 @@ class FARAttnProcessor:
         if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-2] > query.shape[1]:
             attention_mask = attention_mask[..., attention_mask.shape[-2] - query.shape[1] :, :]
         return self._attend(query, key, value, attention_mask)
-
-    def _attend_to_cache(self, query, attention_bias, kv_cache: LayerKVCache):
-        """Frame by frame: each sees one contiguous view of the stores, so causality needs no mask."""
-        spans, first_key, outputs = kv_cache.cache_pass.queries, kv_cache.cache_pass.view_start, []
-        num_unread = spans[-1].end - query.shape[1]  # of the first frames, nobody reads what they see
-        for frame, span in enumerate(spans):
-            if span.start < num_unread:
-                continue
-            bias = None
-            if attention_bias is not None:  # a row for each frame of the pass, a column for each key in view
-                columns = slice(span.view_start - first_key, span.view_end - first_key)
-                bias = attention_bias[..., frame : frame + 1, columns]
-            queries = query[:, span.start - num_unread : span.end - num_unread]
-            outputs.append(self._attend(queries, *kv_cache.view(span), bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def mask_for_kernel(attention_mask: Any, query: torch.Tensor) -> Any:
@@ -598,13 +584,11 @@ class FrameNetwork(nn.Module):
         device, has_twins = short_states.device, short_states.shape[1] > plan.num_short_frames
 
         # 1. Positions, and who sees whom
-        positions = position_ids(plan, device, has_twins)
+        positions, attention_mask = self._surroundings(AttentionFrames(plan, device, has_twins, kv_cache, cache_pass))
         rotary_emb = rotary_embedding(positions, self.config.axes_dims_rope, self.config.rope_theta)
-        attention_frames = AttentionFrames(plan, device, has_twins, kv_cache, cache_pass)
-        attention_mask = self.attention_bias(self._attention_mask(attention_frames), attention_frames)
 
         # 2. Blocks; of the last one only what is read
-        num_layers, is_write = len(self.transformer_blocks), cache_pass is not None and not cache_pass.is_noisy
+        num_layers = len(self.transformer_blocks)
         if num_read_frames is None:
             num_read_frames = self._num_output_frames(plan, attention_mask, has_twins)
         shared, block_temb, num_outputs = None, temb, [None] * (num_layers - 1) + [num_read_frames]
@@ -616,7 +600,7 @@ class FrameNetwork(nn.Module):
         layers = [None] * num_layers if kv_cache is None else kv_cache.layers(cache_pass)
         modulations = [None] * num_layers if modulation is None else modulation.blocks
         for block, *own in zip(self.transformer_blocks, layers, num_outputs, modulations):
-            run = self._way_to_run(block, plan, is_write)
+            run = self._way_to_run(block, plan, cache_pass)
             short_states, long_states = run(short_states, long_states, block_temb, rotary_emb, attention_mask, *own)
         if num_read_frames == 0:
             return None
@@ -635,14 +619,32 @@ class FrameNetwork(nn.Module):
         patches = self.proj_out(states * (1 + scale) + shift)
         return unpatchify(patches, plan.patch_size, plan.height, plan.width)
 
-    def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, is_write: bool) -> Callable:
+    def _surroundings(self, frames: AttentionFrames) -> tuple[torch.Tensor, Any]:
+        """Where the tokens of a pass stand, and who sees whom; of a joint pass both for each sample, `(B, L, 3)`."""
+        if isinstance(frames.cache_pass, JointPass):
+            return self._joint_surroundings(frames)
+        positions = position_ids(frames.plan, frames.device, frames.has_twins)
+        return positions, self.attention_bias(self._attention_mask(frames), frames)
+
+    def _joint_surroundings(self, frames: AttentionFrames) -> tuple[torch.Tensor, list]:
+        caches, joint = frames.kv_cache.parts, frames.cache_pass
+        each = [
+            AttentionFrames(plan, frames.device, False, cache, cache_pass)
+            for cache, plan, cache_pass in zip(caches, joint.plans, joint.passes)
+        ]
+        delays = torch.tensor([[delay, 0, 0] for delay in joint.delays], device=frames.device)
+        positions = position_ids(frames.plan, frames.device) + delays.repeat(caches[0].batch_size, 1)[:, None]
+        return positions, [self.attention_bias(None, own) for own in each]
+
+    def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, cache_pass: CachePass | None) -> Callable:
         """How a block is called: as it is, with gradient checkpointing, or as if it were not compiled."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return partial(self._gradient_checkpointing_func, block)
         # So little work as the last block's of a write is not worth compiling, nor are so many frames, whose attentions the
-        # compiler would unroll for a pass that does not come again.
-        is_long_context = plan.num_frames > 2 * self.config.short_window
-        if is_write and (is_long_context or block is self.transformer_blocks[-1]):
+        # compiler would unroll for a pass that does not come again, or those of a joint pass, one for each sample.
+        is_write = cache_pass is not None and not cache_pass.is_noisy
+        is_much_or_little = plan.num_frames > 2 * self.config.short_window or block is self.transformer_blocks[-1]
+        if (is_write and is_much_or_little) or isinstance(cache_pass, JointPass):
             return partial(call_uncompiled, block)
         return block
 

@@ -1,2 +1,3 @@
 from .pipeline_far import FARPipeline, FARPipelineOutput
 from .session import FARSession
+from .session_pool import SessionPool

@@ -15,8 +15,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..checks import check_count
 from ..models.frame_network import FrameModulation
 from ..models.frame_transformer import FrameTransformer
-from ..models.frames import CLEAN_TIMESTEP, FrameBatch
-from ..models.kv_cache import computing_dtype
+from ..models.frames import CLEAN_TIMESTEP, FrameBatch, repeat_batch
+from ..models.joint_cache import JointCache, joined
+from ..models.kv_cache import CacheOptions, computing_dtype
 from .inputs import NUM_TIMESTEPS, check_guidance
 from .settings import GenerationSettings
 
@@ -167,8 +168,10 @@ class Rollout:
     @property
     def num_rewindable(self) -> int:
         """Frames that `rewind` can take out again. Where old ones are forgotten, the sinks and the short window stay."""
-        if self.kv_cache is None or self.kv_cache.num_frames == self.num_frames:
+        if self.kv_cache is None:
             return self.num_frames
+        if self.kv_cache.num_frames == self.num_frames:
+            return self.num_frames - self.kv_cache.num_shared_frames
         num_kept = self.config.cache_options.num_sink_frames + self.transformer.config.short_window - 1
         return max(0, self.kv_cache.num_frames - num_kept)
 
@@ -218,6 +221,13 @@ class Rollout:
         twin.restore(halves, clock)
         return twin
 
+    @property
+    def kind(self) -> tuple:
+        """Rollouts of one kind can advance in one pass, see [`JointRollout`]."""
+        settings = replace(self.config, cache_options=CacheOptions())
+        scheduler = (type(self.scheduler), repr(dict(self.scheduler.config)))
+        return id(self.transformer), self.latent_shape, self.is_guided, repr(settings), *scheduler
+
     def outline(self, writes: Sequence[int], max_frames: int | None = None) -> "Rollout":
         """What this rollout becomes by some writes, but for the values; see [`FARKVCache.outline`]."""
         twin = copy.copy(self)
@@ -231,6 +241,23 @@ class Rollout:
         twin.scheduler = copy.deepcopy(self.scheduler)
         twin.kv_cache = None if self.kv_cache is None else self.kv_cache.clone()
         return twin
+
+    def futures(self, num_futures: int) -> "Rollout":
+        """A batch of rollouts that go on from this one's past, which is stored once; this one has a batch of 1."""
+        twin = copy.copy(self)
+        twin.scheduler = copy.deepcopy(self.scheduler)
+        twin.latent_shape = (num_futures, *self.latent_shape[1:])
+        twin.class_labels = repeat_batch(self.class_labels, num_futures)
+        if self.kv_cache is not None:
+            twin.kv_cache = JointCache.of_futures(self.kv_cache, num_futures)
+        elif self.frames is not None:
+            twin.frames = FrameBatch(*(joined([tensor] * num_futures) for tensor in vars(self.frames).values()))
+        return twin
+
+    @property
+    def is_of_futures(self) -> bool:
+        """Whether the past is shared by a batch, and so is no state of its own."""
+        return isinstance(self.kv_cache, JointCache)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The past, as tensors (views) and JSON values, for [`restore`] in another process."""
@@ -436,3 +463,29 @@ class Rollout:
     def _with_null_half(self, latents: torch.Tensor) -> torch.Tensor:
         """With guidance once more."""
         return torch.cat([latents, latents]) if self.is_guided else latents
+
+
+class JointRollout(Rollout):
+    """Several rollouts of one sample each, of unequal length, that advance in one pass. They stay what they are.
+
+    Args:
+        parts (`list` of [`Rollout`]): Of one `kind`, each with a cache. Those that are written to together must encode as many
+            frames, see [`FARKVCache.encoded_by_write`]; those that are denoised together must all have a past, or none.
+    """
+
+    def __init__(self, parts: list[Rollout]):
+        vars(self).update(vars(parts[0]))
+        self.parts = parts
+        self.latent_shape = (len(parts), *self.latent_shape[1:])
+        self.class_labels = joined([part.class_labels for part in parts])
+        self.kv_cache = JointCache([part.kv_cache for part in parts])
+
+    def write(self, frames: FrameBatch, coming: FrameBatch | None = None) -> None:
+        """Add clean frames to each context, as [`Rollout.write`]."""
+        try:
+            super().write(frames, coming)
+        finally:
+            for part in self.parts:
+                part.is_intact = self.is_intact
+        for part in self.parts:
+            part.num_frames += frames.num_frames

@@ -5,8 +5,8 @@ B batch, F frames, C latent channels, H/W latent height/width, A action channels
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 
 from ..checks import check_count, is_whole_number
 from ..models.frames import FrameBatch
+from ..models.joint_cache import joined_frames
 from .estimate import CostEstimate, estimate_frame
 from .inputs import check_generator, check_settings, check_step_action
 from .latency import LatencyBudget
-from .rollout import Rollout
+from .rollout import JointRollout, Rollout
 from .session_file import load_session, save_session
 from .session_history import NoiseSource, SessionFrame, SessionHistory, new_generator, smallest_history
 from .settings import GenerationSettings
@@ -159,6 +160,7 @@ class FARSession:
                 self._check_complete(f"`guidance_scale` {guidance_scale} needs a null half of the whole context")
                 self.rollout = self.rollout.restarted(config)
             else:
+                self._check_own_past("set_config")
                 self.rollout = self.rollout.without_null_half(config)
             self.latency.forget()  # a step works on another batch now
 
@@ -210,14 +212,110 @@ class FARSession:
             ValueError: The action is missing, superfluous, of the wrong type, range or number.
             RuntimeError: Another caller is in the middle of a call of this session.
         """
-        config = self.rollout.transformer.config
         with self._alone("step"), self._undone_on_failure():
-            has_frame, batch_size = self.num_frames > 0, self.rollout.latent_shape[0]
-            action = check_step_action(action, config, batch_size, has_frame=has_frame, device=self.rollout.device)
-            new = self._make_frame(action)
+            new = self._make_frame(self.check_action(action))
             decoded = self.decode(new.latents, self.output_type)
             self._remember(new)
             return decoded
+
+    def check_action(self, action: Any = None) -> torch.Tensor | None:
+        """The action of a `step` as a tensor, `(B,)` or `(B, A)`.
+
+        Raises:
+            ValueError: As of `step`.
+        """
+        config, batch_size = self.rollout.transformer.config, self.rollout.latent_shape[0]
+        return check_step_action(action, config, batch_size, has_frame=self.num_frames > 0, device=self.rollout.device)
+
+    @staticmethod
+    @torch.no_grad()
+    def step_together(sessions: list["FARSession"], actions: list[Any]) -> list[Frame]:
+        """Take a step in each of several sessions, in one pass of the model: they may be of unequal length, and their frames
+        are those that each would have made alone.
+
+        Sessions share a pass where they are of one pipeline and have the same settings; else there is a pass for each kind. A
+        step that fails changes none of them.
+
+        Args:
+            sessions (`list`): Each once, with a batch of 1.
+            actions (`list`): Of each, as of `step`.
+
+        Returns:
+            The new frame of each session.
+
+        Raises:
+            ValueError: An action is of the wrong kind, or a session has no batch of 1.
+            RuntimeError: Another caller is in the middle of a call of one of the sessions.
+        """
+        for session in sessions:
+            session.check_can_join()
+        with ExitStack() as undone:
+            for session in sessions:
+                undone.enter_context(session._alone("step"))
+                undone.enter_context(session._undone_on_failure())
+            new = {
+                session: session._begin_frame(session.check_action(action))
+                for session, action in zip(sessions, actions, strict=True)
+            }
+            FARSession._write_together(new)
+            for group in _grouped(new, lambda session: session._kind):
+                FARSession._denoise_together({session: new[session] for session in group})
+            decoded = {}
+            for group in _grouped(new, lambda session: (session.decode, session.output_type)):
+                frames = group[0].decode(torch.cat([new[session].latents for session in group]), group[0].output_type)
+                decoded |= {session: frames[number : number + 1] for number, session in enumerate(group)}
+            for session, frame in new.items():
+                session._remember(frame)
+        return [decoded[session] for session in sessions]
+
+    @staticmethod
+    def _write_together(new: dict["FARSession", SessionFrame]) -> None:
+        """Add the finished frames of each session to its context; together where that is one frame, as it mostly is."""
+        pending = {session: [len(part) for part in session._pending_parts()] for session in new}
+        for session in new:
+            if pending[session] != [1]:
+                session._write_pending(new[session])
+        written = [session for session in new if pending[session] == [1]]
+        for group in _grouped(written, lambda session: (session._kind, session.rollout.kv_cache.encoded_by_write())):
+            finished = joined_frames([session._as_fed(session.history.last(1)) for session in group])
+            coming = joined_frames([session._as_fed([new[session]]) for session in group])
+            JointRollout([session.rollout for session in group]).write(finished, coming)
+
+    @staticmethod
+    def _denoise_together(new: dict["FARSession", SessionFrame]) -> None:
+        """Turn the noise of sessions of one kind into frames."""
+        first, generators = next(iter(new)), [each for session in new for each in session.noise.generators]
+        noisy = joined_frames([session._as_fed([frame]) for session, frame in new.items()])
+        num_steps = first.latency.choose_steps(first.config.num_inference_steps)
+        with ExitStack() as clocks:
+            for session in new:
+                clocks.enter_context(session.latency.denoising(num_steps))
+            rollout = JointRollout([session.rollout for session in new])
+            latents = rollout.denoise(noisy, generator=generators or None, num_inference_steps=num_steps)
+        for frame, own in zip(new.values(), latents[:, 0].split(1)):
+            frame.latents = own.clone()
+
+    @property
+    def _kind(self) -> tuple:
+        """Sessions of one kind can share a pass."""
+        num_steps = self.latency.choose_steps(self.config.num_inference_steps)
+        has_feature = self.rollout.kv_cache.feature is not None
+        return self.rollout.kind, num_steps, has_feature, self.generator is None
+
+    def check_can_join(self) -> None:
+        """Refuse what cannot share a pass with other sessions.
+
+        Raises:
+            ValueError: This session is a batch, of futures maybe, or caches nothing.
+        """
+        if self.rollout.latent_shape[0] != 1 or self.rollout.is_of_futures or self.rollout.kv_cache is None:
+            kind = "no cache" if self.rollout.kv_cache is None else f"a batch of {self.rollout.latent_shape[0]}"
+            if self.rollout.is_of_futures:
+                kind = "a batch of futures"
+            raise ValueError(
+                f"This session has {kind}, but sessions that share a pass have a cache and one sample each: start one for each "
+                "sample, fork one for each future, or step it alone."
+            )
 
     def advance(self, action: torch.Tensor | None, **arguments) -> torch.Tensor:
         """Make the next frame, in latents.
@@ -247,13 +345,7 @@ class FARSession:
         on_frame_end: Callable | None = None,
     ) -> SessionFrame:
         """The next frame, which is still to be remembered; see `advance`."""
-        action = None if action is None else action.clone()  # the caller may use its memory again
-        if self.num_frames:
-            self.history.frames[-1].action = action
-        state = self.noise.state if noise is None else None
-        if noise is None:
-            noise = self.noise.draw(self.rollout.latent_shape, self.rollout.device)
-        new = SessionFrame(noise[:, 0], previous_action=action, action=own_action, noise=state)
+        new = self._begin_frame(action, own_action, noise)
         self._write_pending(new)
         num_steps = self.latency.choose_steps(self.config.num_inference_steps)
         with self.latency.denoising(num_steps):
@@ -262,6 +354,18 @@ class FARSession:
             latents = on_frame_end(latents)
         new.latents = latents[:, 0].clone()  # a callback may use its memory again
         return new
+
+    def _begin_frame(
+        self, action: torch.Tensor | None, own_action: torch.Tensor | None = None, noise: torch.Tensor | None = None
+    ) -> SessionFrame:
+        """The next frame while it is noise, after the action that leads to it."""
+        action = None if action is None else action.clone()  # the caller may use its memory again
+        if self.num_frames:
+            self.history.frames[-1].action = action
+        state = self.noise.state if noise is None else None
+        if noise is None:
+            noise = self.noise.draw(self.rollout.latent_shape, self.rollout.device)
+        return SessionFrame(noise[:, 0], previous_action=action, action=own_action, noise=state)
 
     def _remember(self, frame: SessionFrame) -> None:
         self.history.append(frame)
@@ -281,6 +385,7 @@ class FARSession:
         """
         check_count("num_frames", num_frames, least=0)
         with self._alone("estimate"):
+            self._check_own_past("estimate")
             writes = [len(part) for part in self._pending_parts()]
             decode = partial(self.decode, output_type=self.output_type) if measure else None
             return estimate_frame(self.rollout, writes + [1] * num_frames, decode)
@@ -295,6 +400,43 @@ class FARSession:
                 history=self.history.clone(),
                 noise=self.noise.clone(),
                 latency=self.latency.clone(),
+                output_type=self.output_type,
+            )
+
+    @torch.no_grad()
+    def fork_batch(self, num_futures: int) -> "FARSession":
+        """So many futures of the present, as one session with a batch: `step` takes an action for each, or one for all. They
+        come out as those of as many forks.
+
+        What is in the cache is stored once, and attended to by all; each future holds the frames that it makes. Of a long
+        model whose short window is encoded anew (`short_cache="exact"` or a number) each future holds a window of its own; with
+        `max_long_frames` each holds a whole cache. A `rewind` cannot go back into what is shared.
+
+        Every future has a generator of its own, and all draw the same noise: give others with `set_generator([...])`.
+
+        Args:
+            num_futures (`int`): At least 1.
+
+        Raises:
+            ValueError: No such number, or this session is a batch itself.
+            RuntimeError: Another caller is in the middle of a call of this session.
+        """
+        check_count("num_futures", num_futures)
+        if self.rollout.latent_shape[0] != 1:
+            raise ValueError(
+                f"`fork_batch` makes futures of one present, but this session has a batch of {self.rollout.latent_shape[0]}; "
+                "start a session for each sample."
+            )
+        with self._alone("fork_batch"), self._undone_on_failure():
+            self._write_settled()
+            latency = self.latency.clone()
+            latency.forget()  # a step works on another batch
+            return FARSession(
+                self.decode,
+                self.rollout.futures(num_futures),
+                history=self.history.repeated(num_futures),
+                noise=self.noise.repeated(num_futures),
+                latency=latency,
                 output_type=self.output_type,
             )
 
@@ -333,6 +475,7 @@ class FARSession:
             OSError: There is no such folder or no room; names both.
         """
         with self._alone("save"):
+            self._check_own_past("save")
             save_session(
                 path,
                 rollout=self.rollout,
@@ -393,6 +536,13 @@ class FARSession:
                 self._unwrite(1)  # it was written with the action of the step that failed
             raise
 
+    def _check_own_past(self, verb: str) -> None:
+        if self.rollout.is_of_futures:
+            raise ValueError(
+                f"`{verb}` needs a past that is the session's own, but these futures share theirs; call it on the session that "
+                "they were forked from, before `fork_batch`."
+            )
+
     def _check_complete(self, problem: str) -> None:
         if not self.history.is_complete:
             raise ValueError(
@@ -421,6 +571,18 @@ class FARSession:
         matters, so that what is encoded anew equals what was encoded as the frames came."""
         parts = self._pending_parts()
         for part, later in zip(parts, [*parts[1:], [coming]]):
+            self.rollout.write(self._as_fed(part), self._as_fed(later[:1]))
+
+    def _write_settled(self) -> None:
+        """Add those finished frames to the context that no action to come changes; a context that must be written at once and
+        lacks one waits for it."""
+        *parts, last = self._pending_parts() or [[]]
+        if not self._writes_last_action:
+            parts.append(last)
+        elif not self.rollout.order_matters:
+            parts.append(last[:-1])
+        parts = [part for part in parts if part]
+        for part, later in zip(parts, [*parts[1:], self.history.last(1)]):
             self.rollout.write(self._as_fed(part), self._as_fed(later[:1]))
 
     def _pending_parts(self) -> list[list[SessionFrame]]:
@@ -456,3 +618,11 @@ class FARSession:
             if action is not None:
                 actions[:, number], action_mask[:, number] = action, True
         return FrameBatch(latents, actions, action_mask)
+
+
+def _grouped(sessions: Iterable[FARSession], key: Callable[[FARSession], Hashable]) -> list[list[FARSession]]:
+    """Sessions with the same key together, in their order."""
+    groups = {}
+    for session in sessions:
+        groups.setdefault(key(session), []).append(session)
+    return list(groups.values())
