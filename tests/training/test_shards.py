@@ -44,7 +44,7 @@ def test_averages_of_parts_are_saved_and_loaded_whole(shard):
             for parameter in parameters:
                 parameter += 1
         parts = [own_part(parameter) for parameter in parameters]
-        average.step()
+        ema.step(parts)
         expected.step([part.detach().requires_grad_() for part in parts])
     state = gathered(average.state_dict())
     torch.testing.assert_close(state["shadow_params"], expected.shadow_params)

@@ -137,9 +137,7 @@ def checkpoint_states(accelerator: Accelerator, **states: Any) -> None:
 
     def save(models: list, weights: list, folder: str) -> None:
         for name, state in states.items():
-            values = state.state_dict()
-            if accelerator.is_fsdp2:
-                values = gathered(values, accelerator.is_main_process)
+            values = gathered(state.state_dict(), accelerator.is_main_process)
             if accelerator.is_main_process:
                 _write_state(Path(folder) / f"{name}.safetensors", values)
 

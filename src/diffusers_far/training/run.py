@@ -46,7 +46,7 @@ from .clips import step_generator
 from .config import FARSettings, RunSettings, check_context_parallel
 from .launch import Launch
 from .objective import ObjectiveDraw, TrainingObjective
-from .shards import Shards, gathered, held_bytes
+from .shards import Shards, gathered, held_bytes, own_part
 
 
 logger = get_logger(__name__)
@@ -305,7 +305,7 @@ class TrainingRun:
     def average_weights(self) -> None:
         """The second half of `step`."""
         if self.ema is not None:
-            self.ema.step(self.network.parameters()) if self.shards is None else self.shards.average.step()
+            self.ema.step([own_part(parameter) for parameter in self.network.parameters()])
 
     def require_finite(
         self, loss: float, gradient_norm: torch.Tensor | float, faulty_clips: Sequence[str] = ()

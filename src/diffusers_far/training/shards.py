@@ -114,10 +114,6 @@ class ShardedAverage:
         self.ema, self.parameters = ema, parameters
         ema.shadow_params = [own_part(parameter).detach().clone() for parameter in parameters]
 
-    def step(self) -> None:
-        """As of an `EMAModel`, of this process's parts."""
-        self.ema.step([own_part(parameter) for parameter in self.parameters])
-
     def state_dict(self) -> dict[str, Any]:
         shards = [
             DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
