@@ -36,7 +36,7 @@ def test_the_table_of_quality_is_that_of_the_shipped_scores(title, figure, sourc
 
 @pytest.mark.parametrize("model, frames", [("far-b", 64), ("far-b", 128), ("far-b-long", 256), ("far-b-long", 1000)])
 def test_the_table_of_speed_is_that_of_the_benchmarks(model, frames):
-    results = json.loads((ROOT / "docs" / "results" / "step_rollout.json").read_text())
+    results = json.loads((ROOT / "docs" / "results" / "step.json").read_text())
     (row,) = [
         row
         for row in results["rows"]

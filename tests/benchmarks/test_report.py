@@ -11,7 +11,7 @@ from benchmarks.report import filled, main, parse_args, sections
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "speed.md"
-RESULTS = [ROOT / "docs" / "results" / f"{name}.json" for name in ("step_rollout", "frame", "benchmarks", "gpu")]
+RESULTS = [ROOT / "docs" / "results" / f"{name}.json" for name in ("rollout", "step", "frame", "benchmarks", "gpu")]
 RESULTS = [file for file in RESULTS if file.is_file()]  # not everybody has a GPU
 MACHINE = {
     "date": "2026-01-01",

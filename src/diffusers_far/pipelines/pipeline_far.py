@@ -260,7 +260,7 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
 
     @torch.no_grad()
     def decode_frame(self, latents: torch.Tensor, output_type: str) -> Frame:
-        """One frame of every video, latents `(N, C, H, W)`, as the user wants it.
+        """One frame of every video, latents `(N, C, H, W)` on the device that the models run on, as the user wants it.
 
         Args:
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
@@ -271,7 +271,7 @@ class VideoPipeline(FARHubMixin, DiffusionPipeline, FARLoraLoaderMixin):
         if output_type == "latent":
             return latents.clone()  # what the user does with it is not done to the context
         batch_size = 1 if getattr(self.vae, "use_slicing", False) else len(latents)
-        images = decode_video(self.vae, latents, batch_size, self._execution_device).float()
+        images = decode_video(self.vae, latents, batch_size, latents.device).float()
         if output_type == "pt":
             return images
         images = VaeImageProcessor.pt_to_numpy(images)

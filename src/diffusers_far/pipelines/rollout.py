@@ -346,9 +346,9 @@ class Rollout:
         fed = self._model_inputs(frame)  # but for the latents the same at every step
         ends = self._step_ends(timesteps)
         modulations, null_feature = self._modulations(fed, timesteps, ends), self._null_feature(generator)
-        latents = frame.latents.float()
+        latents, dtype = frame.latents.float(), fed.latents.dtype
         for step_index, (timestep, modulation) in enumerate(zip(timesteps, modulations)):
-            fed = replace(fed, latents=self._model_latents(latents))
+            fed = replace(fed, latents=self._with_null_half(latents.to(dtype)))
             told = {} if ends is None or modulation is not None else {"r_timestep": ends[step_index]}
             with self.transformer.cache_context("denoise", step_index=step_index, num_inference_steps=len(timesteps)):
                 velocity = self._velocity(fed, timestep, modulation, null_feature | told).float()
@@ -424,7 +424,8 @@ class Rollout:
 
     def _model_inputs(self, frames: FrameBatch) -> FrameBatch:
         """In the model's dtype; with guidance a null half in front, whose actions are null in the context too."""
-        latents, actions, action_mask = self._model_latents(frames.latents), frames.actions, frames.action_mask
+        latents = self._with_null_half(frames.latents.to(self.transformer.dtype))
+        actions, action_mask = frames.actions, frames.action_mask
         if self.is_guided and actions is not None:
             if action_mask is None:
                 action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
@@ -432,7 +433,6 @@ class Rollout:
             actions = torch.cat([actions, actions])
         return FrameBatch(latents, actions, action_mask)
 
-    def _model_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """In the model's dtype; with guidance once more, for the null half."""
-        latents = latents.to(self.transformer.dtype)
+    def _with_null_half(self, latents: torch.Tensor) -> torch.Tensor:
+        """With guidance once more."""
         return torch.cat([latents, latents]) if self.is_guided else latents
