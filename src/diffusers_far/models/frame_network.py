@@ -33,6 +33,7 @@ from .functional import (
     unpatchify,
 )
 from .internals import attention_backend, call_uncompiled, is_compiled
+from .joint_cache import JointPass
 from .kv_cache import CachePass, FARKVCache, LayerKVCache
 
 
@@ -140,14 +141,14 @@ class FARAttnProcessor:
 
         query = self._project_queries(attn, query_states, long_query_states)  # (B, L_query, N, D)
         num_unread = key.shape[1] - query.shape[1]
-        query = apply_rotary_embedding(query, rotary_emb[num_unread:]).to(value.dtype)
+        query = apply_rotary_embedding(query, rotary_emb[..., num_unread:, :]).to(value.dtype)
         if isinstance(attention_mask, SharedPass):
             reads_all = num_output_tokens is None
             hidden_states = attention_mask.attend(self._attend_to_pass, query, key, value, reads_all)
         elif kv_cache is None:
             hidden_states = self._attend_to_pass(query, key, value, attention_mask)
         else:
-            hidden_states = self._attend_to_cache(query, attention_mask, kv_cache)
+            hidden_states = kv_cache.attend(self._attend, query, attention_mask)
         hidden_states = hidden_states.flatten(2)  # (B, L_query, N * D)
 
         num_long_tokens = 0 if long_query_states is None else long_query_states.shape[1]
@@ -191,21 +192,6 @@ class FARAttnProcessor:
         if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-2] > query.shape[1]:
             attention_mask = attention_mask[..., attention_mask.shape[-2] - query.shape[1] :, :]
         return self._attend(query, key, value, attention_mask)
-
-    def _attend_to_cache(self, query, attention_bias, kv_cache: LayerKVCache):
-        """Frame by frame: each sees one contiguous view of the stores, so causality needs no mask."""
-        spans, first_key, outputs = kv_cache.cache_pass.queries, kv_cache.cache_pass.view_start, []
-        num_unread = spans[-1].end - query.shape[1]  # of the first frames, nobody reads what they see
-        for frame, span in enumerate(spans):
-            if span.start < num_unread:
-                continue
-            bias = None
-            if attention_bias is not None:  # a row for each frame of the pass, a column for each key in view
-                columns = slice(span.view_start - first_key, span.view_end - first_key)
-                bias = attention_bias[..., frame : frame + 1, columns]
-            queries = query[:, span.start - num_unread : span.end - num_unread]
-            outputs.append(self._attend(queries, *kv_cache.view(span), bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def mask_for_kernel(attention_mask: Any, query: torch.Tensor) -> Any:
@@ -598,10 +584,8 @@ class FrameNetwork(nn.Module):
         device, has_twins = short_states.device, short_states.shape[1] > plan.num_short_frames
 
         # 1. Positions, and who sees whom
-        positions = position_ids(plan, device, has_twins)
+        positions, attention_mask = self._surroundings(AttentionFrames(plan, device, has_twins, kv_cache, cache_pass))
         rotary_emb = rotary_embedding(positions, self.config.axes_dims_rope, self.config.rope_theta)
-        attention_frames = AttentionFrames(plan, device, has_twins, kv_cache, cache_pass)
-        attention_mask = self.attention_bias(self._attention_mask(attention_frames), attention_frames)
 
         # 2. Blocks; of the last one only what is read
         num_layers, is_write = len(self.transformer_blocks), cache_pass is not None and not cache_pass.is_noisy
@@ -634,6 +618,23 @@ class FrameNetwork(nn.Module):
         """What comes of normed states, `(B, F, T, dim)`, and the modulation of the last norm: velocity."""
         patches = self.proj_out(states * (1 + scale) + shift)
         return unpatchify(patches, plan.patch_size, plan.height, plan.width)
+
+    def _surroundings(self, frames: AttentionFrames) -> tuple[torch.Tensor, Any]:
+        """Where the tokens of a pass stand, and who sees whom; of a joint pass both for each sample, `(B, L, 3)`."""
+        if isinstance(frames.cache_pass, JointPass):
+            return self._joint_surroundings(frames)
+        positions = position_ids(frames.plan, frames.device, frames.has_twins)
+        return positions, self.attention_bias(self._attention_mask(frames), frames)
+
+    def _joint_surroundings(self, frames: AttentionFrames) -> tuple[torch.Tensor, list]:
+        caches, joint = frames.kv_cache.parts, frames.cache_pass
+        each = [
+            AttentionFrames(plan, frames.device, False, cache, cache_pass)
+            for cache, plan, cache_pass in zip(caches, joint.plans, joint.passes)
+        ]
+        delays = torch.tensor([[delay, 0, 0] for delay in joint.delays], device=frames.device)
+        positions = position_ids(frames.plan, frames.device) + delays.repeat(caches[0].batch_size, 1)[:, None]
+        return positions, [self.attention_bias(None, own) for own in each]
 
     def _way_to_run(self, block: FARTransformerBlock, plan: ContextPlan, is_write: bool) -> Callable:
         """How a block is called: as it is, with gradient checkpointing, or as if it were not compiled."""

@@ -96,6 +96,10 @@ class FrameBatch:
         """The frames from `start` up to and without `end`, as views."""
         return self._changed(lambda tensor: tensor[:, start:end])
 
+    def samples(self, rows: slice) -> "FrameBatch":
+        """Some clips of the batch, as views."""
+        return self._changed(lambda tensor: tensor[rows])
+
     def last(self, num_frames: int) -> "FrameBatch":
         """The last `num_frames` frames, as views."""
         return self.between(self.num_frames - num_frames, self.num_frames)

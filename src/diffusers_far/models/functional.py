@@ -81,18 +81,18 @@ def rotary_embedding(position_ids: torch.Tensor, axes_dims: tuple[int, ...], the
     """Rotations of 3D rotary position embedding: each axis turns its own share of the head's channel pairs.
 
     Args:
-        position_ids (`torch.Tensor` of shape `(L, 3)`): Integers; they enter float32 exactly up to 2^24.
+        position_ids (`torch.Tensor` of shape `([B,] L, 3)`): Integers; they enter float32 exactly up to 2^24.
         axes_dims (`tuple[int, ...]`): Head channels of each axis (time, height, width), even numbers.
         theta (`float`): Base of the frequencies.
 
     Returns:
-        `torch.Tensor` of shape `(L, D / 2)`, complex64 whatever the model's dtype: in bfloat16 every frame index above
+        `torch.Tensor` of shape `([B,] L, D / 2)`, complex64 whatever the model's dtype: in bfloat16 every frame index above
         256 would be rounded.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
-        angles.append(position_ids[:, axis, None].float() / theta**exponents)
+        angles.append(position_ids[..., axis, None].float() / theta**exponents)
     angles = torch.cat(angles, dim=-1)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -102,14 +102,14 @@ def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: torch.Tensor
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, L, N, D)`): Queries or keys.
-        rotary_emb (`torch.Tensor` of shape `(L, D / 2)`, complex64): From [`rotary_embedding`].
+        rotary_emb (`torch.Tensor` of shape `([B,] L, D / 2)`, complex64): From [`rotary_embedding`].
 
     Returns:
         `torch.Tensor` of shape `(B, L, N, D)` in the dtype of `hidden_states`.
     """
     # One complex product: far fewer passes over memory than the same sums written out on even and odd channels.
     pairs = torch.view_as_complex(hidden_states.float().unflatten(-1, (-1, 2)))
-    rotated = torch.view_as_real(pairs * rotary_emb[:, None]).flatten(-2)
+    rotated = torch.view_as_real(pairs * rotary_emb[..., None, :]).flatten(-2)
     return rotated.to(hidden_states.dtype)
 
 

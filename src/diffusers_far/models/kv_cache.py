@@ -6,7 +6,7 @@ B batch, F frames, C latent channels, H/W latent height/width, L tokens, N heads
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -141,10 +141,33 @@ class LayerKVCache:
                 store[:, long_start : long_start + num_long] = long_frames.flip(1).flatten(1, 2)
             store[:, short_start : short_start + states.shape[1] - num_long] = states[:, num_long:]
 
+    def attend(self, attend: Callable, query: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Frame by frame: each sees one contiguous view of the stores, so causality needs no mask.
+
+        Args:
+            attend (callable): `(query, key, value, bias) -> output`, each `(B, L, N, D)`.
+            query (`torch.Tensor` of shape `(B, L, N, D)`): Of the pass, or of its last frames.
+            bias (`torch.Tensor` of shape `(1, 1, F, L_view)`, *optional*): A row for each frame of the pass, a column for each
+                key in view.
+        """
+        spans, outputs = self.cache_pass.queries, []
+        num_unread = spans[-1].end - query.shape[1]  # of the first frames, nobody reads what they see
+        for frame, span in enumerate(spans):
+            if span.start >= num_unread:
+                queries = query[:, span.start - num_unread : span.end - num_unread]
+                row = None if bias is None else self.columns(bias[..., frame : frame + 1, :], span)
+                outputs.append(attend(queries, *self.view(span), row))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
     def view(self, span: QuerySpan) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that a frame's queries see, as views."""
         window = slice(span.view_start, span.view_end)
         return self.key_store[:, window], self.value_store[:, window]
+
+    def columns(self, bias: torch.Tensor, span: QuerySpan) -> torch.Tensor:
+        """Of a bias for all keys in view, `(..., L_view)`, what belongs to those that a frame's queries see."""
+        first_key = self.cache_pass.view_start
+        return bias[..., span.view_start - first_key : span.view_end - first_key]
 
 
 def computing_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -201,11 +224,14 @@ class FARKVCache:
             and after a rewind until the next one.
         num_frames (`int`): Clean frames on the cache's clock. Forgotten frames leave the clock, so that positions stay
             within what the model was trained on.
+        num_shared_frames (`int`): First frames that other caches hold too, and that cannot be rewound.
 
     Source: FAR, arXiv:2503.19325v2, "multi-level KV cache".
     """
 
     _CLOCK = ("num_frames", "_first_slot_frame", "_window_is_stale", "_has_forgotten")
+    _first_long_frame = 0  # the long frame at the boundary
+    num_shared_frames = 0
 
     def __init__(
         self,
@@ -344,19 +370,31 @@ class FARKVCache:
         num_frames = min(self.num_frames + num_new_frames + 1, self._most_frames)
         if num_frames <= self.max_frames:
             return
-        old_boundary, old_stores = self._boundary, (self._key_stores, self._value_stores)
-        self._allocate(max(num_frames, self.max_frames * 3 // 2), self.dtype, self.device)
-        plan = self.plan
+        self._enlarge(max(num_frames, self.max_frames * 3 // 2))
+
+    def _enlarge(self, max_frames: int) -> None:
+        """Move what is held into stores with room for so many frames."""
+        used, old_stores = self._used, (self._key_stores, self._value_stores)
+        self._allocate(max_frames, self.dtype, self.device)
         for old, new in zip(old_stores, (self._key_stores, self._value_stores)):
-            used = old[:, :, old_boundary - plan.num_long_tokens : old_boundary + plan.num_short_tokens]
-            start = self._boundary - plan.num_long_tokens
-            new[:, :, start : start + used.shape[2]] = used
+            new[:, :, self._used] = old[:, :, used]
+
+    @property
+    def _used(self) -> slice:
+        """Where the clean frames lie in the stores, in tokens."""
+        plan = self.plan
+        num_long_frames = plan.num_long_frames - self._first_long_frame
+        start = self._boundary - num_long_frames * plan.tokens_per_long_frame
+        return slice(start, self._boundary + self._num_slots * plan.tokens_per_short_frame)
+
+    @property
+    def _num_slots(self) -> int:
+        """Clean short frames in the stores."""
+        return self.plan.num_short_frames
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int | bool]]:
         """All that the cache holds, as tensors and numbers, for [`restore`] in another process."""
-        plan = self.plan
-        used = slice(self._boundary - plan.num_long_tokens, self._boundary + plan.num_short_tokens)
-        tensors = {"keys": self._key_stores[:, :, used], "values": self._value_stores[:, :, used]}
+        tensors = {"keys": self._key_stores[:, :, self._used], "values": self._value_stores[:, :, self._used]}
         if self._kept_frames is not None and self._kept_frames.num_frames:
             for name, tensor in vars(self._kept_frames).items():
                 if tensor is not None:
@@ -481,7 +519,7 @@ class FARKVCache:
         """The pass that denoises the frame after the clean ones. It uses the slot after them as scratch space."""
         assert not self._window_is_stale, "a write must follow a rewind"
         plan = self.plan_for_frames(self.num_frames + 1).segment(self.num_frames)
-        return plan, self._pass_for(plan, first_slot=self.plan.num_short_frames, is_noisy=True)
+        return plan, self._pass_for(plan, first_slot=self._num_slots, is_noisy=True)
 
     def begin_write(self, frames: FrameBatch) -> tuple[FrameBatch, ContextPlan, CachePass]:
         """Take new clean frames in and say which frames are to be encoded: the new ones and those that change.
@@ -525,6 +563,14 @@ class FARKVCache:
         slot = (new.end_frame - 1 - self._first_slot_frame) % new.num_short_frames
         return oldest.append(newest), plan, self._pass_for(plan, first_slot=slot, sees_all_slots=True)
 
+    def encoded_by_write(self) -> tuple[int, int]:
+        """How many long and short frames the write of one more clean frame encodes."""
+        old, new = self.plan, self.plan_for_frames(self.num_frames + 2).segment(0, self.num_frames + 1)
+        num_turning = new.num_long_frames - old.num_long_frames
+        if self._window_is_stale or (num_turning and not (self.options.is_rolling and old.num_short_frames)):
+            return num_turning, new.num_short_frames
+        return num_turning, 1
+
     def layers(self, cache_pass: CachePass) -> list[LayerKVCache]:
         """The stores of every layer as this pass sees them."""
         return [LayerKVCache(*stores, cache_pass) for stores in zip(self._key_stores, self._value_stores)]
@@ -536,10 +582,11 @@ class FARKVCache:
             `torch.Tensor` of shape `(L_view,)`, int64.
         """
         plan = self.plan
-        long = torch.arange(plan.num_long_frames - 1, -1, -1, device=self.device)
-        short = torch.arange(plan.first_short_frame, plan.end_frame, device=self.device)
+        long = torch.arange(plan.num_long_frames - 1, self._first_long_frame - 1, -1, device=self.device)
+        first_frame = max(plan.first_short_frame, self._first_slot_frame)
+        short = torch.arange(first_frame, plan.end_frame, device=self.device)
         if self.options.is_rolling and plan.num_long_frames:
-            short = short.roll((plan.first_short_frame - self._first_slot_frame) % plan.num_short_frames)
+            short = short.roll((first_frame - self._first_slot_frame) % plan.num_short_frames)
         if cache_pass.is_noisy:
             short = torch.cat([short, short.new_tensor([plan.end_frame])])
         return torch.cat(
@@ -566,14 +613,14 @@ class FARKVCache:
             is_noisy (`bool`): The frame is the one being denoised.
         """
         long_size, short_size = plan.tokens_per_long_frame, plan.tokens_per_short_frame
-        context_start = self._boundary - self.plan.num_long_frames * long_size
+        context_start = self._boundary - (self.plan.num_long_frames - self._first_long_frame) * long_size
         queries = []
         for frame in range(plan.num_long_frames):
-            end = self._boundary - (plan.first_frame + frame) * long_size
+            end = self._boundary - (plan.first_frame + frame - self._first_long_frame) * long_size
             queries.append(QuerySpan(frame * long_size, (frame + 1) * long_size, end - long_size, self._boundary))
         for frame in range(plan.num_short_frames):
             start = plan.num_long_tokens + frame * short_size
-            num_slots = self.plan.num_short_frames if sees_all_slots else first_slot + frame + 1
+            num_slots = self._num_slots if sees_all_slots else first_slot + frame + 1
             view_end = self._boundary + num_slots * short_size
             queries.append(QuerySpan(start, start + short_size, context_start, view_end))
         return CachePass(

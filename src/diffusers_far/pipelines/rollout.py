@@ -15,7 +15,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..checks import check_count
 from ..models.frame_network import FrameModulation
 from ..models.frame_transformer import FrameTransformer
-from ..models.frames import CLEAN_TIMESTEP, FrameBatch
+from ..models.frames import CLEAN_TIMESTEP, FrameBatch, repeat_batch
+from ..models.joint_cache import JointCache, joined
 from ..models.kv_cache import computing_dtype
 from .inputs import NUM_TIMESTEPS, check_guidance
 from .settings import GenerationSettings
@@ -167,8 +168,10 @@ class Rollout:
     @property
     def num_rewindable(self) -> int:
         """Frames that `rewind` can take out again. Where old ones are forgotten, the sinks and the short window stay."""
-        if self.kv_cache is None or self.kv_cache.num_frames == self.num_frames:
+        if self.kv_cache is None:
             return self.num_frames
+        if self.kv_cache.num_frames == self.num_frames:
+            return self.num_frames - self.kv_cache.num_shared_frames
         num_kept = self.config.cache_options.num_sink_frames + self.transformer.config.short_window - 1
         return max(0, self.kv_cache.num_frames - num_kept)
 
@@ -231,6 +234,23 @@ class Rollout:
         twin.scheduler = copy.deepcopy(self.scheduler)
         twin.kv_cache = None if self.kv_cache is None else self.kv_cache.clone()
         return twin
+
+    def futures(self, num_futures: int) -> "Rollout":
+        """A batch of rollouts that go on from this one's past, which is stored once; this one has a batch of 1."""
+        twin = copy.copy(self)
+        twin.scheduler = copy.deepcopy(self.scheduler)
+        twin.latent_shape = (num_futures, *self.latent_shape[1:])
+        twin.class_labels = repeat_batch(self.class_labels, num_futures)
+        if self.kv_cache is not None:
+            twin.kv_cache = JointCache.of_futures(self.kv_cache, num_futures)
+        elif self.frames is not None:
+            twin.frames = FrameBatch(*(joined([tensor] * num_futures) for tensor in vars(self.frames).values()))
+        return twin
+
+    @property
+    def is_of_futures(self) -> bool:
+        """Whether the past is shared by a batch, and so is no state of its own."""
+        return isinstance(self.kv_cache, JointCache)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The past, as tensors (views) and JSON values, for [`restore`] in another process."""

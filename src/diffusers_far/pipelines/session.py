@@ -159,6 +159,7 @@ class FARSession:
                 self._check_complete(f"`guidance_scale` {guidance_scale} needs a null half of the whole context")
                 self.rollout = self.rollout.restarted(config)
             else:
+                self._check_own_past("set_config")
                 self.rollout = self.rollout.without_null_half(config)
             self.latency.forget()  # a step works on another batch now
 
@@ -281,6 +282,7 @@ class FARSession:
         """
         check_count("num_frames", num_frames, least=0)
         with self._alone("estimate"):
+            self._check_own_past("estimate")
             writes = [len(part) for part in self._pending_parts()]
             decode = partial(self.decode, output_type=self.output_type) if measure else None
             return estimate_frame(self.rollout, writes + [1] * num_frames, decode)
@@ -295,6 +297,43 @@ class FARSession:
                 history=self.history.clone(),
                 noise=self.noise.clone(),
                 latency=self.latency.clone(),
+                output_type=self.output_type,
+            )
+
+    @torch.no_grad()
+    def fork_batch(self, num_futures: int) -> "FARSession":
+        """So many futures of the present, as one session with a batch: `step` takes an action for each, or one for all. They
+        come out as those of as many forks.
+
+        What is in the cache is stored once, and attended to by all; each future holds the frames that it makes. Of a long
+        model whose short window is encoded anew (`short_cache="exact"` or a number) each future holds a window of its own; with
+        `max_long_frames` each holds a whole cache. A `rewind` cannot go back into what is shared.
+
+        Every future has a generator of its own, and all draw the same noise: give others with `set_generator([...])`.
+
+        Args:
+            num_futures (`int`): At least 1.
+
+        Raises:
+            ValueError: No such number, or this session is a batch itself.
+            RuntimeError: Another caller is in the middle of a call of this session.
+        """
+        check_count("num_futures", num_futures)
+        if self.rollout.latent_shape[0] != 1:
+            raise ValueError(
+                f"`fork_batch` makes futures of one present, but this session has a batch of {self.rollout.latent_shape[0]}; "
+                "start a session for each sample."
+            )
+        with self._alone("fork_batch"), self._undone_on_failure():
+            self._write_settled()
+            latency = self.latency.clone()
+            latency.forget()  # a step works on another batch
+            return FARSession(
+                self.decode,
+                self.rollout.futures(num_futures),
+                history=self.history.repeated(num_futures),
+                noise=self.noise.repeated(num_futures),
+                latency=latency,
                 output_type=self.output_type,
             )
 
@@ -333,6 +372,7 @@ class FARSession:
             OSError: There is no such folder or no room; names both.
         """
         with self._alone("save"):
+            self._check_own_past("save")
             save_session(
                 path,
                 rollout=self.rollout,
@@ -393,6 +433,13 @@ class FARSession:
                 self._unwrite(1)  # it was written with the action of the step that failed
             raise
 
+    def _check_own_past(self, verb: str) -> None:
+        if self.rollout.is_of_futures:
+            raise ValueError(
+                f"`{verb}` needs a past that is the session's own, but these futures share theirs; call it on the session that "
+                "they were forked from, before `fork_batch`."
+            )
+
     def _check_complete(self, problem: str) -> None:
         if not self.history.is_complete:
             raise ValueError(
@@ -421,6 +468,18 @@ class FARSession:
         matters, so that what is encoded anew equals what was encoded as the frames came."""
         parts = self._pending_parts()
         for part, later in zip(parts, [*parts[1:], [coming]]):
+            self.rollout.write(self._as_fed(part), self._as_fed(later[:1]))
+
+    def _write_settled(self) -> None:
+        """Add those finished frames to the context that no action to come changes; a context that must be written at once and
+        lacks one waits for it."""
+        *parts, last = self._pending_parts() or [[]]
+        if not self._writes_last_action:
+            parts.append(last)
+        elif not self.rollout.order_matters:
+            parts.append(last[:-1])
+        parts = [part for part in parts if part]
+        for part, later in zip(parts, [*parts[1:], self.history.last(1)]):
             self.rollout.write(self._as_fed(part), self._as_fed(later[:1]))
 
     def _pending_parts(self) -> list[list[SessionFrame]]:

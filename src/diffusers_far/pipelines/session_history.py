@@ -90,6 +90,12 @@ class NoiseSource:
             return NoiseSource([generator.clone_state() for generator in self.generator])
         return NoiseSource(None if self.generator is None else self.generator.clone_state())
 
+    def repeated(self, num_samples: int) -> "NoiseSource":
+        """Independent generators for so many samples, which all draw the same noise from here on."""
+        if self.generator is None:
+            return NoiseSource()
+        return NoiseSource([self.generators[0].clone_state() for _ in range(num_samples)])
+
     def draw(self, latent_shape: tuple[int, int, int, int], device: torch.device) -> torch.Tensor:
         """Noise of the next frame.
 
@@ -143,9 +149,15 @@ class SessionFrame:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of its tensors; what all samples share counts once."""
         tensors = (self.latents, self.previous_action, self.action, None if self.noise is None else self.noise.states)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        held = (tensor[:1] if tensor.stride(0) == 0 else tensor for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in held)
+
+    def repeated(self, num_samples: int) -> "SessionFrame":
+        """The same frame of so many samples, as views; nobody goes back to its noise."""
+        tensors = (self.latents, self.previous_action, self.action)
+        return SessionFrame(*(None if each is None else each.expand(num_samples, *each.shape[1:]) for each in tensors))
 
 
 class SessionHistory:
@@ -229,9 +241,15 @@ class SessionHistory:
 
     def clone(self) -> "SessionHistory":
         """An independent history; tensors, which never change, are shared."""
+        return self._with([replace(frame) for frame in self.frames])
+
+    def repeated(self, num_samples: int) -> "SessionHistory":
+        """An independent history of so many samples with the same past, whose tensors are shared."""
+        return self._with([frame.repeated(num_samples) for frame in self.frames])
+
+    def _with(self, frames: list[SessionFrame]) -> "SessionHistory":
         twin = SessionHistory(self.max_frames)
-        twin.frames = [replace(frame) for frame in self.frames]
-        twin.num_frames, twin.num_context_frames = self.num_frames, self.num_context_frames
+        twin.frames, twin.num_frames, twin.num_context_frames = frames, self.num_frames, self.num_context_frames
         return twin
 
 
