@@ -13,7 +13,7 @@ from ..hooks.flex_rope import applied_config
 from ..models.codec import decode_video, encode_video
 from ..models.context_plan import ContextPlan
 from ..models.frames import CLEAN_TIMESTEP, FrameBatch
-from ..models.kv_cache import CachePass, QuerySpan
+from ..models.kv_cache import CachePass, LayerKVCache, QuerySpan
 from ..models.transformer_far import FARTransformer3DModel
 from .rollout import Rollout
 from .settings import GenerationRequest
@@ -52,7 +52,7 @@ def check_graphs(pipe) -> None:
         raise ValueError(f"This pipeline cannot become graphs: {reason}.")
 
 
-class HandedLayer:
+class HandedLayer(LayerKVCache):
     """Keys and values of one layer, for a pass of one short frame and at most one that turns long; what the attention of that
     layer works with, as [`LayerKVCache`].
 
