@@ -66,7 +66,7 @@ def test_a_training_of_one_step_can_be_followed(tmp_path):
     script = load_script("train_far")
     with walked(PACKAGE, EXAMPLES) as walk:
         script.main(script.parse_args(flags.split()))
-    assert len(walk.lines) <= 32 and sum(walk.lines.values()) <= 2759, str(walk)
+    assert len(walk.lines) <= 32 and sum(walk.lines.values()) <= 2765, str(walk)
 
 
 def test_whole_functions_are_counted_without_what_is_no_code():

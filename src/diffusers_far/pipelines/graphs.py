@@ -52,7 +52,7 @@ def check_graphs(pipe) -> None:
         raise ValueError(f"This pipeline cannot become graphs: {reason}.")
 
 
-class HandedLayer(LayerKVCache):
+class HandedLayer:
     """Keys and values of one layer, for a pass of one short frame and at most one that turns long; what the attention of that
     layer works with, as [`LayerKVCache`].
 
@@ -64,6 +64,8 @@ class HandedLayer(LayerKVCache):
 
     def __init__(self, long: Sequence[torch.Tensor], short: Sequence[torch.Tensor], cache_pass: CachePass):
         self.long, self.short, self.cache_pass = long, short, cache_pass
+
+    attend = LayerKVCache.attend  # it needs no more than the pass and a view
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Hold the keys and values of the pass, `(B, L, N, D)`, to be handed out."""
