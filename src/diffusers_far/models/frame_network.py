@@ -140,8 +140,9 @@ class FARAttnProcessor:
             return None, None
 
         query = self._project_queries(attn, query_states, long_query_states)  # (B, L_query, N, D)
-        num_unread = key.shape[1] - query.shape[1]
-        query = apply_rotary_embedding(query, rotary_emb[..., num_unread:, :]).to(value.dtype)
+        # Of a pass that is read to its start the whole, as it is: a graph cannot hold an alias of complex numbers.
+        query_emb = rotary_emb if query.shape[1] == key.shape[1] else rotary_emb[..., -query.shape[1] :, :]
+        query = apply_rotary_embedding(query, query_emb).to(value.dtype)
         if isinstance(attention_mask, SharedPass):
             reads_all = num_output_tokens is None
             hidden_states = attention_mask.attend(self._attend_to_pass, query, key, value, reads_all)
