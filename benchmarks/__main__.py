@@ -6,8 +6,8 @@ python -m benchmarks frame --frames 16 --num_rounds 2  # quick: one length
 """
 
 import argparse
-import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from diffusers_far.command_line import HelpWithDefaults
@@ -15,7 +15,7 @@ from diffusers_far.command_line import HelpWithDefaults
 from .cases import CASES, all_rows
 from .memory import in_fresh_process
 from .models import SEED
-from .table import ScreenTable
+from .table import show_rows
 from .timing import describe_machine
 
 
@@ -49,15 +49,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    table = ScreenTable()
-    results = {"machine": describe_machine(), "seed": SEED, "num_rounds": args.num_rounds, "rows": []}
-    for name in args.cases or CASES:
-        # How fast large temporary tensors are made depends on what the process has freed before, so each case has its own.
-        for row in in_fresh_process(all_rows, partial(CASES[name], **args.sizes), args.num_rounds):
-            table.print(row)
-            results["rows"].append(row.to_json())
-        if args.output is not None:
-            args.output.write_text(json.dumps(results, indent=2) + "\n")
+    results = {"machine": describe_machine(), "seed": SEED, "num_rounds": args.num_rounds}
+    # How fast large temporary tensors are made depends on what the process has freed before, so each case has its own.
+    cases = (
+        in_fresh_process(all_rows, partial(CASES[name], **args.sizes), args.num_rounds) for name in args.cases or CASES
+    )
+    show_rows(chain.from_iterable(cases), results, args.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Markdown.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from diffusers_far.training.optimizers import build_optimizer
 
 from .loader_sets import UCF_SIZE, DataSets, make_sets, prepare
 from .measurement import Measurement, Row
-from .table import ScreenTable
+from .table import show_rows
 from .timing import describe_machine
 
 
@@ -221,19 +220,14 @@ def main(args: argparse.Namespace) -> None:
         "seed",
         "num_rounds",
     )
-    results = {"machine": describe_machine(), **{name: getattr(args, name) for name in settings}, "rows": []}
-    table = ScreenTable()
+    results = {"machine": describe_machine(), **{name: getattr(args, name) for name in settings}}
     with tempfile.TemporaryDirectory() as folder:
         # The sets are thrown away, and so is what `datasets` makes of them.
         datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
         sets = DataSets(args.images, args.videos, args.latents)
         if sets == DataSets():
             sets = make_sets(Path(folder), args.num_trajectories, args.num_trajectory_frames, args.vae)
-        for row in benchmark.rows(sets):
-            table.print(row)
-            results["rows"].append(row.to_json())
-            if args.output is not None:
-                args.output.write_text(json.dumps(results, indent=2) + "\n")
+        show_rows(benchmark.rows(sets), results, args.output)
 
 
 if __name__ == "__main__":

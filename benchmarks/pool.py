@@ -5,7 +5,6 @@ python -m benchmarks.pool --model checkpoints/far-crafter --output pool.json
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffusers_far.command_line import HelpWithDefaults
 
 from .measurement import Measurement, Row
 from .session import random_action
-from .table import ScreenTable
+from .table import show_rows
 from .timing import describe_machine, time_in_turn
 
 
@@ -98,13 +97,8 @@ def random_session(pipe: FARPipeline, num_inference_steps: int, num_frames: int,
 def main(args: argparse.Namespace) -> None:
     pipe = FARPipeline.from_pretrained(args.model).to(args.device)
     lengths = torch.linspace(args.shortest, args.longest, args.num_players).round().int().tolist()
-    results = {"machine": describe_machine(), "model": args.model, "steps": args.num_inference_steps, "rows": []}
-    table = ScreenTable()
-    for row in run(pipe, lengths, args.num_inference_steps, args.num_rounds):
-        table.print(row)
-        results["rows"].append(row.to_json())
-    if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    results = {"machine": describe_machine(), "model": args.model, "steps": args.num_inference_steps}
+    show_rows(run(pipe, lengths, args.num_inference_steps, args.num_rounds), results, args.output)
 
 
 if __name__ == "__main__":

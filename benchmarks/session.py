@@ -4,7 +4,6 @@ python -m benchmarks.session --model checkpoints/far-maze --num_steps 2000 --out
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from diffusers_far.command_line import HelpWithDefaults
 
 from .measurement import Measurement, Row
 from .memory import resident_memory
-from .table import ScreenTable
+from .table import show_rows
 from .timing import describe_machine
 
 
@@ -89,13 +88,9 @@ def main(args: argparse.Namespace) -> None:
         output_type="pt",
     )
     settings = ("model", "num_inference_steps", "max_long_frames", "max_history", "seed")
-    results = {"machine": describe_machine(), **{name: getattr(args, name) for name in settings}, "rows": []}
-    table = ScreenTable()
-    for row in run(session, args.num_steps, args.steps_per_fork, args.steps_per_row, args.seed):
-        table.print(row)
-        results["rows"].append(row.to_json())
-    if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    results = {"machine": describe_machine(), **{name: getattr(args, name) for name in settings}}
+    rows = run(session, args.num_steps, args.steps_per_fork, args.steps_per_row, args.seed)
+    show_rows(rows, results, args.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Rows as tables, on screen while they come and in Markdown."""
 
+import json
 from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 from .measurement import Row
 
@@ -24,6 +27,16 @@ class ScreenTable:
 
     def _line(self, cells: Iterable[str]) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths)).rstrip()
+
+
+def show_rows(rows: Iterable[Row], results: dict[str, Any], output: Path | None) -> None:
+    """Print rows as they come, and write them with what else is in `results` to a JSON file, after every row."""
+    table = ScreenTable()
+    for row in rows:
+        table.print(row)
+        results.setdefault("rows", []).append(row.to_json())
+        if output is not None:
+            output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def markdown_tables(rows: Iterable[Row]) -> str:

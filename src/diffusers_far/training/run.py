@@ -561,7 +561,7 @@ def build_accelerator(settings: RunSettings) -> Accelerator:
     settings.check()
     if settings.context_parallel_size > 1:
         check_context_parallel(settings, accelerator.num_processes)
-    if is_fsdp2:
+    if is_fsdp2 or accelerator.is_fsdp2:
         check_sharding(settings, accelerator)
     # The scripts divide the loss by it themselves; Accelerate's `backward` would do so once more.
     accelerator.gradient_accumulation_steps = 1
