@@ -125,6 +125,7 @@ def test_clips_within_the_window_have_no_long_frames_and_a_warning_says_so(num_f
         clips, draw = batches[step]
         assert clips.latents.shape[1] == num_frames and batches.num_long_frames(step) == 0
         assert draw.timestep.shape[-1] == num_frames
+    assert batches.longest.num_long_frames(0) == 0 and batches.longest.clip_length(0) == num_frames
 
 
 def test_dropped_and_missing_actions_are_null():
